@@ -1,0 +1,265 @@
+"""Accuracy against depth of ConsistentEE and of plain fine-tuning: both data sets, several seeds, every operating point.
+
+    python -m engine.bench.encoder_quality --data DIR --work DIR [--jobs N] [--device cuda]
+
+trains (resumable: a job whose result stands in --work is not run again) and writes
+``bench/results/encoder_quality.json``. Everything is chosen on calibration parts carved from train, averaged over the
+seeds: the baseline's variant by accuracy, ConsistentEE's variant, alpha and threshold by the least mean depth among the
+points whose accuracy is at least (1 - loss) times the baseline's. Dev and test are reported, never read for a choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.bench.record import RESULTS, figure, write_result
+
+SEEDS = (42, 43, 44)
+DATASETS = ("stackoverflow", "mcid")
+BARS = {"no loss": (0.0, 0.265), "1 % relative loss": (0.01, 0.445)}
+ALPHAS = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+
+# Variants of full fine-tuning, the same batch size for both methods: (exit layers, learning rate, epochs, rounds).
+# M-CID is 15 times smaller: more epochs. An exit at every layer costs accuracy at the deep ones, so fewer are tried too.
+_ALL = (1, 2, 3, 4, 5, 6)
+_BATCH_SIZE = {"stackoverflow": 32, "mcid": 16}
+_VARIANTS: dict[str, dict[str, list[tuple]]] = {
+    "stackoverflow": {
+        "exits": [
+            ((3, 4, 5, 6), 1e-4, 4, 1),
+            ((3, 6), 1e-4, 4, 1),
+            ((4, 6), 1e-4, 4, 1),
+            ((3, 4, 5, 6), 5e-5, 6, 1),
+            (_ALL, 1e-4, 5, 2),
+            (_ALL, 2e-4, 3, 2),
+        ],
+        "baseline": [((6,), 5e-5, 4, 0), ((6,), 1e-4, 4, 0)],
+    },
+    "mcid": {
+        "exits": [
+            ((3, 4, 5, 6), 1e-4, 20, 1),
+            ((3, 6), 1e-4, 20, 1),
+            ((4, 6), 1e-4, 20, 1),
+            ((3, 4, 5, 6), 5e-5, 40, 1),
+            (_ALL, 1e-4, 20, 2),
+            (_ALL, 2e-4, 20, 2),
+        ],
+        "baseline": [((6,), 5e-5, 20, 0), ((6,), 1e-4, 20, 0)],
+    },
+}
+_CALIBRATION_SHARE = {"stackoverflow": 0.1, "mcid": 0.2}
+
+
+def jobs() -> list[dict[str, Any]]:
+    """All training runs: {name, dataset, seed, method, variant, options of TrainConfig}."""
+    found = []
+    for dataset in DATASETS:
+        for method, variants in _VARIANTS[dataset].items():
+            for exits, rate, epochs, rounds in variants:
+                for seed in SEEDS:
+                    options: dict[str, Any] = {
+                        "backbone": BACKBONE,
+                        "seed": seed,
+                        "exit_layers": exits,
+                        "calibration_share": _CALIBRATION_SHARE[dataset],
+                        "max_rounds": rounds,
+                        "init": dict(epochs=epochs, batch_size=_BATCH_SIZE[dataset], learning_rate=rate),
+                        "task": dict(batch_size=_BATCH_SIZE[dataset], learning_rate=rate / 4),
+                        "select": dict(alphas=ALPHAS, thresholds=THRESHOLDS),
+                    }
+                    places = "".join(map(str, exits))
+                    found.append(
+                        {
+                            "name": f"{dataset}-{places}-{rate:g}-{epochs}-{rounds}-{seed}",
+                            "dataset": dataset,
+                            "seed": seed,
+                            "method": method,
+                            "variant": f"exits {places}, lr {rate:g}, {epochs} epochs, {rounds} rounds",
+                            "options": options,
+                        }
+                    )
+    return found
+
+
+def train_one(job: dict[str, Any], data: Path, work: Path, device: str) -> None:
+    """Train one job and write its figures: every operating point on every split."""
+    import torch
+
+    from engine.train import phases
+    from engine.train.config import TrainConfig
+    from engine.train.trainer import Trainer, operating_point
+
+    torch.set_num_threads(1 if device == "cuda" else torch.get_num_threads())
+    output = str(work / "runs" / job["name"])
+    options = {**job["options"], "data": str(data / job["dataset"]), "output": output, "device": device}
+    started = time.perf_counter()
+    trainer = Trainer(TrainConfig.from_dict({**options, "select": {"alphas": []}}))
+    record = trainer.run()
+    caches = {
+        name: phases.measure(trainer.model, getattr(trainer.splits, name)) for name in ("calibration", "dev", "test")
+    }
+    points = []
+    if job["method"] == "exits":
+        trainer.config = TrainConfig.from_dict(options)
+        train = phases.measure(trainer.model, trainer.splits.train)
+        for alpha, multiple in zip(trainer.sweep(train), ALPHAS, strict=True):
+            with torch.inference_mode():
+                z = {name: phases.policy_logits(trainer.model, cache.states) for name, cache in caches.items()}
+            for threshold in THRESHOLDS:
+                figures = {n: operating_point(c, z[n], trainer.exit_layers, threshold) for n, c in caches.items()}
+                points.append({"alpha": alpha, "alpha_multiple": multiple, "threshold": threshold, **figures})
+    else:
+        figures = {
+            name: {"accuracy": float(cache.correct[:, -1].float().mean()), "mean_depth": 6.0, "saved_layers": 0.0}
+            for name, cache in caches.items()
+        }
+        points.append({"alpha": None, "alpha_multiple": None, "threshold": None, **figures})
+    result = {
+        **{k: job[k] for k in ("name", "dataset", "seed", "method", "variant")},
+        "config": record["config"],
+        "sizes": record["sizes"],
+        "seconds": time.perf_counter() - started,
+        "phases": record["phases"],
+        "points": points,
+    }
+    (work / f"{job['name']}.json").write_text(json.dumps(result))
+
+
+def train_all(data: Path, work: Path, parallel: int, device: str) -> None:
+    """Run the jobs that have no result yet, ``parallel`` at a time, longest first."""
+    waiting = [job for job in jobs() if not (work / f"{job['name']}.json").is_file()]
+    running: dict[str, subprocess.Popen] = {}
+    work.mkdir(parents=True, exist_ok=True)
+    while waiting or running:
+        while waiting and len(running) < parallel:
+            job = waiting.pop(0)
+            command = [sys.executable, "-m", "engine.bench.encoder_quality", "--one", job["name"]]
+            command += ["--data", str(data), "--work", str(work), "--device", device]
+            with open(work / f"{job['name']}.log", "w") as log:
+                running[job["name"]] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode:
+                    print(f"{name} failed:\n{(work / f'{name}.log').read_text()[-800:]}", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Choose on calibration, report on test. One entry per data set and bar, and the means over the data sets."""
+    from engine.train.statistics import confidence_interval
+
+    chosen: dict[str, Any] = {}
+    for dataset in DATASETS:
+        rows = [r for r in results if r["dataset"] == dataset]
+        baseline = _group(r for r in rows if r["method"] == "baseline")
+        exits = _group(r for r in rows if r["method"] == "exits")
+        best = max(baseline, key=lambda key: _mean(baseline[key], "calibration", "accuracy"))
+        reference = _mean(baseline[best], "calibration", "accuracy")
+        entry: dict[str, Any] = {
+            "baseline": {
+                "variant": best[0],
+                "calibration_accuracy": reference,
+                "test_accuracy": [p["test"]["accuracy"] for p in baseline[best]],
+            }
+        }
+        for bar, (loss, _) in BARS.items():
+            reached = [key for key in exits if _mean(exits[key], "calibration", "accuracy") >= (1 - loss) * reference]
+            if not reached:
+                entry[bar] = None
+                continue
+            key = min(reached, key=lambda k: _mean(exits[k], "calibration", "mean_depth"))
+            points = exits[key]
+            differences = [p["test"]["accuracy"] - b for p, b in zip(points, entry["baseline"]["test_accuracy"])]
+            entry[bar] = {
+                "variant": key[0],
+                "alpha_multiple": key[1],
+                "threshold": key[2],
+                "calibration_accuracy": _mean(points, "calibration", "accuracy"),
+                "test_accuracy": [p["test"]["accuracy"] for p in points],
+                "test_saved_layers": [p["test"]["saved_layers"] for p in points],
+                "saved_layers_interval": _interval(confidence_interval([p["test"]["saved_layers"] for p in points])),
+                "accuracy_difference_interval": _interval(confidence_interval(differences)),
+            }
+        chosen[dataset] = entry
+    return chosen
+
+
+def figures(chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per bar of the table: mean over the data sets of the saved layers on test."""
+    rows = []
+    for bar, (_, least) in BARS.items():
+        entries = [chosen[d][bar] for d in DATASETS]
+        value = None
+        loss = None
+        if all(entries):
+            value = sum(sum(e["test_saved_layers"]) / len(SEEDS) for e in entries) / len(DATASETS)
+            relative = []
+            for dataset, entry in zip(DATASETS, entries):
+                base = sum(chosen[dataset]["baseline"]["test_accuracy"]) / len(SEEDS)
+                relative.append(1 - sum(entry["test_accuracy"]) / len(SEEDS) / base)
+            loss = sum(relative) / len(relative)
+        rows.append(
+            figure(
+                f"saved layers at {bar} (chosen on calibration), mean of StackOverflow and M-CID, test",
+                value,
+                "share of layers",
+                f">= {least}",
+                value is not None and value >= least,
+                relative_accuracy_loss_on_test=loss,
+            )
+        )
+    return rows
+
+
+def _group(results) -> dict[tuple, list[dict[str, Any]]]:
+    """(variant, alpha multiple, threshold) -> its point of every seed, in the order of SEEDS."""
+    groups: dict[tuple, list] = {}
+    for result in sorted(results, key=lambda r: SEEDS.index(r["seed"])):
+        for point in result["points"]:
+            groups.setdefault((result["variant"], point["alpha_multiple"], point["threshold"]), []).append(point)
+    return {key: points for key, points in groups.items() if len(points) == len(SEEDS)}
+
+
+def _mean(points: list[dict[str, Any]], split: str, name: str) -> float:
+    return sum(p[split][name] for p in points) / len(points)
+
+
+def _interval(interval) -> dict[str, Any]:
+    return {k: getattr(interval, k) for k in ("estimate", "low", "high", "n", "level", "method")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets stackoverflow and mcid")
+    parser.add_argument("--work", type=Path, required=True, help="folder for runs and their figures")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULTS / "encoder_quality.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        job = next(j for j in jobs() if j["name"] == options.one)
+        train_one(job, options.data, options.work, options.device)
+        return
+    train_all(options.data, options.work, options.jobs, options.device)
+    found = [options.work / f"{job['name']}.json" for job in jobs()]
+    results = [json.loads(path.read_text()) for path in found if path.is_file()]
+    if len(results) < len(found):
+        sys.exit(f"{len(found) - len(results)} of {len(found)} trainings have no result: run again to finish them")
+    chosen = summarise(results)
+    write_result(options.output, figures(chosen), results, chosen=chosen)
+
+
+if __name__ == "__main__":
+    main()

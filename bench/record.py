@@ -1,0 +1,42 @@
+"""Result files: what was measured, on what, when, and which bars it meets."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from engine.bench.report import environment
+from engine.console import show_table
+from engine.loading import write_file
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_MACHINE = ("processor", "cpu_capability", "cpus", "threads", "gpu")
+
+
+def figure(name: str, value: float | None, unit: str, bar: str, met: bool, **more: Any) -> dict[str, Any]:
+    """One row of a table of figures to reach."""
+    return {"name": name, "value": value, "unit": unit, "bar": bar, "met": bool(met), **more}
+
+
+def write_result(path: Path, figures: list[dict[str, Any]], rows: Any, **more: Any) -> None:
+    """Write a result file with its environment and show its figures."""
+    found = environment()
+    result = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": found.pop("commit"),
+        "machine": {name: found.pop(name) for name in _MACHINE if name in found},
+        "versions": found,
+        "figures": figures,
+        **more,
+        "rows": rows,
+    }
+    write_file(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    lines = [
+        [f["name"], "-" if f["value"] is None else f"{f['value']:.3f}", f["unit"], f["bar"], "yes" if f["met"] else "NO"]
+        for f in figures
+    ]
+    show_table(Console(), ["figure", "value", "unit", "bar", "met"], lines, title=str(path.name))

@@ -1,0 +1,133 @@
+// What an op hands to its kernels: raw pointers and sizes. No torch header, so that cpu/ and cuda/ compile without one.
+//
+// Lead layout: B sequences of lengths n_i >= 1, T tokens. Rows 0..B-1 are the sequences' first tokens; the other tokens
+// of sequence i stand at rows B + (cu_seqlens[i] - i) up to B + (cu_seqlens[i + 1] - (i + 1)).
+#pragma once
+#include <cstdint>
+
+namespace consistentee {
+
+enum class DType : int32_t { f32, f64, f16, bf16 };
+
+inline constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// A block of rows, each contiguous in itself.
+struct Rows {
+  const char* data = nullptr;
+  int64_t count = 0;
+  int64_t bytes = 0;   // of one row
+  int64_t stride = 0;  // from one row to the next, in bytes
+};
+
+// An index tensor, int32 or int64; null data where the caller gave none.
+struct Index {
+  const void* data = nullptr;
+  int64_t count = 0;
+  bool wide = false;  // int64
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+enum class Layout : int32_t { rows, lead };
+
+struct CompactArgs {
+  Rows in;
+  const int32_t* cu_seqlens = nullptr;
+  const bool* keep = nullptr;
+  int64_t batch = 0;
+  Layout layout = Layout::rows;
+  char* out = nullptr;  // contiguous
+  int32_t* out_cu_seqlens = nullptr;
+  int32_t* active_rows = nullptr;
+  int32_t* n_active = nullptr;
+};
+
+struct GatherArgs {
+  Rows in;
+  Index index;
+  char* out = nullptr;  // contiguous
+};
+
+struct ScatterArgs {
+  Rows in;
+  Index index;
+  char* out = nullptr;
+  int64_t out_count = 0;
+  int64_t out_stride = 0;
+};
+
+// Padded [B, S, row] (contiguous) <-> lead layout [T, row] (contiguous).
+struct LeadArgs {
+  const char* in = nullptr;
+  char* out = nullptr;
+  const int32_t* cu_seqlens = nullptr;
+  int64_t batch = 0;
+  int64_t max_seqlen = 0;
+  int64_t row_bytes = 0;
+  int64_t total = 0;
+};
+
+enum Part : int32_t { kFirst = 0, kOthers = 1, kAll = 2 };
+
+struct AttentionArgs {
+  const char* query = nullptr;
+  const char* key = nullptr;
+  const char* value = nullptr;
+  int64_t query_stride = 0, key_stride = 0, value_stride = 0;  // elements from row to row
+  const int32_t* cu_seqlens = nullptr;
+  const int32_t* rows = nullptr;  // null: every sequence, ascending
+  int64_t batch = 0;
+  int64_t n_rows = 0;
+  int64_t num_heads = 0;
+  int64_t head_dim = 0;
+  int64_t total = 0;
+  double scale = 1.0;
+  int32_t part = kAll;
+  DType dtype = DType::f32;
+  const char* bias = nullptr;  // [num_heads, 2 * bias_span - 1] or null
+  int64_t bias_span = 0;
+  DType bias_dtype = DType::f32;
+  // Prefix sums over the served sequences of (length - 1); null where every sequence is served, in order.
+  const int32_t* offsets = nullptr;
+  char* out = nullptr;  // contiguous [n_queries, num_heads * head_dim]
+  int64_t n_queries = 0;
+};
+
+struct ExitPolicyArgs {
+  const char* first = nullptr;
+  int64_t count = 0, hidden = 0, width = 0;  // n, H, P
+  DType dtype = DType::f32;
+  const char* pooler_weight = nullptr;  // null: no pooler
+  const char* pooler_bias = nullptr;
+  DType policy_dtype = DType::f32;  // of w1, b1, w2, b2
+  const char* w1 = nullptr;
+  const char* b1 = nullptr;
+  const char* w2 = nullptr;
+  const char* b2 = nullptr;
+  char* state = nullptr;
+  char* logit = nullptr;  // float32; float64 where first is float64
+};
+
+struct NormArgs {
+  int64_t count = 0, hidden = 0;
+  DType dtype = DType::f32;
+  double eps = 0.0;
+  const char* weight = nullptr;
+  const char* bias = nullptr;
+  char* out = nullptr;
+  // add_layer_norm: x + residual, row strides in elements
+  const char* x = nullptr;
+  const char* residual = nullptr;
+  int64_t x_stride = 0, residual_stride = 0;
+  // embed_layer_norm: word[id] + token_type[tt] + position[pos]
+  Index ids, types, positions;
+  const char* word = nullptr;
+  const char* token_type = nullptr;
+  const char* position = nullptr;
+  int64_t n_word = 0, n_token_type = 0, n_position = 0;
+};
+
+}  // namespace consistentee

@@ -1,0 +1,23 @@
+// Every op of the library. Implementations are registered beside their front ends; shapes for tracing
+// (fakes) and the plain torch twins are in kernels/*.py.
+#include "tensor.h"
+
+STABLE_TORCH_LIBRARY(consistentee, m) {
+  m.def("prefix_sum(Tensor lengths) -> Tensor");
+  m.def("compact_rows(Tensor hidden_states, Tensor cu_seqlens, Tensor keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("compact_lead(Tensor hidden_states, Tensor cu_seqlens, Tensor keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gather_rows(Tensor x, Tensor index) -> Tensor");
+  m.def("scatter_rows_(Tensor(a!) out, Tensor src, Tensor index) -> ()");
+  m.def("pack_lead(Tensor padded, Tensor lengths, int? total_tokens=None) -> Tensor");
+  m.def("unpack_lead(Tensor packed, Tensor cu_seqlens, int max_seqlen) -> Tensor");
+  m.def(
+      "lead_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor? rows, int num_heads, "
+      "float scale, int part, Tensor? position_bias, int? num_queries=None) -> Tensor");
+  m.def(
+      "exit_policy(Tensor first, Tensor? pooler_weight, Tensor? pooler_bias, Tensor w1, Tensor b1, Tensor w2, "
+      "Tensor b2) -> (Tensor state, Tensor logit)");
+  m.def(
+      "embed_layer_norm(Tensor input_ids, Tensor? token_type_ids, Tensor positions, Tensor word, Tensor? token_type, "
+      "Tensor position, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
+}

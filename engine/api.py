@@ -1,0 +1,281 @@
+"""The engine a user holds: checks a call, cuts it into micro-batches, runs them, puts the rows back in order."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from engine.criteria import Criterion, make_criterion
+from engine.criteria.base import check_threshold
+from engine.executors import EXECUTORS, ExitOptions, PackedBatch, RowOutputs
+from engine.executors.base import TokenRow
+from engine.inputs import InputReader
+from engine.models.encoder import MultiExitEncoder
+from engine.results import Classification, RunStats
+
+# Tokens per micro-batch: activations of one layer stay near the last-level cache of a small machine.
+DEFAULT_BATCH_TOKENS = 2048
+_PROGRESS_AFTER_S = 1.0
+
+
+class Engine:
+    """Early-exit inference with one model. Made by ``engine.load`` and ``engine.from_module``.
+
+    Calls from several threads are safe: a run keeps its state to itself.
+    """
+
+    def __init__(self, model: MultiExitEncoder, tokenizer=None, executor: str = "auto"):
+        name = "packed" if executor == "auto" else executor
+        if name not in EXECUTORS:
+            raise ValueError(f"executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.executor = EXECUTORS[name](model)
+        backbone = model.encoder_backbone.config
+        self._reader = InputReader(
+            tokenizer,
+            vocab_size=backbone.vocab_size,
+            type_vocab_size=backbone.type_vocab_size if model.family.token_types else 1,
+            max_length=model.config.max_length,
+        )
+
+    @property
+    def config(self):
+        """The model's EarlyExitConfig."""
+        return self.model.config
+
+    def refresh(self) -> None:
+        """Read the model's weights again now. Only needed after writing through ``parameter.data``."""
+        self.executor.refresh()
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Engine({self.model.family.model_type}, {c.num_layers} layers, exits at {list(c.exit_layers)}, "
+            f"{c.num_labels} classes, executor {self.executor.name}, {self.model.device}, {self.model.dtype})"
+        )
+
+    def run(
+        self,
+        batch: Any,
+        *,
+        threshold: float | Sequence[float] | Tensor | None = None,
+        min_depth: int | Sequence[int] | Tensor | None = None,
+        max_depth: int | Sequence[int] | Tensor | None = None,
+        criterion: str | Criterion | None = None,
+        exit_layers: Sequence[int] | Tensor | None = None,
+        batch_tokens: int | None = None,
+        truncation: bool = False,
+        progress: bool | None = None,
+    ) -> Classification:
+        """Classify every row of ``batch``; each leaves at the layer its exit decides.
+
+        batch         list[str], list[tuple[str, str]], or a mapping with input_ids [N, S], attention_mask and
+                      token_type_ids (tensors or nested lists; padding at either end is stripped)
+        threshold     a row leaves when its exit probability is above this; [0, 1] for the policy. Default: the model's
+        min_depth     no row leaves before this layer; the number of layers removes all exits. Default 1
+        max_depth     every row has left by this layer, at the deepest exit not beyond it. Default: all layers
+        criterion     "policy", "scripted" or a Criterion. Default: the model's
+        exit_layers   for "scripted": the layer each row leaves at
+        batch_tokens  tokens computed together; rows are sorted by length and cut by this
+        truncation    shorten texts beyond the model's limit instead of refusing them
+        progress      show a progress bar; by default on a terminal when the run takes more than a second
+
+        threshold, min_depth, max_depth and exit_layers: one value, or one per row. An empty batch gives an empty result.
+        Raises ValueError or TypeError before any row is computed.
+        """
+        started = time.perf_counter()
+        rows = self._reader.read(batch, truncation)
+        chosen = make_criterion(self.config.criterion if criterion is None else criterion)
+        options = self._options(len(rows), chosen, threshold, min_depth, max_depth, exit_layers)
+        if batch_tokens is None:
+            batch_tokens = DEFAULT_BATCH_TOKENS
+        elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
+        with torch.inference_mode():
+            plan = _micro_batches([len(row.ids) for row in rows], batch_tokens)
+            if len(plan) == 1:
+                outputs = self._run_micro_batch(rows, options)
+            else:
+                outputs = self._run_all(rows, plan, options, progress)
+            return self._results(outputs, sum(len(row.ids) for row in rows), len(plan), started)
+
+    # -- options -------------------------------------------------------------------------------------------------
+
+    def _options(self, n: int, criterion, threshold, min_depth, max_depth, exit_layers) -> ExitOptions:
+        num_layers, exits = self.config.num_layers, self.config.exit_layers
+        thresholds = _per_row("threshold", self.config.threshold if threshold is None else threshold, n, torch.float32)
+        check_threshold(criterion, thresholds)
+        least = _per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int32)
+        most = _per_row("max_depth", num_layers if max_depth is None else max_depth, n, torch.int32)
+        script = None
+        if min_depth is not None:
+            _check_layers("min_depth", least, 1, num_layers)
+        if max_depth is not None:
+            _check_layers("max_depth", most, exits[0], num_layers, ", where the first exit stands,")
+            # Rows leave through exits: the deepest one that is not beyond the limit.
+            places = torch.tensor(exits, dtype=torch.int32)
+            most = places[torch.searchsorted(places, most, right=True) - 1]
+        if min_depth is not None and max_depth is not None and bool((least > most).any()):
+            row = int(torch.nonzero(least > most)[0])
+            raise ValueError(
+                f"row {row} may not leave before layer {int(least[row])} (min_depth) but must have left by "
+                f"{int(most[row])} (the deepest exit within max_depth): exits stand at {list(exits)}"
+            )
+        if exit_layers is not None:
+            if criterion.name != "scripted":
+                raise ValueError(f"exit_layers is for the scripted criterion, got criterion {criterion.name!r}")
+            script = _per_row("exit_layers", exit_layers, n, torch.int32)
+            known = torch.isin(script, torch.tensor(exits, dtype=torch.int32))
+            if not bool(known.all()):
+                row = int(torch.nonzero(~known)[0])
+                raise ValueError(f"exit_layers[{row}] is {int(script[row])}, exits stand at {list(exits)}")
+        elif criterion.name == "scripted":
+            raise ValueError("the scripted criterion needs exit_layers: one layer, or one per row")
+        return ExitOptions(
+            criterion=criterion,
+            threshold=thresholds,
+            min_depth=least,
+            max_depth=most,
+            exit_layers=script,
+            shallowest=1 if min_depth is None or n == 0 else int(least.min()),
+            deepest=num_layers if max_depth is None or n == 0 else int(most.max()),
+            uniform=_uniform(min_depth) and _uniform(max_depth),
+        )
+
+    # -- micro-batches -------------------------------------------------------------------------------------------
+
+    def _run_micro_batch(self, rows: list[TokenRow], options: ExitOptions) -> RowOutputs:
+        device = self.model.device
+        batch = PackedBatch.from_rows(rows, self.model.family.first_position, device)
+        if device.type != "cpu":
+            options = _move(options, device)
+        return self.executor.run(batch, options)
+
+    def _run_all(
+        self, rows: list[TokenRow], plan: list[list[int]], options: ExitOptions, progress: bool | None
+    ) -> RowOutputs:
+        if not rows:
+            return RowOutputs(
+                torch.empty(0, self.config.num_labels), torch.empty(0, dtype=torch.int32), torch.empty(0)
+            )
+        parts = []
+        bar = tqdm(
+            total=len(rows),
+            unit="row",
+            disable=not (sys.stderr.isatty() if progress is None else progress),
+            delay=_PROGRESS_AFTER_S if progress is None else 0,
+        )
+        with bar:
+            for indices in plan:
+                parts.append(self._run_micro_batch([rows[i] for i in indices], _select(options, indices)))
+                bar.update(len(indices))
+        order = torch.tensor([i for indices in plan for i in indices])
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        return RowOutputs(*(torch.cat([p.cpu() for p in column])[place] for column in zip(*parts)))
+
+    def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
+        logits, exit_layers, exit_probs = (x.cpu() for x in outputs)
+        config, n = self.config, len(logits)
+        probabilities = torch.softmax(logits, -1)
+        label_ids = logits.argmax(-1)
+        labels = [config.labels[i] for i in label_ids.tolist()]
+        histogram = dict.fromkeys(config.exit_layers, 0)
+        depth = 0
+        for layer in exit_layers.tolist():
+            histogram[layer] += 1
+            depth += layer
+        mean_depth = depth / n if n else math.nan
+        stats = RunStats(
+            rows=n,
+            tokens=tokens,
+            num_layers=config.num_layers,
+            mean_depth=mean_depth,
+            saved_layers=1 - mean_depth / config.num_layers,
+            exit_histogram=histogram,
+            micro_batches=micro_batches,
+            wall_time_s=time.perf_counter() - started,
+        )
+        return Classification(labels, label_ids, probabilities, logits, exit_layers, exit_probs, stats)
+
+
+def _uniform(value: Any) -> bool:
+    return value is None or isinstance(value, int)
+
+
+def _per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
+    """One value or one per row -> [n] on the host."""
+    number = (int, float) if dtype.is_floating_point else int
+    if isinstance(value, number) and not isinstance(value, bool):
+        return torch.full((n,), value, dtype=dtype)
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Iterable, Tensor)):
+        kind = "a number" if dtype.is_floating_point else "an integer"
+        raise TypeError(f"{name} must be {kind}, or one per row, got {type(value).__name__}: {value!r}")
+    try:
+        tensor = torch.as_tensor(value if isinstance(value, Tensor) else list(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must hold one number per row: {error}") from error
+    if tensor.dim() == 0:
+        tensor = tensor.expand(n)
+    if tuple(tensor.shape) != (n,):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, the batch has {n} rows: give one value, or {n}")
+    if not dtype.is_floating_point and n and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    return tensor.detach().to("cpu", dtype)
+
+
+def _check_layers(name: str, layers: Tensor, low: int, high: int, why_low: str = "") -> None:
+    bad = (layers < low) | (layers > high)
+    if bool(bad.any()):
+        row = int(torch.nonzero(bad)[0])
+        raise ValueError(f"{name} must lie between {low}{why_low} and {high}, got {int(layers[row])} (row {row})")
+
+
+def _micro_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Row indices of each micro-batch: sorted by length, cut where the token budget is full."""
+    if sum(lengths) <= batch_tokens and lengths:
+        return [list(range(len(lengths)))]
+    plan: list[list[int]] = []
+    tokens = batch_tokens
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if tokens + lengths[index] > batch_tokens:
+            plan.append([])
+            tokens = 0
+        plan[-1].append(index)
+        tokens += lengths[index]
+    return plan
+
+
+def _select(options: ExitOptions, indices: list[int]) -> ExitOptions:
+    """The options of some of the rows."""
+    index = torch.tensor(indices)
+    least, most = options.min_depth[index], options.max_depth[index]
+    return replace(
+        options,
+        threshold=options.threshold[index],
+        min_depth=least,
+        max_depth=most,
+        exit_layers=None if options.exit_layers is None else options.exit_layers[index],
+        shallowest=int(least.min()),
+        deepest=int(most.max()),
+    )
+
+
+def _move(options: ExitOptions, device: torch.device) -> ExitOptions:
+    script = options.exit_layers
+    return replace(
+        options,
+        threshold=options.threshold.to(device),
+        min_depth=options.min_depth.to(device),
+        max_depth=options.max_depth.to(device),
+        exit_layers=None if script is None else script.to(device),
+    )

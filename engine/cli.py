@@ -1,0 +1,456 @@
+"""The ``consistentee`` command: one subcommand a job. What only some commands need is imported by them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from engine.lines import Row, read_rows
+
+if TYPE_CHECKING:
+    from engine.api import Engine
+    from engine.results import Classification
+
+# The caller's mistakes and missing files or packages: one line. Anything else is a defect and keeps its traceback.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError)
+_BAD_INPUT = 2
+
+
+class _Commands(TyperGroup):
+    """Turns expected errors of every command into one line on stderr; ``--debug`` may stand anywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = args[: args.index("--")] if "--" in args else args
+        if "--debug" in options:
+            args = ["--debug", *(a for a in options if a != "--debug"), *args[len(options) :]]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of our output has gone, which is no mistake
+            raise
+        except _EXPECTED as error:
+            if ctx.params.get("debug"):
+                raise
+            from rich.text import Text
+
+            message = " ".join(str(error).split()) or type(error).__name__
+            Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+            raise typer.Exit(_BAD_INPUT) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Early-exit transformers: classify, evaluate, explain and train (ConsistentEE, AAAI 2024).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Checkpoint folder or hub id.", show_default=False)]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="A row leaves when its exit probability is above this, 0 to 1 (default: the checkpoint's)."),
+]
+MinDepth = Annotated[
+    int | None, typer.Option(help="No row leaves before this layer; the number of layers removes all exits.")
+]
+MaxDepth = Annotated[int | None, typer.Option(help="Every row has left by this layer.")]
+Executor = Annotated[str, typer.Option(help="auto, packed or reference.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens computed together (default: 2048).")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of every setting; medians are shown.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
+    """Read by ``_Commands.invoke``."""
+
+
+@app.command()
+def run(
+    checkpoint: Checkpoint,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; without any, stdin is read.")
+    ] = None,
+    pair: Annotated[
+        bool, typer.Option("--pair", help="Rows are pairs: two arguments each, or lines with a tab between them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row, nothing else on stdout.")] = False,
+    threshold: Threshold = None,
+    min_depth: MinDepth = None,
+    max_depth: MaxDepth = None,
+    truncation: Annotated[bool, typer.Option("--truncation", help="Shorten texts beyond the model's limit.")] = False,
+    executor: Executor = "auto",
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Classify texts: arguments, or lines on stdin.
+
+    A line is one text, or a JSON object with "text" (or "text_a" and "text_b").
+    """
+    rows = _argument_rows(texts, pair) if texts else _stdin_rows(pair)
+    result = _load(checkpoint, executor).run(
+        rows,
+        threshold=threshold,
+        min_depth=min_depth,
+        max_depth=max_depth,
+        truncation=truncation,
+        batch_tokens=batch_tokens,
+    )
+    if as_json:
+        for record in _records(result):
+            print(json.dumps(record))
+    elif rows:
+        _show_rows(result, rows)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str, typer.Option(help="Labelled rows: .jsonl, .csv or .tsv (also .gz), a folder of splits, or hub:owner/name.")
+    ],
+    split: Annotated[str, typer.Option(help="Which file of a folder: train, dev or test.")] = "test",
+    threshold: Threshold = None,
+    thresholds: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Sweep: one line a threshold.", show_default=False)
+    ] = None,
+    min_depth: MinDepth = None,
+    max_depth: MaxDepth = None,
+    truncation: Annotated[bool, typer.Option(help="Shorten texts beyond the model's limit, as training did.")] = True,
+    executor: Executor = "auto",
+    batch_tokens: BatchTokens = None,
+    repeats: Repeats = 3,
+    output: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write all figures to this JSON file.")
+    ] = None,
+) -> None:
+    """Accuracy, depth and time on labelled rows, at full depth and with exits, from the same interleaved runs."""
+    from engine.bench import report
+
+    if output is not None and output.is_dir():
+        raise ValueError(f"--json must name a file to write, {output} is a folder")
+    chosen = _thresholds(threshold, thresholds)
+    model = _load(checkpoint, executor)
+    examples = report.labelled_examples(data, model.config.labels, split)
+    limits = {"min_depth": min_depth, "max_depth": max_depth}
+    settings: dict[str, dict[str, Any]] = {report.FULL_DEPTH: report.full_depth(model)}
+    for value in chosen or [model.config.threshold]:
+        settings[report.threshold_name(value)] = {"threshold": value, **limits}
+    points = report.measure_points(
+        model,
+        examples,
+        settings,
+        repeats=repeats,
+        progress=Console(stderr=True),
+        truncation=truncation,
+        batch_tokens=batch_tokens,
+    )
+    figures = [point for point, _ in points.values()]
+    _show_evaluation(figures, repeats)
+    if output is not None:
+        from engine.loading import write_file
+
+        what = {"checkpoint": checkpoint, "data": data, "split": split, "rows": len(examples), **limits}
+        how = {"executor": model.executor.name, "batch_tokens": batch_tokens, "timed": report.WHAT_IS_TIMED}
+        record = {**what, **how, "environment": report.environment(), "points": [p.to_dict() for p in figures]}
+        write_file(output, json.dumps(record, indent=1) + "\n")
+
+
+@app.command()
+def explain(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Argument(metavar="TEXT", show_default=False)],
+    text_b: Annotated[str | None, typer.Argument(metavar="TEXT_B", help="Second text, for pairs.")] = None,
+    threshold: Threshold = None,
+    truncation: Annotated[bool, typer.Option("--truncation", help="Shorten a text beyond the model's limit.")] = False,
+) -> None:
+    """One text, layer by layer: what every exit decides and answers, and where the row leaves."""
+    from engine.console import say, show_table
+
+    row: Row = text if text_b is None else (text, text_b)
+    model = _load(checkpoint, "reference")
+    result = model.run([row], threshold=threshold, truncation=truncation)
+    left = int(result.exit_layers[0])
+    limit = model.config.threshold if threshold is None else threshold
+    lines = []
+    for layer, exit_probability, label, probability in _exit_answers(model, row):
+        if exit_probability is None:
+            decision = ["-", "always"]
+        else:
+            decision = [f"{exit_probability:.4f}", "yes" if exit_probability > limit else "no"]
+        lines.append(["->" if layer == left else "", str(layer), *decision, label, f"{probability:.4f}"])
+    console = Console()
+    header = ["", "layer", "exit probability", f"above {limit:g}", "label", "label's probability"]
+    show_table(console, header, lines, left=("label", ""))
+    layers = f"{left} of {model.config.num_layers} layers"
+    say(console, f"{result.labels[0]}, after {layers}. Below the arrow: what deeper exits would have said.")
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Folder with train, dev and maybe test, or hub:owner/name.")
+    ],
+    backbone: Annotated[
+        str | None, typer.Option(metavar="ID", help="Encoder to train exits on: hub id or folder.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Checkpoint folder to write.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Options to start from: a recipe's name, or a JSON file.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One option, e.g. init.epochs=3; repeat at will."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop the state of an earlier run instead of resuming it.")
+    ] = False,
+) -> None:
+    """Train exits on a backbone; a run that was stopped goes on where it was."""
+    from engine.train.config import TrainConfig, load_recipe, override
+
+    options = override(load_recipe(recipe) if recipe else {}, assignments or [])
+    given = {"data": data, "backbone": backbone, "output": output}
+    options.update({name: value for name, value in given.items() if value is not None})
+    for name in ("backbone", "output"):
+        if not isinstance(options.get(name), str):
+            raise ValueError(f"--{name} is missing: give it, or a recipe that names one")
+    options["output"] = str(Path(options["output"]))  # "out/" would put the run's state into the checkpoint
+    config = TrainConfig.from_dict(options)
+    with _progress_log():
+        from engine.train.trainer import Trainer, discard
+
+        if restart:
+            discard(config.output)
+        record = Trainer(config).run()
+    _show_training(record["result"], config.output)
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        str, typer.Option(help="A checkpoint trained on the StackOverflow questions.")
+    ] = "checkpoints/stackoverflow-minilm",
+    output: Annotated[
+        str, typer.Option(help="Where the accuracy-against-time curve goes (.png, .pdf or .svg).")
+    ] = "demo.png",
+    rows: Annotated[int | None, typer.Option(help="Only the first rows of the test split (default: all 1000).")] = None,
+) -> None:
+    """What the exits save on this machine: accuracy, depth and time on StackOverflow questions; about a minute."""
+    from engine.bench.demo import run_demo
+
+    run_demo(checkpoint, output, rows, Console(), Console(stderr=True))
+
+
+@app.command()
+def info(
+    checkpoint: Checkpoint,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """A checkpoint without its weights read: exits, classes, sizes, backbone, the figures of its model card."""
+    from engine.facts import checkpoint_facts
+
+    facts = checkpoint_facts(checkpoint)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _show_facts(facts)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def _load(checkpoint: str, executor: str) -> Engine:
+    import engine
+
+    return engine.load(checkpoint, executor=executor)
+
+
+def _argument_rows(texts: list[str], pair: bool) -> list[Row]:
+    if not pair:
+        return list(texts)
+    if len(texts) % 2:
+        raise ValueError(f"--pair takes texts two by two, got {len(texts)}")
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _stdin_rows(pair: bool) -> list[Row]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("no texts: give them as arguments, or pipe them in, one a line")
+    return read_rows(sys.stdin.buffer, pair)
+
+
+# -- results -----------------------------------------------------------------------------------------------------
+
+
+def _records(result: Classification) -> Iterator[dict[str, Any]]:
+    columns = zip(
+        result.labels,
+        result.label_ids.tolist(),
+        result.probabilities.amax(-1).tolist(),
+        result.exit_layers.tolist(),
+        result.exit_probabilities.tolist(),
+        strict=True,
+    )
+    for label, label_id, probability, exit_layer, exit_probability in columns:
+        yield {
+            "label": label,
+            "label_id": label_id,
+            "probability": probability,
+            "exit_layer": exit_layer,
+            "exit_probability": exit_probability,
+        }
+
+
+def _show_rows(result: Classification, rows: list[Row]) -> None:
+    from engine.console import show_table
+
+    lines = [
+        [r["label"], f"{r['probability']:.4f}", str(r["exit_layer"]), row if isinstance(row, str) else " | ".join(row)]
+        for r, row in zip(_records(result), rows, strict=True)
+    ]
+    show_table(Console(), ["label", "probability", "exit layer", "text"], lines, left=("label", "text"))
+
+
+def _thresholds(threshold: float | None, thresholds: str | None) -> list[float]:
+    """The thresholds asked for, without repeats; none: the checkpoint's."""
+    if thresholds is None:
+        return [] if threshold is None else [threshold]
+    if threshold is not None:
+        raise ValueError("give either --threshold or --thresholds")
+    try:
+        return list(dict.fromkeys(float(part) for part in thresholds.split(",")))
+    except ValueError:
+        raise ValueError(f"--thresholds must be numbers with commas between them, got {thresholds!r}") from None
+
+
+def _show_evaluation(points: list[Any], repeats: int) -> None:
+    from engine.bench.report import WHAT_IS_TIMED, show_histogram, show_points
+    from engine.console import say, show_table
+
+    console, full = Console(), points[0]
+    show_points(console, points, f"{full.rows} rows, {full.num_layers} layers")
+    say(console, f"Times are for all {full.rows} rows, {WHAT_IS_TIMED}.")
+    say(console, f"Every setting ran {repeats} times in turns, after a warm-up; time is the median.")
+    say(console, "t_full / t: the time at full depth divided by the line's.\n")
+    if len(points) == 2:
+        show_histogram(console, points[1].exit_histogram, f"Where rows leave ({points[1].name})")
+        return
+    layers = [str(layer) for layer in full.exit_histogram]
+    counts = [[p.name, *map(str, p.exit_histogram.values())] for p in points[1:]]
+    show_table(console, ["layer", *layers], counts, title="Rows that leave at each layer", left=("layer",))
+
+
+def _exit_answers(model: Engine, row: Row) -> Iterator[tuple[int, float | None, str, float]]:
+    """(layer, exit probability or None at the last layer, label, its probability) of every exit."""
+    import torch
+
+    config = model.config
+    texts = (row,) if isinstance(row, str) else row
+    encoding = model.tokenizer(*texts, truncation=True, max_length=config.max_length, return_tensors="pt")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    with torch.inference_mode():
+        exits = model.model(**{name: encoding[name] for name in names if name in encoding})
+    exit_probabilities = [*torch.sigmoid(exits.policy_logits[0].float()).tolist(), None]
+    best = torch.softmax(exits.logits[0].float(), -1).max(-1)
+    for k, layer in enumerate(config.exit_layers):
+        yield layer, exit_probabilities[k], config.labels[int(best.indices[k])], float(best.values[k])
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress_log() -> Iterator[None]:
+    """Training's log on stderr, above its progress bars."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    log = logging.getLogger("engine.train")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        with logging_redirect_tqdm([log]):
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
+def _show_training(result: dict[str, Any], output: str) -> None:
+    from engine.console import say, show_table
+
+    lines = [
+        [
+            name,
+            str(figures["rows"]),
+            f"{figures['accuracy_full_depth']:.4f}",
+            f"{figures['accuracy']:.4f}",
+            f"{figures['mean_depth']:.2f}",
+            f"{100 * figures['saved_layers']:.1f} %",
+        ]
+        for name, figures in result.items()
+        if isinstance(figures, dict)
+    ]
+    header = ["split", "rows", "accuracy, full depth", "accuracy, with exits", "mean depth", "saved layers"]
+    console = Console()
+    show_table(console, header, lines, title=f"{output}, exit threshold {result['threshold']:g}", left=("split",))
+    say(console, f"Layers are counted here, not timed: consistentee eval {output} --data ... measures times.")
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def _show_facts(facts: dict[str, Any]) -> None:
+    from engine.console import say, show_table
+
+    console, exits, backbone = Console(), facts["early_exit"], facts["backbone"]
+    source = "its own weights (model.safetensors)"
+    if backbone is not None:
+        source = f"{backbone['source']}, sha256 {backbone['sha256']}"
+        source += f", revision {backbone['revision']}" if backbone["revision"] else ""
+    lines = [
+        ["model", f"{facts['model_type']}, {exits['num_layers']} layers, hidden size {facts['hidden_size']}"],
+        ["backbone", source],
+        ["exits", f"layers {', '.join(map(str, exits['exit_layers']))}"],
+        ["leaves by", f"{exits['criterion']}, threshold {exits['threshold']:g}"],
+        ["pooler", exits["pooler"]],
+        ["policy hidden size", str(exits["policy_hidden_size"])],
+        ["longest row", f"{exits['max_length']} tokens"],
+        [f"{len(exits['labels'])} classes", ", ".join(exits["labels"])],
+    ]
+    show_table(console, [facts["checkpoint"], ""], lines, left=(facts["checkpoint"], ""))
+    say(console)
+    files = [
+        [name, f"{size:,}", f"{facts['parameters'][name]:,}" if name in facts["parameters"] else ""]
+        for name, size in facts["bytes"].items()
+    ]
+    files.append(["all", f"{facts['total_bytes']:,}", ""])
+    show_table(console, ["file", "bytes", "parameters"], files, left=("file",))
+    if facts["figures"]:
+        say(console)
+        header = list(facts["figures"][0])
+        show_table(
+            console, header, [list(row.values()) for row in facts["figures"]], title="Model card", left=(header[0],)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What a checkpoint says about its exits: the ``early_exit`` section of ``config.json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+POOLERS = ("shared", "per_layer", "none")
+CRITERIA = ("policy", "scripted")
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EarlyExitConfig:
+    """Exits of one multi-exit model. Immutable, checked once when it is made.
+
+    num_layers          transformer layers of the backbone, numbered 1 ... num_layers
+    exit_layers         layers that carry an exit, ascending; the last one is num_layers
+    labels              class names; a label id is the position in this tuple
+    pooler              what the exit reads of the first token's hidden state h: tanh(W h + b) with one W for all
+                        layers ("shared"), one per exit ("per_layer"), or h itself ("none")
+    policy_hidden_size  width of the policy's hidden layer (paper: two-layer MLP; 32 in the authors' code)
+    classifier_dropout  dropout before each internal classifier, in training only
+    criterion           when a row leaves, unless a run says otherwise
+    threshold           a row leaves when its exit probability is above this, unless a run says otherwise
+    max_length          longest row in tokens, special tokens included
+    """
+
+    num_layers: int
+    exit_layers: tuple[int, ...]
+    labels: tuple[str, ...]
+    pooler: str = "none"
+    policy_hidden_size: int = 32
+    classifier_dropout: float = 0.1
+    criterion: str = "policy"
+    threshold: float = 0.5
+    max_length: int = 512
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"early_exit.format_version is {self.format_version!r}, this engine reads {FORMAT_VERSION}: "
+                "load the checkpoint with the release that wrote it, or export it again"
+            )
+        _positive_int("num_layers", self.num_layers)
+        _positive_int("policy_hidden_size", self.policy_hidden_size)
+        _positive_int("max_length", self.max_length)
+        if not self.exit_layers or any(isinstance(x, bool) or not isinstance(x, int) for x in self.exit_layers):
+            raise ValueError(f"exit_layers must be a list of layer numbers, got {list(self.exit_layers)!r}")
+        if list(self.exit_layers) != sorted(set(self.exit_layers)) or self.exit_layers[0] < 1:
+            raise ValueError(
+                f"exit_layers must be ascending, without repeats, from 1 on, got {list(self.exit_layers)}"
+            )
+        if self.exit_layers[-1] != self.num_layers:
+            raise ValueError(
+                f"the last exit must stand at the last layer ({self.num_layers}), got exit_layers "
+                f"{list(self.exit_layers)}"
+            )
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must be two or more different names, got {list(self.labels)!r}")
+        if not all(isinstance(name, str) for name in self.labels):
+            raise TypeError(f"labels must be strings, got {list(self.labels)!r}")
+        if self.pooler not in POOLERS:
+            raise ValueError(f"pooler must be one of {', '.join(POOLERS)}, got {self.pooler!r}")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
+        _in_range("threshold", self.threshold, 0.0, 1.0)
+        _in_range("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exit_layers)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["exit_layers"] = list(self.exit_layers)
+        data["labels"] = list(self.labels)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "early_exit") -> EarlyExitConfig:
+        """Build from parsed JSON. Unknown and missing keys are a ValueError that names them."""
+        if not isinstance(data, dict):
+            raise TypeError(f"{where} must be a mapping, got {type(data).__name__}")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"{where} has unknown keys {unknown}; known keys are {sorted(known)}")
+        missing = sorted({"num_layers", "exit_layers", "labels"} - set(data))
+        if missing:
+            raise ValueError(f"{where} lacks the keys {missing}")
+        for key in ("exit_layers", "labels"):
+            if not isinstance(data[key], (list, tuple)):
+                raise TypeError(f"{where}.{key} must be a list, got {type(data[key]).__name__}")
+        return cls(**data)
+
+
+def _positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _in_range(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")

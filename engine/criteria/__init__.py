@@ -1,0 +1,7 @@
+"""When a row leaves: one file a family of criteria."""
+
+from engine.criteria.base import Criterion, ExitReading, Swept, make_criterion
+from engine.criteria.policy import Policy
+from engine.criteria.scripted import Scripted
+
+__all__ = ["Criterion", "ExitReading", "Policy", "Scripted", "Swept", "make_criterion"]

@@ -1,0 +1,91 @@
+"""The protocol between executors and criteria.
+
+A criterion owns per-row state, tensors whose first dimension is the row. The executor compacts them together with the
+rows, so an entry always belongs to the row at the same place of the current batch. Depth limits are the executor's:
+they hold for every criterion.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ExitReading(NamedTuple):
+    """What an exit offers to the decision about n rows; None where the criterion did not ask for it.
+
+    layer          1 ... L
+    first_tokens   [n, H] hidden state of each row's first token after this layer
+    policy_logits  [n] fp32, z; sigmoid(z) is the exit probability
+    class_logits   [n, C] of the internal classifier
+    """
+
+    layer: int
+    first_tokens: Tensor
+    policy_logits: Tensor | None
+    class_logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The value that trades accuracy for depth: its range, and which way is deeper."""
+
+    low: float
+    high: float
+    higher_is_deeper: bool
+
+
+class Criterion(ABC):
+    """When a row leaves.
+
+    needs_policy, needs_classifier  what the executor must compute at every exit before ``decide``
+    swept                           range and direction of ``threshold``; None where there is nothing to sweep
+    """
+
+    name: str
+    needs_policy: bool = False
+    needs_classifier: bool = False
+    swept: Swept | None = None
+
+    def may_decide(self, layer: int) -> bool:
+        """Whether rows may leave at ``layer`` at all; where not, the exit is not even read."""
+        return True
+
+    @abstractmethod
+    def begin(self, threshold: Tensor, exit_layers: Tensor | None) -> dict[str, Tensor]:
+        """Fresh per-row state. threshold [n] fp32, as the caller gave it; exit_layers [n] int32 for ``scripted``."""
+
+    @abstractmethod
+    def decide(self, reading: ExitReading, state: dict[str, Tensor]) -> Tensor:
+        """bool [n], true where the row leaves now. Runs on the rows' device and reads nothing back."""
+
+
+def check_threshold(criterion: Criterion, threshold: Tensor) -> None:
+    """ValueError where a threshold lies outside the criterion's range. threshold [n], on the host."""
+    if criterion.swept is None:
+        return
+    low, high = criterion.swept.low, criterion.swept.high
+    bad = ~((threshold >= low) & (threshold <= high))
+    if bool(bad.any()):
+        row = int(torch.nonzero(bad)[0])
+        raise ValueError(
+            f"threshold must lie in [{low:g}, {high:g}] for the {criterion.name} criterion, got "
+            f"{float(threshold[row]):g} (row {row})"
+        )
+
+
+def make_criterion(name: str | Criterion) -> Criterion:
+    """A criterion by name, or the one given."""
+    from engine.criteria.policy import Policy
+    from engine.criteria.scripted import Scripted
+
+    if isinstance(name, Criterion):
+        return name
+    known = {c.name: c for c in (Policy, Scripted)}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"criterion must be one of {', '.join(known)} or a Criterion, got {name!r}")
+    return known[name]()

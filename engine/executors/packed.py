@@ -1,0 +1,215 @@
+"""Eager execution over packed rows: layer, exit check, compact. Every later layer really is smaller."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.criteria import ExitReading
+from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
+from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
+from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS, lead_attention
+from engine.kernels.exits import add_layer_norm, embed_layer_norm, exit_policy
+from engine.kernels.packing import compact_lead
+from engine.models.encoder import MultiExitEncoder
+
+# First tokens first pays when a layer's products are limited by arithmetic. Below this many tokens they are limited by
+# the bytes of the weights, which that order reads twice: whole layers first is faster there.
+FIRST_TOKENS_FIRST_FROM = 96
+
+
+class PackedExecutor:
+    """Runs a MultiExitEncoder on packed rows, on the device and in the dtype of its weights."""
+
+    name = "packed"
+
+    def __init__(self, model: MultiExitEncoder):
+        self.model = model
+        self.weights = WatchedWeights(model)
+
+    def refresh(self) -> None:
+        """Read the module's weights again now."""
+        self.weights.refresh()
+
+    def run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
+        """Exit layer, exit probability and class logits of every row. One host read-back per exit check."""
+        with torch.inference_mode():
+            return _Pass(self.weights.current(), batch, options).run()
+
+
+class _Pass:
+    """One batch on its way down. ``hidden`` [T, H] in lead layout, over the rows that are still active."""
+
+    def __init__(self, weights: EncoderWeights, batch: PackedBatch, options: ExitOptions):
+        self.weights, self.options = weights, options
+        self.cu_seqlens = batch.cu_seqlens
+        self.num_rows = len(batch.lengths)
+        self.batch_rows = self.num_rows
+        self.hidden = embed_layer_norm(
+            batch.input_ids,
+            batch.token_type_ids,
+            batch.positions,
+            weights.word,
+            weights.token_type,
+            weights.position,
+            *weights.embedding_norm,
+        )
+        self.active: Tensor | None = None  # original row of each active row; None while all are active
+        self.state = options.criterion.begin(options.threshold, options.exit_layers)
+        if not options.uniform:
+            self.state = {**self.state, "_min_depth": options.min_depth, "_max_depth": options.max_depth}
+        self.left: list[tuple] = []
+
+    def run(self) -> RowOutputs:
+        options, deepest = self.options, self.options.deepest
+        for layer, weights in enumerate(self.weights.layers[:deepest], start=1):
+            if layer == deepest:
+                # Nobody goes on: the other tokens end here.
+                qkv = weights.qkv(self.hidden)
+                self._leave(layer, self._first_tokens(weights, qkv), None, None)
+                break
+            exit_weights = self.weights.exits.get(layer)
+            if exit_weights is None or layer < options.shallowest or not options.criterion.may_decide(layer):
+                self.hidden = self._whole_layer(weights)
+            elif len(self.hidden) >= FIRST_TOKENS_FIRST_FROM:
+                self._layer_first_tokens_first(layer, weights, exit_weights)
+            else:
+                self._layer_then_exit(layer, weights, exit_weights)
+            if self.num_rows == 0:
+                break
+        return self._results()
+
+    # -- layers --------------------------------------------------------------------------------------------------
+
+    def _attend(self, qkv: Tensor, rows: Tensor | None, part: int) -> Tensor:
+        size = qkv.shape[1] // 3
+        w = self.weights
+        return lead_attention(
+            qkv[:, :size],
+            qkv[:, size : 2 * size],
+            qkv[:, 2 * size :],
+            self.cu_seqlens,
+            rows,
+            w.num_heads,
+            w.scale,
+            part,
+            w.position_bias,
+        )
+
+    @staticmethod
+    def _finish(weights: LayerWeights, attended: Tensor, residual: Tensor) -> Tensor:
+        """The rest of a layer, token by token: output projection, Add & Norm, MLP, Add & Norm."""
+        x = add_layer_norm(weights.attention_output(attended), residual, *weights.attention_norm)
+        return add_layer_norm(weights.output(weights.intermediate(x, gelu=True)), x, *weights.output_norm)
+
+    def _first_tokens(self, weights: LayerWeights, qkv: Tensor) -> Tensor:
+        return self._finish(weights, self._attend(qkv, None, FIRST_TOKENS), self.hidden[: self.num_rows])
+
+    def _whole_layer(self, weights: LayerWeights) -> Tensor:
+        return self._finish(weights, self._attend(weights.qkv(self.hidden), None, ALL_TOKENS), self.hidden)
+
+    def _layer_then_exit(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
+        self.hidden = self._whole_layer(weights)
+        keep = self._exit(layer, exit_weights, self.hidden[: self.num_rows])
+        if keep is not None and self.num_rows:
+            self.hidden, self.cu_seqlens, _ = self._compact(self.hidden, keep)
+
+    def _layer_first_tokens_first(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
+        qkv = weights.qkv(self.hidden)
+        first = self._first_tokens(weights, qkv)
+        keep = self._exit(layer, exit_weights, first)
+        if self.num_rows == 0:
+            return
+        rows = None
+        residual = self.hidden
+        cu_seqlens = self.cu_seqlens
+        if keep is not None:
+            residual, cu_seqlens, rows = self._compact(self.hidden, keep)
+            first = first[keep]
+        others = self._finish(weights, self._attend(qkv, rows, OTHER_TOKENS), residual[self.num_rows :])
+        self.hidden = torch.cat([first, others])
+        self.cu_seqlens = cu_seqlens
+
+    # -- exits ---------------------------------------------------------------------------------------------------
+
+    def _exit(self, layer: int, weights: ExitWeights, first: Tensor) -> Tensor | None:
+        """Decide about the active rows and let the leaving ones go.
+
+        Returns None where nobody leaves, else keep (bool, over the rows before); then num_rows and the per-row state
+        are those of the survivors.
+        """
+        options = self.options
+        criterion = options.criterion
+        state = logits = classes = None
+        if criterion.needs_policy:
+            state, logits = exit_policy(first, *(weights.pooler or (None, None)), *weights.policy)
+        if criterion.needs_classifier:
+            state = self._exit_state(weights, first) if state is None else state
+            classes = torch.nn.functional.linear(state, *weights.classifier)
+        leave = criterion.decide(ExitReading(layer, first, logits, classes), self.state)
+        if not options.uniform:
+            forced = self.state["_max_depth"] <= layer
+            leave = (leave & (self.state["_min_depth"] <= layer)) | forced
+            logits = None if logits is None else logits.masked_fill(forced, torch.inf)
+        flags = leave.tolist()  # the read-back: on a CPU it costs nothing
+        leaving = sum(flags)
+        if leaving == 0:
+            return None
+        if leaving == len(flags):
+            self._leave(layer, first, state, logits)
+            self.num_rows = 0
+            return leave
+        self._leave(layer, first[leave], None if state is None else state[leave], None if logits is None else logits[leave], leave)
+        keep = ~leave
+        self.num_rows -= leaving
+        self.active = torch.nonzero(keep).flatten() if self.active is None else self.active[keep]
+        self.state = {name: value[keep] for name, value in self.state.items()}
+        return keep
+
+    @staticmethod
+    def _exit_state(weights: ExitWeights, first: Tensor) -> Tensor:
+        if weights.pooler is None:
+            return first
+        return torch.tanh(torch.nn.functional.linear(first, *weights.pooler))
+
+    def _leave(
+        self, layer: int, first: Tensor, state: Tensor | None, logits: Tensor | None, leave: Tensor | None = None
+    ) -> None:
+        """Classify rows that leave at ``layer``. leave: bool over the active rows, None where all of them leave."""
+        weights = self.weights.exits[layer]
+        if state is None:
+            state = self._exit_state(weights, first)
+        classes = torch.nn.functional.linear(state, *weights.classifier)
+        if leave is None:
+            rows = self.active
+        else:
+            rows = torch.nonzero(leave).flatten() if self.active is None else self.active[leave]
+        self.left.append((layer, rows, classes, logits))
+
+    def _results(self) -> RowOutputs:
+        if len(self.left) == 1 and self.left[0][1] is None:  # everybody left together
+            layer, _, classes, logits = self.left[0]
+            shape = (self.batch_rows,)
+            layers = torch.full(shape, layer, dtype=torch.int32, device=classes.device)
+            probs = torch.ones(shape, device=classes.device) if logits is None else torch.sigmoid(logits.float())
+            return RowOutputs(classes.float(), layers, probs)
+        first = self.left[0][2]
+        out = RowOutputs(
+            torch.empty(self.batch_rows, first.shape[1], dtype=torch.float32, device=first.device),
+            torch.empty(self.batch_rows, dtype=torch.int32, device=first.device),
+            torch.ones(self.batch_rows, dtype=torch.float32, device=first.device),
+        )
+        for layer, rows, classes, logits in self.left:
+            out.logits[rows] = classes.float()
+            out.exit_layers[rows] = layer
+            if logits is not None:
+                out.exit_probs[rows] = torch.sigmoid(logits.float())
+        return out
+
+    # -- compaction ----------------------------------------------------------------------------------------------
+
+    def _compact(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Survivors' tokens in lead layout, their cu_seqlens, and their rows among those before."""
+        compact, cu_seqlens, rows, _ = compact_lead(hidden, self.cu_seqlens, keep)
+        cu_seqlens = cu_seqlens[: self.num_rows + 1]
+        return compact[: int(cu_seqlens[-1])], cu_seqlens, rows[: self.num_rows]

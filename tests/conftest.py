@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests. No test may reach the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import engine
+from engine.loading import save_checkpoint
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """One thread for tiny tensors: on a busy machine, threads that wait for each other at every product cost eightfold.
+
+    The kernels' own tests keep the machine's number: there the parallel loops are what is tested.
+    """
+    threads = torch.get_num_threads()
+    if "kernels" not in request.path.parts:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture
+def model():
+    """A fresh BERT with exits at all four layers; a test may do with it what it likes."""
+    return tiny.tiny_model()
+
+
+@pytest.fixture
+def reference(model, tokenizer):
+    return engine.from_module(model, tokenizer, executor="reference")
+
+
+@pytest.fixture
+def packed(model, tokenizer):
+    return engine.from_module(model, tokenizer, executor="packed")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A checkpoint folder, to be read only; tests that damage one copy it."""
+    return save_checkpoint(tiny.tiny_model(), tmp_path_factory.mktemp("checkpoint") / "bert", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory):
+    """A Hugging Face folder of a tiny BERT with three layers, to be read only."""
+    return tiny.save_backbone(tmp_path_factory.mktemp("backbone") / "bert")
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory):
+    """A task with train, dev and test that a tiny model learns in seconds, to be read only."""
+    return tiny.write_task(tmp_path_factory.mktemp("task") / "keywords")

@@ -1,0 +1,459 @@
+"""One meaning, several executors: packed against reference, reference against Hugging Face, any batch against any other."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import engine
+from engine.executors import packed as packed_module
+from tests.tiny import (
+    FAMILIES,
+    MAX_LENGTH,
+    POOLERS,
+    assert_same,
+    borderline_rows,
+    every_exit,
+    hugging_face_logits,
+    padded,
+    random_rows,
+    tiny_model,
+)
+
+ORDERS = {"first tokens first": 0, "whole layers first": 10**9}
+FP32 = dict(rtol=1e-5, atol=3e-5)
+# Results are handed out in fp32: two fp64 computations may round to neighbours.
+FP64 = dict(rtol=1.3e-7, atol=1e-12)
+
+
+@pytest.fixture(params=ORDERS)
+def order(request, monkeypatch):
+    """Both orders of work inside a layer, at any batch size."""
+    monkeypatch.setattr(packed_module, "FIRST_TOKENS_FIRST_FROM", ORDERS[request.param])
+    return request.param
+
+
+def both(model):
+    return engine.from_module(model, executor="packed"), engine.from_module(model, executor="reference")
+
+
+def random_options(kind: str, n: int, exits: tuple[int, ...], seed: int) -> dict:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int):
+        return torch.randint(low, high + 1, (n,), generator=g)
+
+    if kind == "threshold":
+        return dict(threshold=torch.rand(n, generator=g))
+    if kind == "depths":
+        most = torch.tensor(exits)[draw(0, len(exits) - 1)]
+        least = (most - draw(0, exits[-1])).clamp(min=1)
+        return dict(min_depth=least.tolist(), max_depth=most.tolist(), threshold=torch.rand(n, generator=g).tolist())
+    if kind == "scripted":
+        return dict(criterion="scripted", exit_layers=torch.tensor(exits)[draw(0, len(exits) - 1)])
+    return {}
+
+
+def compare(model, got, want, rows, options, tolerance) -> int:
+    """Agreement but for borderline rows; returns how many of those there are."""
+    z = every_exit(model, rows).policy_logits
+    different = borderline_rows(got, want, z, model.config.exit_layers, options.get("threshold", 0.5))
+    same = torch.ones(len(rows), dtype=torch.bool)
+    same[different] = False
+    torch.testing.assert_close(got.logits[same], want.logits[same], **tolerance)
+    torch.testing.assert_close(got.probabilities[same], want.probabilities[same], **tolerance)
+    torch.testing.assert_close(got.exit_probabilities[same], want.exit_probabilities[same], **tolerance)
+    return len(different)
+
+
+# -- packed = reference ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exits", [None, (2, 4)], ids=["all exits", "exits 2 and 4"])
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_reference(family, pooler, exits, order):
+    model = tiny_model(family, pooler, exits)
+    fast, oracle = both(model)
+    borderline = total = 0
+    seen = set()
+    for seed, size in enumerate((1, 2, 3, 9, 30, 77)):
+        rows = random_rows(size, seed=seed)
+        for kind in ("plain", "threshold", "depths", "scripted"):
+            options = random_options(kind, size, model.config.exit_layers, seed)
+            want = oracle.run(padded(rows), **options)
+            got = fast.run(padded(rows), batch_tokens=10**6, **options)
+            borderline += compare(model, got, want, rows, options, FP32)
+            total += size
+            seen |= set(got.exit_layers.tolist())
+    assert seen == set(model.config.exit_layers)
+    assert borderline <= max(1, total // 200)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_reference_in_fp64(family, order):
+    model = tiny_model(family).double()
+    fast, oracle = both(model)
+    for seed, size in enumerate((1, 5, 60)):
+        rows = random_rows(size, seed=seed)
+        for kind in ("plain", "depths", "scripted"):
+            options = random_options(kind, size, model.config.exit_layers, seed)
+            want, got = oracle.run(padded(rows), **options), fast.run(padded(rows), batch_tokens=10**6, **options)
+            assert torch.equal(got.exit_layers, want.exit_layers)
+            assert compare(model, got, want, rows, options, FP64) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_errs_no_more_than_hugging_face(family, dtype, order):
+    """style.md 7, whole models: error against fp32 at most three times that of the plain modules in the same dtype."""
+    model = tiny_model(family)
+    rows = random_rows(60, seed=3)
+    options = random_options("scripted", 60, model.config.exit_layers, 4)
+    fast, oracle = both(model)
+    exact, exact_free = oracle.run(padded(rows), **options), oracle.run(padded(rows))
+    z = every_exit(model, rows).policy_logits
+    model.to(dtype)
+    plain, got = oracle.run(padded(rows), **options), fast.run(padded(rows), **options)
+    assert torch.equal(got.exit_layers, exact.exit_layers)
+    for name in ("logits", "exit_probabilities"):
+        error, allowed = ((getattr(x, name) - getattr(exact, name)).abs() for x in (got, plain))
+        assert float(allowed.max()) > 0, "the model ran in full precision"
+        assert float(error.max()) <= 3 * float(allowed.max()) + 1e-3
+        assert float(error.mean()) <= 3 * float(allowed.mean()) + 1e-4
+    # Decisions: whoever leaves elsewhere than in fp32 stood within rounding of the threshold.
+    rounding = (every_exit(model, rows).policy_logits.float() - z).abs().max()
+    borderline_rows(fast.run(padded(rows)), exact_free, z, model.config.exit_layers, margin=3 * float(rounding) + 1e-3)
+
+
+def test_the_token_limit_separates_the_two_orders(model, monkeypatch):
+    """With the limit as shipped, small batches do whole layers first and large ones first tokens first."""
+    calls = []
+    for name in ("_layer_first_tokens_first", "_layer_then_exit"):
+        original = getattr(packed_module._Pass, name)
+
+        def spy(self, *args, _name=name, _original=original):
+            calls.append((_name, len(self.hidden)))
+            return _original(self, *args)
+
+        monkeypatch.setattr(packed_module._Pass, name, spy)
+    fast, oracle = both(model)
+    limit = packed_module.FIRST_TOKENS_FIRST_FROM
+    for tokens in (limit // 4, limit - 1, limit, 3 * limit):
+        lengths = [7] * (tokens // 7) + [tokens % 7] * (tokens % 7 > 0)
+        rows = random_rows(len(lengths), seed=tokens, lengths=lengths)
+        # Half of the rows leave at each exit, so that the largest batch falls below the limit on its way.
+        script = [1 if i % 2 else 2 if i % 4 else 3 if i % 8 else 4 for i in range(len(rows))]
+        options = dict(criterion="scripted", exit_layers=script, batch_tokens=10**9)
+        calls.clear()
+        assert_same(fast.run(padded(rows), **options), oracle.run(padded(rows), **options), **FP32)
+        assert calls[0] == ("_layer_first_tokens_first" if tokens >= limit else "_layer_then_exit", tokens)
+        for name, left in calls:
+            assert (name == "_layer_first_tokens_first") == (left >= limit)
+    assert {name for name, _ in calls} == {"_layer_first_tokens_first", "_layer_then_exit"}, "no batch crossed the limit"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scripted_exits_are_exact(family, order):
+    """The given layer, and the logits that this layer's exit has for the row."""
+    model = tiny_model(family)
+    exits = model.config.exit_layers
+    rows = random_rows(50, seed=11)
+    out = every_exit(model, rows)
+    for seed in range(3):
+        script = random_options("scripted", 50, exits, seed)["exit_layers"]
+        got = both(model)[0].run(padded(rows), criterion="scripted", exit_layers=script)
+        assert got.exit_layers.tolist() == script.tolist()
+        torch.testing.assert_close(got.logits, out.logits[torch.arange(50), script - 1], **FP32)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+def test_everybody_leaves_at_once(model, layer, order):
+    fast, oracle = both(model)
+    for size in (1, 2, 40):
+        rows = random_rows(size, seed=size)
+        options = dict(criterion="scripted", exit_layers=layer)
+        got = fast.run(padded(rows), **options)
+        assert got.exit_layers.tolist() == [layer] * size
+        assert_same(got, oracle.run(padded(rows), **options), **FP32)
+        forced = fast.run(padded(rows), max_depth=layer, threshold=1.0)
+        torch.testing.assert_close(forced.logits, got.logits, **FP32)
+        assert forced.exit_probabilities.tolist() == [1.0] * size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exits_that_never_fire_equal_exits_removed(family, order):
+    """style.md 7: bit for bit where the path is the same."""
+    fast, _ = both(tiny_model(family))
+    rows = random_rows(30, seed=2)
+    never, removed = fast.run(padded(rows), threshold=1.0), fast.run(padded(rows), min_depth=4)
+    assert never.exit_layers.tolist() == removed.exit_layers.tolist() == [4] * 30
+    if order == "whole layers first":
+        assert torch.equal(never.logits, removed.logits)
+    assert_same(never, removed, **FP32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [MAX_LENGTH], [1] * 40, [1] * 150, [MAX_LENGTH] * 5, [1, MAX_LENGTH] * 6, [2, 1, 1, 2, MAX_LENGTH, 1]],
+    ids=lambda lengths: f"{len(lengths)} rows, {sum(lengths)} tokens",
+)
+def test_extreme_lengths(family, lengths, order):
+    model = tiny_model(family)
+    fast, oracle = both(model)
+    rows = random_rows(len(lengths), seed=5, lengths=lengths)
+    compare(model, fast.run(padded(rows)), oracle.run(padded(rows)), rows, {}, FP32)
+    options = random_options("scripted", len(rows), model.config.exit_layers, 6)
+    assert_same(fast.run(padded(rows), **options), oracle.run(padded(rows), **options), **FP32)
+
+
+@pytest.mark.parametrize("exits", [(4,), (1, 4), (3, 4)])
+def test_few_exits(exits, order):
+    model = tiny_model(exit_layers=exits)
+    fast, oracle = both(model)
+    rows = random_rows(40, seed=8)
+    got = fast.run(padded(rows))
+    assert set(got.exit_layers.tolist()) == set(exits)
+    compare(model, got, oracle.run(padded(rows)), rows, {}, FP32)
+
+
+# -- reference = Hugging Face ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("executor", ["reference", "packed"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooler", ["shared", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exits_removed_equal_hugging_face(family, pooler, side, executor):
+    model = tiny_model(family, pooler)
+    lengths = [1, 2, 17, MAX_LENGTH - 1, MAX_LENGTH, 5]
+    batch = padded(random_rows(6, seed=1, lengths=lengths), side, pad_id=model.encoder_backbone.config.pad_token_id)
+    got = engine.from_module(model, executor=executor).run(batch, min_depth=4)
+    assert got.exit_layers.tolist() == [4] * 6
+    torch.testing.assert_close(got.logits, hugging_face_logits(model, batch), **FP32)
+    assert got.stats.tokens == sum(lengths)
+
+
+@pytest.mark.parametrize("executor", ["reference", "packed"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_segment_ids_equal_hugging_face(model, side, executor):
+    rows = random_rows(5, seed=3, shortest=4)
+    types = [[0] * (len(r) // 2) + [1] * (len(r) - len(r) // 2) for r in rows]
+    batch = padded(rows, side, types=types)
+    got = engine.from_module(model, executor=executor).run(batch, min_depth=4)
+    torch.testing.assert_close(got.logits, hugging_face_logits(model, batch), **FP32)
+    without = engine.from_module(model, executor=executor).run(padded(rows), min_depth=4)
+    assert float((got.logits - without.logits).abs().min(1).values.max()) > 1e-3, "segment ids have no effect"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_early_exits_equal_a_shorter_hugging_face_model(family):
+    """A row that leaves at layer l is classified from Hugging Face's hidden state l."""
+    model = tiny_model(family, "per_layer")
+    batch = padded(random_rows(12, seed=4), pad_id=model.encoder_backbone.config.pad_token_id)
+    with torch.no_grad():
+        hidden = model.encoder_backbone(**batch, output_hidden_states=True).hidden_states
+    for layer in (1, 2, 3):
+        got = engine.from_module(model).run(batch, criterion="scripted", exit_layers=layer)
+        with torch.no_grad():
+            state = torch.tanh(model.exits.poolers[layer - 1](hidden[layer][:, 0]))
+            torch.testing.assert_close(got.logits, model.exits.classifiers[layer - 1](state), **FP32)
+            z = model.exits.policies[layer - 1](state)
+        torch.testing.assert_close(got.exit_probabilities, torch.sigmoid(z), **FP32)
+
+
+# -- batch composition -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_equals_its_rows_one_by_one(family, executor):
+    model = tiny_model(family)
+    run = engine.from_module(model, executor=executor).run
+    rows = random_rows(90, seed=21)
+    together = run(padded(rows), batch_tokens=10**6)
+    alone = [run(padded([row])) for row in rows]
+    for name in ("exit_layers", "logits", "probabilities", "exit_probabilities"):
+        object.__setattr__(alone[0], name, torch.cat([getattr(x, name) for x in alone]))
+    assert compare(model, together, alone[0], rows, {}, FP32) <= 1
+    assert min(together.stats.exit_histogram.values()) > 0
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+def test_row_order_does_not_matter(model, executor):
+    run = engine.from_module(model, executor=executor).run
+    rows = random_rows(70, seed=22)
+    options = random_options("depths", 70, (1, 2, 3, 4), 5)
+    first = run(padded(rows), **options)
+    for seed in range(3):
+        place = torch.randperm(70, generator=torch.Generator().manual_seed(seed)).tolist()
+        moved = {name: [list(value)[i] for i in place] for name, value in options.items()}
+        got = run(padded([rows[i] for i in place]), batch_tokens=(10**6, 300, 64)[seed], **moved)
+        assert torch.equal(got.exit_layers, first.exit_layers[place])
+        torch.testing.assert_close(got.logits, first.logits[place], **FP32)
+        torch.testing.assert_close(got.exit_probabilities, first.exit_probabilities[place], **FP32)
+        assert got.labels == [first.labels[i] for i in place]
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+@pytest.mark.parametrize("kind", ["plain", "threshold", "depths", "scripted"])
+def test_batch_tokens_does_not_matter(model, kind, executor):
+    run = engine.from_module(model, executor=executor).run
+    rows = random_rows(50, seed=23)
+    options = random_options(kind, 50, (1, 2, 3, 4), 9)
+    first = run(padded(rows), batch_tokens=10**6, **options)
+    assert first.stats.micro_batches == 1
+    for batch_tokens in (1, 61, 500):
+        got = run(padded(rows), batch_tokens=batch_tokens, **options)
+        assert_same(got, first, **FP32)
+        assert got.labels == first.labels and got.stats.exit_histogram == first.stats.exit_histogram
+        assert got.stats.micro_batches > 1 or batch_tokens > sum(map(len, rows))
+
+
+def test_micro_batches_respect_the_token_budget(model, monkeypatch):
+    fast = engine.from_module(model)
+    seen, original = [], fast.executor.run
+
+    def spy(batch, options):
+        seen.append(batch.lengths)
+        return original(batch, options)
+
+    monkeypatch.setattr(fast.executor, "run", spy)
+    rows = random_rows(60, seed=24)
+    assert fast.run(padded(rows), batch_tokens=100).stats.micro_batches == len(seen)
+    assert sorted(n for lengths in seen for n in lengths) == sorted(map(len, rows))
+    assert all(sum(lengths) <= 100 or len(lengths) == 1 for lengths in seen)
+    assert all(max(later) <= min(earlier) for earlier, later in zip(seen, seen[1:])), "not sorted by length"
+
+
+def test_rows_really_leave(model, order, monkeypatch):
+    """Nothing is computed for a row behind its exit: the survivors' tokens are all that the next layer gets."""
+    rows = random_rows(20, seed=25)
+    script = torch.arange(20) % 4 + 1
+    tokens = []
+    for name in ("_layer_first_tokens_first", "_layer_then_exit"):
+        original = getattr(packed_module._Pass, name)
+
+        def spy(self, layer, *args, _original=original):
+            tokens.append((layer, len(self.hidden), self.num_rows, len(self.cu_seqlens) - 1, int(self.cu_seqlens[-1])))
+            return _original(self, layer, *args)
+
+        monkeypatch.setattr(packed_module._Pass, name, spy)
+    engine.from_module(model).run(padded(rows), criterion="scripted", exit_layers=script)
+    for layer, held, active, sequences, last in tokens:
+        staying = [len(row) for row, exit_layer in zip(rows, script) if exit_layer >= layer]
+        assert (held, active, sequences, last) == (sum(staying), len(staying), len(staying), sum(staying))
+    assert [layer for layer, *_ in tokens] == [1, 2, 3]
+
+
+# -- side effects ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+def test_a_model_in_training_mode(model, executor):
+    """No dropout is applied, no random number is drawn, the mode stays; also where parts of the model are in eval mode."""
+    rows = padded(random_rows(20, seed=30))
+    run = engine.from_module(model, executor=executor).run
+    want = run(rows)
+    model.train()
+    model.backbone.encoder.layer[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    got = run(rows)
+    assert_same(got, want, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    changed = [name for name, module in model.named_modules() if module.training != modes[name]]
+    assert not changed, f"modes changed by inference: {changed}"
+
+
+def test_reference_restores_the_mode_after_an_error(model):
+    model.train()
+    oracle = engine.from_module(model, executor="reference")
+    oracle.run(padded(random_rows(2)))
+    model.exits.classifiers[2] = torch.nn.Linear(7, 3)
+    with pytest.raises(RuntimeError):
+        oracle.run(padded(random_rows(2)))
+    assert model.training
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+def test_a_run_between_forward_and_backward(model, executor):
+    batch = padded(random_rows(8, seed=31))
+    run = engine.from_module(model, executor=executor).run
+
+    def gradients(between):
+        model.zero_grad()
+        loss = model(**batch).logits.square().mean()
+        between()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain, disturbed = gradients(lambda: None), gradients(lambda: run(batch))
+    assert plain and all(torch.equal(a, b) for a, b in zip(plain, disturbed, strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+def test_two_threads_share_an_engine(model, executor):
+    shared = engine.from_module(model, executor=executor)
+    batches = [padded(random_rows(n, seed=n)) for n in (1, 5, 20, 40)]
+    options = [{}, dict(threshold=0.3), dict(max_depth=2), dict(min_depth=3)]
+    expected = [engine.from_module(model, executor=executor).run(b, **o) for b, o in zip(batches, options)]
+    problems, start = [], threading.Barrier(2)
+
+    def work(offset: int) -> None:
+        try:
+            start.wait(10)
+            for step in range(40):
+                k = (step + offset) % len(batches)
+                assert_same(shared.run(batches[k], **options[k]), expected[k], **FP32)
+        except BaseException as error:  # the thread's own failure would pass unseen
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not problems, problems[0]
+
+
+def test_reference_in_two_threads_on_a_model_in_training_mode(model, monkeypatch):
+    """The second run starts while the first is under way and ends after it: no dropout in it, and the mode comes back."""
+    oracle = engine.from_module(model, executor="reference")
+    batch = padded(random_rows(20, seed=32))
+    want = oracle.run(batch)
+    model.train()
+    first_inside, second_inside, first_done = threading.Event(), threading.Event(), threading.Event()
+    original, results = model.hidden_states, {}
+
+    def slow(*args):
+        if threading.current_thread().name == "first":
+            first_inside.set()
+            second_inside.wait(2)
+        else:
+            second_inside.set()
+            first_done.wait(2)
+        return original(*args)
+
+    monkeypatch.setattr(model, "hidden_states", slow)
+
+    def work() -> None:
+        name = threading.current_thread().name
+        results[name] = oracle.run(batch)
+        if name == "first":
+            first_done.set()
+
+    first, second = (threading.Thread(target=work, name=name) for name in ("first", "second"))
+    first.start()
+    first_inside.wait(10)
+    second.start()
+    first.join(20)
+    second.join(20)
+    assert model.training and all(m.training for m in model.modules())
+    assert_same(results["first"], want, atol=0)
+    assert_same(results["second"], want, atol=0)

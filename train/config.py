@@ -1,0 +1,272 @@
+"""Every choice of a training run, in one frozen record that is checked before work starts and saved with the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.train.objectives import INDICATORS, REWARD_KINDS, WEIGHTINGS
+from engine.train.policy_gradient import BASELINES, BEHAVIOURS
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class OptimiserOptions:
+    """AdamW (eps 1e-8, no weight decay), linear decay to 0 without warm-up, gradient norm clipped at 1."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        _at_least(type(self).__name__, "epochs", self.epochs, 0)
+        _at_least(type(self).__name__, "batch_size", self.batch_size, 1)
+        _number(type(self).__name__, "learning_rate", self.learning_rate, low=0.0, open_low=True)
+
+
+@dataclass(frozen=True)
+class InitOptions(OptimiserOptions):
+    """Step 1, Eq. 1-2. weighting: w_l = l ("layer") or 1 ("equal")."""
+
+    epochs: int = 5
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    weighting: str = "layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("init.weighting", self.weighting, WEIGHTINGS)
+
+
+@dataclass(frozen=True)
+class PolicyOptions(OptimiserOptions):
+    """Step 3, Eq. 5, on cached states and losses.
+
+    method          closed_form (exact expected reward; ours, default) or reinforce (the paper's)
+    reward          hardness (Eq. 4) or vanilla (Eq. 3)
+    alpha           price of a layer; None: the middle of objectives.alpha_grid
+    ml_refresh      memorized layer computed every round (paper) or once, after step 1 (authors' code)
+    initialisation  zero (exit probability 0.5 everywhere) or uniform_hazard (every exit equally likely)
+    warm_start_epochs  epochs of binary cross-entropy on the sign of the exact gradient before the objective
+    entropy_bonus   closed_form only
+    behaviour, num_samples, baseline, ratio_clip, epsilon_*  reinforce only
+    """
+
+    epochs: int = 10
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    method: str = "closed_form"
+    reward: str = "hardness"
+    alpha: float | None = None
+    ml_refresh: str = "round"
+    initialisation: str = "uniform_hazard"
+    warm_start_epochs: int = 0
+    entropy_bonus: float = 0.0
+    behaviour: str = "bernoulli"
+    num_samples: int = 8
+    baseline: str = "leave_one_out"
+    ratio_clip: float | None = 10.0
+    epsilon_start: float = 0.05
+    epsilon_end: float = 0.005
+    epsilon_tau: float = 1000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("policy.method", self.method, ("closed_form", "reinforce"))
+        _one_of("policy.reward", self.reward, REWARD_KINDS)
+        _one_of("policy.ml_refresh", self.ml_refresh, ("round", "once"))
+        _one_of("policy.initialisation", self.initialisation, ("zero", "uniform_hazard"))
+        _one_of("policy.behaviour", self.behaviour, BEHAVIOURS)
+        _one_of("policy.baseline", self.baseline, BASELINES)
+        _at_least("policy", "num_samples", self.num_samples, 2 if self.baseline == "leave_one_out" else 1)
+        _at_least("policy", "warm_start_epochs", self.warm_start_epochs, 0)
+        if self.alpha is not None:
+            _number("policy", "alpha", self.alpha, low=0.0)
+        _number("policy", "entropy_bonus", self.entropy_bonus, low=0.0)
+
+
+@dataclass(frozen=True)
+class TaskOptions(OptimiserOptions):
+    """Step 4, Eq. 6. indicator: which exits have a loss (greedy, sample, expected)."""
+
+    epochs: int = 1
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    indicator: str = "greedy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("task.indicator", self.indicator, INDICATORS)
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """After the rounds: policies for every alpha on one cache, the operating point chosen on the calibration part.
+
+    alphas      multiples of policy.alpha; empty keeps the policy of the best round at threshold 0.5
+    thresholds  exit thresholds tried for each alpha
+    max_relative_loss  the deepest saving whose calibration accuracy is at least (1 - this) x the reference
+    reference   "full_depth" (this model's last exit), or an accuracy on the same calibration part
+    """
+
+    alphas: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+    thresholds: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+    max_relative_loss: float = 0.0
+    reference: str | float = "full_depth"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alphas", tuple(self.alphas))
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        _number("select", "max_relative_loss", self.max_relative_loss, low=0.0, high=1.0)
+        for value in self.alphas:
+            _number("select", "alphas", value, low=0.0)
+        for value in self.thresholds:
+            _number("select", "thresholds", value, low=0.0, high=1.0)
+        if self.alphas and not self.thresholds:
+            raise ValueError("select.thresholds must not be empty where alphas are swept")
+        if self.reference != "full_depth":
+            _number("select", "reference", self.reference, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters on the backbone's linear layers (peft); rank 0: full fine-tuning."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        _at_least("lora", "rank", self.rank, 0)
+        _number("lora", "alpha", self.alpha, low=0.0, open_low=True)
+        _number("lora", "dropout", self.dropout, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One ConsistentEE run.
+
+    backbone           hub id or folder of a BERT, RoBERTa or MPNet encoder
+    data               folder or hub:owner/name with train, dev and maybe test (engine.train.data.load_folder)
+    output             checkpoint folder to write; the run's state stands beside it, in <output>.run
+    pooler             none, shared or per_layer (EarlyExitConfig). "none" is the paper's literal reading, and the
+                       default because it is better and cheaper: with a shared pooler the first two MiniLM exits stay
+                       near chance on StackOverflow, and each exit check multiplies by one more H x H matrix
+    exit_layers        None: every layer
+    calibration_share  part of train that training never sees: rounds, alpha and threshold are chosen on it
+    drop_leaked        drop train rows whose text also stands in dev or test
+    max_rounds         of {memorized layer, policy, task}; fewer when the calibration objective
+                       mean(-CE - alpha * depth) improves by less than ``tolerance`` (relative)
+    """
+
+    backbone: str
+    data: str
+    output: str
+    pooler: str = "none"
+    exit_layers: tuple[int, ...] | None = None
+    policy_hidden_size: int = 32
+    classifier_dropout: float = 0.1
+    max_length: int = 128
+    calibration_share: float = 0.1
+    drop_leaked: bool = True
+    seed: int = 42
+    device: str = "auto"
+    max_rounds: int = 5
+    tolerance: float = 1e-3
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    init: InitOptions = field(default_factory=InitOptions)
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    task: TaskOptions = field(default_factory=TaskOptions)
+    select: SelectOptions = field(default_factory=SelectOptions)
+
+    def __post_init__(self) -> None:
+        if self.exit_layers is not None:
+            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        _number("train", "calibration_share", self.calibration_share, low=0.0, high=1.0, open_low=True)
+        _at_least("train", "max_rounds", self.max_rounds, 0)
+        _at_least("train", "max_length", self.max_length, 3)
+        _number("train", "tolerance", self.tolerance, low=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
+        return _build(cls, data, "train")
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Options of a recipe: a name in engine/train/recipes, or a JSON file."""
+    path = RECIPES / f"{name}.json"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.json")))
+        raise FileNotFoundError(f"recipe {name!r} is neither a file nor one of: {known}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: a recipe must be a JSON object, got {type(data).__name__}")
+    return data
+
+
+def override(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply ``key=value`` or ``group.key=value``; values are JSON, or strings where they are not."""
+    merged = json.loads(json.dumps(options))
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ValueError(f"expected key=value, got {assignment!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        target = merged
+        *groups, last = key.split(".")
+        for group in groups:
+            target = target.setdefault(group, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"{assignment!r}: {group} is not a group of options")
+        target[last] = value
+    return merged
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise TypeError(f"{where} must be a group of options, got {type(data).__name__}: {data!r}")
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has unknown options {unknown}; known are {sorted(known)}")
+    values = dict(data)
+    for name, value in data.items():
+        default = known[name].default_factory
+        if is_dataclass(default):
+            values[name] = _build(default, value, name)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise TypeError(f"{where}: {error}") from None
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _at_least(where: str, name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{where}.{name} must be an integer of at least {low}, got {value!r}")
+
+
+def _number(where: str, name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (open_low and value == low):
+        side = "(" if open_low else "["
+        raise ValueError(f"{where}.{name} must lie in {side}{low:g}, {high:g}], got {value!r}")
