@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.bench.record import RESULTS, figure, write_result
 
@@ -28,32 +28,57 @@ ALPHAS = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
-# Variants of full fine-tuning, the same batch size for both methods: (exit layers, learning rate, epochs, rounds).
-# M-CID is 15 times smaller: more epochs. An exit at every layer costs accuracy at the deep ones, so fewer are tried too.
+
+
+class Variant(NamedTuple):
+    """One way to fine-tune all weights. warm: epochs of the last exit alone, ahead of Eq. 2 and counted in epochs."""
+
+    exits: tuple[int, ...]
+    rate: float
+    epochs: int
+    rounds: int = 1
+    warm: int = 0
+    pooler: str = "none"
+
+    @property
+    def name(self) -> str:
+        parts = ["".join(map(str, self.exits)), f"{self.rate:g}", str(self.epochs), str(self.rounds)]
+        return "-".join(parts + [f"warm{self.warm}"] * bool(self.warm) + [self.pooler] * (self.pooler != "none"))
+
+
+# The same batch size for both methods. M-CID is 15 times smaller: more epochs. An exit at every layer costs accuracy at
+# the deep ones, so fewer are tried too.
 _ALL = (1, 2, 3, 4, 5, 6)
 _BATCH_SIZE = {"stackoverflow": 32, "mcid": 16}
-_VARIANTS: dict[str, dict[str, list[tuple]]] = {
+_VARIANTS: dict[str, dict[str, list[Variant]]] = {
     "stackoverflow": {
         "exits": [
-            ((3, 4, 5, 6), 1e-4, 4, 1),
-            ((3, 6), 1e-4, 4, 1),
-            ((4, 6), 1e-4, 4, 1),
-            ((3, 4, 5, 6), 5e-5, 6, 1),
-            (_ALL, 1e-4, 5, 2),
-            (_ALL, 2e-4, 3, 2),
+            Variant((3, 4, 5, 6), 1e-4, 6, warm=3),
+            Variant((3, 6), 1e-4, 6, warm=3),
+            Variant((3, 4, 5, 6), 1e-4, 4, pooler="per_layer"),
+            Variant((3, 4, 5, 6), 1e-4, 4),
+            Variant((3, 6), 1e-4, 4),
+            Variant((4, 6), 1e-4, 4),
+            Variant((3, 4, 5, 6), 5e-5, 6),
+            Variant(_ALL, 1e-4, 5, rounds=2),
+            Variant(_ALL, 2e-4, 3, rounds=2),
         ],
-        "baseline": [((6,), 5e-5, 4, 0), ((6,), 1e-4, 4, 0)],
+        "baseline": [Variant((6,), 5e-5, 4, rounds=0), Variant((6,), 1e-4, 4, rounds=0)],
     },
     "mcid": {
         "exits": [
-            ((3, 4, 5, 6), 1e-4, 20, 1),
-            ((3, 6), 1e-4, 20, 1),
-            ((4, 6), 1e-4, 20, 1),
-            ((3, 4, 5, 6), 5e-5, 40, 1),
-            (_ALL, 1e-4, 20, 2),
-            (_ALL, 2e-4, 20, 2),
+            Variant((3, 4, 5, 6), 1e-4, 30, warm=15),
+            Variant((4, 5, 6), 1e-4, 30, warm=15),
+            Variant((3, 4, 5, 6), 1e-4, 20, pooler="per_layer"),
+            Variant((3, 4, 5, 6), 1e-4, 20, pooler="shared"),
+            Variant((3, 4, 5, 6), 1e-4, 20),
+            Variant((3, 6), 1e-4, 20),
+            Variant((4, 6), 1e-4, 20),
+            Variant((3, 4, 5, 6), 5e-5, 40),
+            Variant(_ALL, 1e-4, 20, rounds=2),
+            Variant(_ALL, 2e-4, 20, rounds=2),
         ],
-        "baseline": [((6,), 5e-5, 20, 0), ((6,), 1e-4, 20, 0)],
+        "baseline": [Variant((6,), 5e-5, 20, rounds=0), Variant((6,), 1e-4, 20, rounds=0)],
     },
 }
 _CALIBRATION_SHARE = {"stackoverflow": 0.1, "mcid": 0.2}
@@ -64,29 +89,27 @@ def jobs() -> list[dict[str, Any]]:
     found = []
     for dataset in DATASETS:
         for method, variants in _VARIANTS[dataset].items():
-            for exits, rate, epochs, rounds in variants:
+            for v in variants:
                 for seed in SEEDS:
                     options: dict[str, Any] = {
                         "backbone": BACKBONE,
                         "seed": seed,
-                        "exit_layers": exits,
+                        "exit_layers": v.exits,
+                        "pooler": v.pooler,
                         "calibration_share": _CALIBRATION_SHARE[dataset],
-                        "max_rounds": rounds,
-                        "init": dict(epochs=epochs, batch_size=_BATCH_SIZE[dataset], learning_rate=rate),
-                        "task": dict(batch_size=_BATCH_SIZE[dataset], learning_rate=rate / 4),
+                        "max_rounds": v.rounds,
+                        "init": dict(
+                            epochs=v.epochs,
+                            batch_size=_BATCH_SIZE[dataset],
+                            learning_rate=v.rate,
+                            last_exit_epochs=v.warm,
+                        ),
+                        "task": dict(batch_size=_BATCH_SIZE[dataset], learning_rate=v.rate / 4),
                         "select": dict(alphas=ALPHAS, thresholds=THRESHOLDS),
                     }
-                    places = "".join(map(str, exits))
-                    found.append(
-                        {
-                            "name": f"{dataset}-{places}-{rate:g}-{epochs}-{rounds}-{seed}",
-                            "dataset": dataset,
-                            "seed": seed,
-                            "method": method,
-                            "variant": f"exits {places}, lr {rate:g}, {epochs} epochs, {rounds} rounds",
-                            "options": options,
-                        }
-                    )
+                    name = f"{dataset}-{v.name}-{seed}"
+                    job = dict(name=name, dataset=dataset, seed=seed, method=method, variant=v.name, options=options)
+                    found.append(job)
     return found
 
 

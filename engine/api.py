@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from engine.criteria import Criterion, make_criterion
-from engine.criteria.base import check_threshold
 from engine.executors import EXECUTORS, ExitOptions, PackedBatch, RowOutputs
 from engine.executors.base import TokenRow
 from engine.inputs import InputReader
 from engine.models.encoder import MultiExitEncoder
+from engine.options import OptionsReader, move_options, select_rows
 from engine.results import Classification, RunStats
 
 # Tokens per micro-batch: activations of one layer stay near the last-level cache of a small machine.
@@ -39,6 +38,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.executor = EXECUTORS[name](model)
+        self._options_reader = OptionsReader(model.config)
         backbone = model.encoder_backbone.config
         self._reader = InputReader(
             tokenizer,
@@ -95,7 +95,7 @@ class Engine:
         started = time.perf_counter()
         rows = self._reader.read(batch, truncation)
         chosen = make_criterion(self.config.criterion if criterion is None else criterion)
-        options = self._options(len(rows), chosen, threshold, min_depth, max_depth, exit_layers)
+        options = self._options_reader.options(len(rows), chosen, threshold, min_depth, max_depth, exit_layers)
         if batch_tokens is None:
             batch_tokens = DEFAULT_BATCH_TOKENS
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
@@ -108,56 +108,13 @@ class Engine:
                 outputs = self._run_all(rows, plan, options, progress)
             return self._results(outputs, sum(len(row.ids) for row in rows), len(plan), started)
 
-    # -- options -------------------------------------------------------------------------------------------------
-
-    def _options(self, n: int, criterion, threshold, min_depth, max_depth, exit_layers) -> ExitOptions:
-        num_layers, exits = self.config.num_layers, self.config.exit_layers
-        thresholds = _per_row("threshold", self.config.threshold if threshold is None else threshold, n, torch.float32)
-        check_threshold(criterion, thresholds)
-        least = _per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int32)
-        most = _per_row("max_depth", num_layers if max_depth is None else max_depth, n, torch.int32)
-        script = None
-        if min_depth is not None:
-            _check_layers("min_depth", least, 1, num_layers)
-        if max_depth is not None:
-            _check_layers("max_depth", most, exits[0], num_layers, ", where the first exit stands,")
-            # Rows leave through exits: the deepest one that is not beyond the limit.
-            places = torch.tensor(exits, dtype=torch.int32)
-            most = places[torch.searchsorted(places, most, right=True) - 1]
-        if min_depth is not None and max_depth is not None and bool((least > most).any()):
-            row = int(torch.nonzero(least > most)[0])
-            raise ValueError(
-                f"row {row} may not leave before layer {int(least[row])} (min_depth) but must have left by "
-                f"{int(most[row])} (the deepest exit within max_depth): exits stand at {list(exits)}"
-            )
-        if exit_layers is not None:
-            if criterion.name != "scripted":
-                raise ValueError(f"exit_layers is for the scripted criterion, got criterion {criterion.name!r}")
-            script = _per_row("exit_layers", exit_layers, n, torch.int32)
-            known = torch.isin(script, torch.tensor(exits, dtype=torch.int32))
-            if not bool(known.all()):
-                row = int(torch.nonzero(~known)[0])
-                raise ValueError(f"exit_layers[{row}] is {int(script[row])}, exits stand at {list(exits)}")
-        elif criterion.name == "scripted":
-            raise ValueError("the scripted criterion needs exit_layers: one layer, or one per row")
-        return ExitOptions(
-            criterion=criterion,
-            threshold=thresholds,
-            min_depth=least,
-            max_depth=most,
-            exit_layers=script,
-            shallowest=1 if min_depth is None or n == 0 else int(least.min()),
-            deepest=num_layers if max_depth is None or n == 0 else int(most.max()),
-            uniform=_uniform(min_depth) and _uniform(max_depth),
-        )
-
     # -- micro-batches -------------------------------------------------------------------------------------------
 
     def _run_micro_batch(self, rows: list[TokenRow], options: ExitOptions) -> RowOutputs:
         device = self.model.device
         batch = PackedBatch.from_rows(rows, self.model.family.first_position, device)
         if device.type != "cpu":
-            options = _move(options, device)
+            options = move_options(options, device)
         return self.executor.run(batch, options)
 
     def _run_all(
@@ -176,7 +133,7 @@ class Engine:
         )
         with bar:
             for indices in plan:
-                parts.append(self._run_micro_batch([rows[i] for i in indices], _select(options, indices)))
+                parts.append(self._run_micro_batch([rows[i] for i in indices], select_rows(options, indices)))
                 bar.update(len(indices))
         order = torch.tensor([i for indices in plan for i in indices])
         place = torch.empty_like(order)
@@ -208,38 +165,6 @@ class Engine:
         return Classification(labels, label_ids, probabilities, logits, exit_layers, exit_probs, stats)
 
 
-def _uniform(value: Any) -> bool:
-    return value is None or isinstance(value, int)
-
-
-def _per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
-    """One value or one per row -> [n] on the host."""
-    number = (int, float) if dtype.is_floating_point else int
-    if isinstance(value, number) and not isinstance(value, bool):
-        return torch.full((n,), value, dtype=dtype)
-    if isinstance(value, (str, bytes)) or not isinstance(value, (Iterable, Tensor)):
-        kind = "a number" if dtype.is_floating_point else "an integer"
-        raise TypeError(f"{name} must be {kind}, or one per row, got {type(value).__name__}: {value!r}")
-    try:
-        tensor = torch.as_tensor(value if isinstance(value, Tensor) else list(value))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must hold one number per row: {error}") from error
-    if tensor.dim() == 0:
-        tensor = tensor.expand(n)
-    if tuple(tensor.shape) != (n,):
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, the batch has {n} rows: give one value, or {n}")
-    if not dtype.is_floating_point and n and (tensor.is_floating_point() or tensor.dtype == torch.bool):
-        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
-    return tensor.detach().to("cpu", dtype)
-
-
-def _check_layers(name: str, layers: Tensor, low: int, high: int, why_low: str = "") -> None:
-    bad = (layers < low) | (layers > high)
-    if bool(bad.any()):
-        row = int(torch.nonzero(bad)[0])
-        raise ValueError(f"{name} must lie between {low}{why_low} and {high}, got {int(layers[row])} (row {row})")
-
-
 def _micro_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     """Row indices of each micro-batch: sorted by length, cut where the token budget is full."""
     if sum(lengths) <= batch_tokens and lengths:
@@ -253,29 +178,3 @@ def _micro_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
         plan[-1].append(index)
         tokens += lengths[index]
     return plan
-
-
-def _select(options: ExitOptions, indices: list[int]) -> ExitOptions:
-    """The options of some of the rows."""
-    index = torch.tensor(indices)
-    least, most = options.min_depth[index], options.max_depth[index]
-    return replace(
-        options,
-        threshold=options.threshold[index],
-        min_depth=least,
-        max_depth=most,
-        exit_layers=None if options.exit_layers is None else options.exit_layers[index],
-        shallowest=int(least.min()),
-        deepest=int(most.max()),
-    )
-
-
-def _move(options: ExitOptions, device: torch.device) -> ExitOptions:
-    script = options.exit_layers
-    return replace(
-        options,
-        threshold=options.threshold.to(device),
-        min_depth=options.min_depth.to(device),
-        max_depth=options.max_depth.to(device),
-        exit_layers=None if script is None else script.to(device),
-    )

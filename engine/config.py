@@ -24,6 +24,8 @@ class EarlyExitConfig:
     criterion           when a row leaves, unless a run says otherwise
     threshold           a row leaves when its exit probability is above this, unless a run says otherwise
     max_length          longest row in tokens, special tokens included
+    leave_rates         {threshold: expected share of the rows reaching each exit but the last that leave there}, as
+                        measured on the calibration part. Plans the order of work, never a decision; may be empty
     """
 
     num_layers: int
@@ -35,11 +37,13 @@ class EarlyExitConfig:
     criterion: str = "policy"
     threshold: float = 0.5
     max_length: int = 512
+    leave_rates: tuple[tuple[float, tuple[float, ...]], ...] = ()
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
         object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "leave_rates", tuple(sorted((t, tuple(rates)) for t, rates in self.leave_rates)))
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"early_exit.format_version is {self.format_version!r}, this engine reads {FORMAT_VERSION}: "
@@ -69,6 +73,15 @@ class EarlyExitConfig:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
         _in_range("threshold", self.threshold, 0.0, 1.0)
         _in_range("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
+        for threshold, rates in self.leave_rates:
+            _in_range("leave_rates: threshold", threshold, 0.0, 1.0)
+            if len(rates) != len(self.exit_layers) - 1:
+                raise ValueError(
+                    f"leave_rates at threshold {threshold:g} must have {len(self.exit_layers) - 1} entries, one for each "
+                    f"exit but the last, got {len(rates)}"
+                )
+            for rate in rates:
+                _in_range("leave_rates", rate, 0.0, 1.0)
 
     @property
     def num_exits(self) -> int:
@@ -78,10 +91,26 @@ class EarlyExitConfig:
     def num_labels(self) -> int:
         return len(self.labels)
 
+    def expected_leave_rates(self, threshold: float) -> dict[int, float]:
+        """{layer: expected share of the rows reaching it that leave there} for every exit but the last.
+
+        Interpolated between the measured thresholds; without measurements every exit is taken to be equally likely.
+        """
+        exits = self.exit_layers[:-1]
+        if threshold >= 1:
+            return dict.fromkeys(exits, 0.0)
+        if not self.leave_rates:
+            return {layer: 1 / (self.num_exits - k) for k, layer in enumerate(exits)}
+        above = next((i for i, (t, _) in enumerate(self.leave_rates) if t >= threshold), len(self.leave_rates) - 1)
+        (low, before), (high, after) = self.leave_rates[max(above - 1, 0)], self.leave_rates[above]
+        share = min(max((threshold - low) / (high - low), 0.0), 1.0) if high > low else 1.0
+        return {layer: (1 - share) * a + share * b for layer, a, b in zip(exits, before, after)}
+
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["exit_layers"] = list(self.exit_layers)
         data["labels"] = list(self.labels)
+        data["leave_rates"] = [[threshold, list(rates)] for threshold, rates in self.leave_rates]
         return data
 
     @classmethod
@@ -99,6 +128,9 @@ class EarlyExitConfig:
         for key in ("exit_layers", "labels"):
             if not isinstance(data[key], (list, tuple)):
                 raise TypeError(f"{where}.{key} must be a list, got {type(data[key]).__name__}")
+        rates = data.get("leave_rates", ())
+        if not isinstance(rates, (list, tuple)) or not all(isinstance(r, (list, tuple)) and len(r) == 2 for r in rates):
+            raise TypeError(f"{where}.leave_rates must be a list of [threshold, rates] pairs, got {rates!r}")
         return cls(**data)
 
 

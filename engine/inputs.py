@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from engine.executors.base import TokenRow
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAPPING_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -74,62 +76,51 @@ class InputReader:
             raise ValueError(f"the batch has unknown keys {unknown}; allowed are {list(_MAPPING_KEYS)}")
         if "input_ids" not in keys:
             raise ValueError(f"the batch lacks input_ids; it has {keys}")
-        if not isinstance(batch["input_ids"], Tensor) and len(batch["input_ids"]) == 0:
-            return []
-        ids = _integer_matrix("input_ids", batch["input_ids"])
-        if ids.shape[0] == 0:
-            return []
-        mask = torch.ones_like(ids)
-        if "attention_mask" in keys:
-            mask = _integer_matrix("attention_mask", batch["attention_mask"])
-            if mask.shape != ids.shape:
-                raise ValueError(
-                    f"attention_mask has shape {list(mask.shape)}, input_ids has {list(ids.shape)}: they must be equal"
-                )
-            if not bool(((mask == 0) | (mask == 1)).all()):
-                raise ValueError("attention_mask must hold 0 and 1 only")
-        types = None
-        if "token_type_ids" in keys and batch["token_type_ids"] is not None:
-            types = _integer_matrix("token_type_ids", batch["token_type_ids"])
-            if types.shape != ids.shape:
-                raise ValueError(
-                    f"token_type_ids has shape {list(types.shape)}, input_ids has {list(ids.shape)}: they must be equal"
-                )
-        lengths = mask.sum(-1)
-        first = mask.argmax(-1)
-        column = torch.arange(ids.shape[1])
-        block = (column >= first[:, None]) & (column < (first + lengths)[:, None])
-        for bad, what in (
-            (lengths == 0, "holds no token: attention_mask is 0 throughout"),
-            ((block != mask.bool()).any(-1), "has padding between its tokens: only padding at an end can be stripped"),
-        ):
-            if bool(bad.any()):
-                raise ValueError(f"row {int(torch.nonzero(bad)[0])} {what}")
-        self._check_ids("input_ids", ids, mask, self.vocab_size)
-        if types is not None and self.type_vocab_size > 1:
-            self._check_ids("token_type_ids", types, mask, self.type_vocab_size)
-        if int(lengths.max()) > self.max_length:
-            row = int(lengths.argmax())
-            # Cutting ids would drop the final special token: only the tokenizer knows how to shorten a row.
-            raise ValueError(
-                f"row {row} has {int(lengths[row])} tokens, the model takes at most {self.max_length}: shorten it"
-                + (" (truncation=True shortens text only, not ids)" if truncation else "")
-            )
+        # Lists: for the short rows of a small batch they are several times cheaper than tensor operations.
+        ids = _integer_rows("input_ids", batch["input_ids"], None)
+        mask = _integer_rows("attention_mask", batch.get("attention_mask"), ids)
+        types = _integer_rows("token_type_ids", batch.get("token_type_ids"), ids)
         rows = []
-        ends = (first + lengths).tolist()
-        for index, (start, end) in enumerate(zip(first.tolist(), ends)):
-            segment = types[index, start:end].tolist() if types is not None and self.type_vocab_size > 1 else None
-            rows.append(TokenRow(ids[index, start:end].tolist(), None if segment is None else _types(segment)))
+        for index, row in enumerate(ids):
+            start, end = (0, len(row)) if mask is None else _block(index, mask[index])
+            if start == end:
+                raise ValueError(f"row {index} holds no token: input_ids has no columns")
+            tokens = row[start:end] if end - start < len(row) else row
+            _check_ids("input_ids", index, start, tokens, self.vocab_size)
+            if len(tokens) > self.max_length:
+                # Cutting ids would drop the final special token: only the tokenizer knows how to shorten a row.
+                raise ValueError(
+                    f"row {index} has {len(tokens)} tokens, the model takes at most {self.max_length}: shorten it"
+                    + (" (truncation=True shortens text only, not ids)" if truncation else "")
+                )
+            segment = None
+            if types is not None and self.type_vocab_size > 1:
+                segment = _types(types[index][start:end])
+                if segment is not None:
+                    _check_ids("token_type_ids", index, start, segment, self.type_vocab_size)
+            rows.append(TokenRow(tokens, segment))
         return rows
 
-    @staticmethod
-    def _check_ids(name: str, ids: Tensor, mask: Tensor, size: int) -> None:
-        bad = ((ids < 0) | (ids >= size)) & mask.bool()
-        if bool(bad.any()):
-            row, column = torch.nonzero(bad)[0].tolist()
-            raise ValueError(
-                f"{name}[{row}, {column}] is {int(ids[row, column])}, allowed are 0 to {size - 1}"
-            )
+
+def _block(index: int, mask: list[int]) -> tuple[int, int]:
+    """Where the tokens of a row stand between its padding: [start, end)."""
+    length = sum(mask)
+    if length == len(mask) and min(mask, default=1) == 1:
+        return 0, length
+    if not set(mask) <= {0, 1}:
+        raise ValueError(f"attention_mask must hold 0 and 1 only, row {index} has {sorted(set(mask) - {0, 1})}")
+    if length == 0:
+        raise ValueError(f"row {index} holds no token: attention_mask is 0 throughout")
+    start = mask.index(1)
+    if 0 in mask[start : start + length]:
+        raise ValueError(f"row {index} has padding between its tokens: only padding at an end can be stripped")
+    return start, start + length
+
+
+def _check_ids(name: str, index: int, start: int, ids: list[int], size: int) -> None:
+    if min(ids) < 0 or max(ids) >= size:
+        column = next(i for i, token in enumerate(ids) if not 0 <= token < size)
+        raise ValueError(f"{name}[{index}, {start + column}] is {ids[column]}, allowed are 0 to {size - 1}")
 
 
 def _types(types: list[int]) -> list[int] | None:
@@ -145,6 +136,8 @@ def _check_text(index: int, row: Any, pairs: bool) -> None:
         if not isinstance(row, str):
             raise TypeError(f"row {index} must be a string, got {_describe(row)}")
         empty = not row.strip()
+    if _SURROGATE.search("".join(row)):
+        raise ValueError(f"row {index} has half a surrogate pair, which no tokenizer takes: decode the text properly")
     if empty:
         raise ValueError(f"row {index} is an empty string: there is nothing to classify; leave the row out")
 
@@ -155,18 +148,25 @@ def _describe(row: Any) -> str:
     return f"{type(row).__name__}: {str(row)[:40]!r}"
 
 
-def _integer_matrix(name: str, value: Any) -> Tensor:
+def _integer_rows(name: str, value: Any, like: list[list[int]] | None) -> list[list[int]] | None:
+    """Rows of integers as lists. ``like``: rows that it must equal in shape; then None stays None."""
+    if value is None and like is not None:
+        return None
     if not isinstance(value, Tensor):
+        if isinstance(value, (list, tuple)) and len(value) == 0:
+            value = torch.empty(0, 0, dtype=torch.int64)
         try:
             value = torch.as_tensor(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{name} cannot be read as a tensor ({error}): rows of different length must be padded"
             ) from error
     if value.dim() != 2:
         raise ValueError(f"{name} must have two dimensions [rows, tokens], got shape {list(value.shape)}")
-    if value.dtype == torch.bool:
-        value = value.long()
     if value.is_floating_point() or value.is_complex():
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
-    return value.detach().to("cpu", torch.int64)
+    if like is not None:
+        shape = [len(like), len(like[0]) if like else 0]
+        if list(value.shape) != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, input_ids has {shape}: they must be equal")
+    return (value.long() if value.dtype == torch.bool else value).tolist()

@@ -261,6 +261,7 @@ def save_checkpoint(
 
     def write(target: Path) -> None:
         config = model.encoder_backbone.config.to_dict()
+        config.pop("_name_or_path", None)  # where the backbone lay on the machine that trained: nobody else's business
         config["early_exit"] = model.config.to_dict()
         if backbone is not None:
             reference = {"source": backbone.source, "sha256": backbone.sha256}

@@ -55,9 +55,11 @@ def lead_attention_ref(
     attended = (weights @ heads(value)).transpose(1, 2).flatten(2).to(query.dtype)
     first, others = attended[:, 0], attended[:, 1:][present[:, 1:]]
     out = torch.cat({FIRST_TOKENS: [first], OTHER_TOKENS: [others], ALL_TOKENS: [first, others]}[part])
-    if num_queries is not None and num_queries != out.shape[0]:
-        raise ValueError(f"num_queries must be {out.shape[0]} for these rows, got {num_queries}")
-    return out
+    if num_queries is None:
+        return out
+    if num_queries < out.shape[0]:
+        raise ValueError(f"num_queries must be at least {out.shape[0]} for these rows, got {num_queries}")
+    return torch.cat([out, out.new_zeros(num_queries - out.shape[0], hidden)])
 
 
 _lead_attention = bind("lead_attention", lead_attention_ref)
@@ -77,15 +79,15 @@ def lead_attention(
 ) -> Tensor:
     """softmax(scale * Q K^T + bias) V within each sequence, every token seeing its whole sequence.
 
-    query, key, value  (total_tokens, num_heads * head_dim) in lead layout, fp32, fp64, fp16 or bf16; the last dimension
+    query, key, value  (total_tokens or more, num_heads * head_dim) in lead layout, rows past the tokens ignored; fp32, fp64, fp16 or bf16; the last dimension
                        contiguous, any row stride (column slices of one fused buffer)
     cu_seqlens         (batch + 1,) int32
     rows               (n,) int32, the sequences to serve in this order, or None for all
     part               FIRST_TOKENS, OTHER_TOKENS or ALL_TOKENS: whose queries
     position_bias      (num_heads, 2 * M - 1), fp32 or the dtype of query, M >= the longest length, or None. Entry
                        (j - i) + M - 1 is added to the scaled score of query position i and key position j (MPNet)
-    num_queries        rows of the result, for a caller who knows it: with ``rows`` and any but first tokens, CUDA
-                       otherwise waits for the device to learn it
+    num_queries        rows of the result, at least as many as there are queries: those past them are zeros, spare
+                       capacity. With ``rows`` and any but first tokens, CUDA otherwise waits for the device to learn it
     Returns (n_queries, num_heads * head_dim): the first tokens of ``rows``, or their other tokens sequence by
     sequence, or both in lead layout. Products accumulate in fp32 (fp64 for fp64).
     """

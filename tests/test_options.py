@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def test_threshold(model, runner, threshold):
 
 def test_a_higher_threshold_is_never_shallower(runner):
     depths = [runner.run(BATCH, threshold=t).exit_layers for t in (0, 0.2, 0.5, 0.8, 0.99, 1)]
-    assert all(bool((a <= b).all()) for a, b in zip(depths, depths[1:]))
+    assert all(bool((a <= b).all()) for a, b in zip(depths, depths[1:], strict=False))
     means = [float(d.float().mean()) for d in depths]
     assert means[0] == 1 and means[-1] == 4 and len(set(means)) == 6
 
@@ -103,6 +105,14 @@ def test_the_models_threshold_is_the_default():
     assert runner.run(BATCH).exit_layers.tolist() == expected_layers(model, ROWS, 0.9), "an option outlived its call"
 
 
+def test_the_models_config_is_read_at_every_run(model, runner):
+    """Training sets the operating point it has chosen on the model; an engine made before must not keep the old one."""
+    runner.run(BATCH)
+    model.config = model.exits.config = dataclasses.replace(model.config, threshold=0.9)
+    assert runner.run(BATCH).exit_layers.tolist() == expected_layers(model, ROWS, 0.9)
+    assert runner.config.threshold == 0.9
+
+
 # -- depth limits ------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +143,7 @@ def test_equal_limits_fix_the_depth(runner, depth):
 def test_limits_per_row(model, runner):
     for seed in range(4):
         most = per_row(1, 4, seed)
-        least = [min(a, b) for a, b in zip(most, per_row(1, 4, seed + 10))]
+        least = [min(a, b) for a, b in zip(most, per_row(1, 4, seed + 10), strict=True)]
         threshold = torch.rand(N, generator=torch.Generator().manual_seed(seed)).tolist()
         want = expected_layers(model, ROWS, threshold, least, most)
         for batch_tokens in (10**6, 150):
@@ -201,7 +211,7 @@ def test_exit_probability_is_one_where_a_row_had_to_leave(model, runner):
     got = runner.run(BATCH, max_depth=limits)
     z = every_exit(model, ROWS).policy_logits
     forced = 0
-    for row, (layer, limit) in enumerate(zip(got.exit_layers.tolist(), limits)):
+    for row, (layer, limit) in enumerate(zip(got.exit_layers.tolist(), limits, strict=True)):
         if layer == limit:
             assert float(got.exit_probabilities[row]) == 1.0
             forced += 1
@@ -215,7 +225,8 @@ def test_exit_probability_is_one_where_a_row_had_to_leave(model, runner):
 
 def test_scripted(model, runner):
     script = per_row(1, 4, 5)
-    for given in (script, tuple(script), torch.tensor(script), torch.tensor(script, dtype=torch.int32), np.array(script)):
+    tensor = torch.tensor(script)
+    for given in (script, tuple(script), tensor, tensor.int(), tensor.to(torch.uint8), np.array(script)):
         assert runner.run(BATCH, criterion="scripted", exit_layers=given).exit_layers.tolist() == script
     assert runner.run(BATCH, criterion=Scripted(), exit_layers=3).exit_layers.tolist() == [3] * N
     got = runner.run(BATCH, criterion="scripted", exit_layers=script, min_depth=2, max_depth=3)
@@ -266,7 +277,8 @@ BAD_OPTIONS = {
     "max_depths beyond int32": (dict(max_depth=torch.full((N,), 2**32 + 2)), ValueError, ["max_depth", str(2**32 + 2)]),
     "min above max": (dict(min_depth=3, max_depth=2), ValueError, ["row 0", "3", "min_depth", "2", "max_depth"]),
     "min above max in row 5": (
-        dict(min_depth=[1] * 5 + [4] + [1] * 34, max_depth=3), ValueError, ["row 5", "4", "min_depth", "3", "max_depth"],
+        dict(min_depth=[1] * 5 + [4] + [1] * 34, max_depth=3), ValueError,
+        ["row 5", "4", "min_depth", "3", "max_depth"],
     ),
     "criterion unknown": (dict(criterion="entropy"), ValueError, ["criterion", "policy", "scripted", "entropy"]),
     "criterion a class": (dict(criterion=Policy), ValueError, ["criterion", "policy", "scripted"]),
@@ -311,7 +323,8 @@ def test_options_are_not_positional(packed):
 
 
 def test_the_callers_options_are_not_changed(packed):
-    threshold, least, most = torch.full((N,), 0.4), torch.ones(N, dtype=torch.int32), torch.full((N,), 3, dtype=torch.int32)
+    threshold = torch.full((N,), 0.4)
+    least, most = torch.ones(N, dtype=torch.int32), torch.full((N,), 3, dtype=torch.int32)
     packed.run(BATCH, threshold=threshold, min_depth=least, max_depth=most, batch_tokens=100)
     assert threshold.tolist() == [pytest.approx(0.4)] * N and least.tolist() == [1] * N and most.tolist() == [3] * N
 

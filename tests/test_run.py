@@ -31,7 +31,7 @@ def test_results(model, executor):
     assert len(got) == len(got.labels) == 50
     assert got.logits.shape == got.probabilities.shape == (50, 3)
     assert got.label_ids.shape == got.exit_layers.shape == got.exit_probabilities.shape == (50,)
-    assert [getattr(got, name).dtype for name in ("logits", "probabilities", "exit_probabilities")] == [torch.float32] * 3
+    assert got.logits.dtype == got.probabilities.dtype == got.exit_probabilities.dtype == torch.float32
     assert (got.label_ids.dtype, got.exit_layers.dtype) == (torch.int64, torch.int32)
     assert all(getattr(got, name).device.type == "cpu" for name in ("logits", "label_ids", "exit_layers"))
 
@@ -111,7 +111,8 @@ def test_threads_of_one_run_do_not_matter(packed, threads):
 def test_progress_bar(packed, monkeypatch):
     """Shown when asked, or on a terminal after a second; never in a pipe."""
     texts = random_texts(20)
-    for progress, terminal, shown in ((True, False, True), (False, True, False), (None, False, False), (None, True, False)):
+    cases = (True, False, True), (False, True, False), (None, False, False), (None, True, False)
+    for progress, terminal, shown in cases:
         stream = io.StringIO()
         stream.isatty = lambda terminal=terminal: terminal
         monkeypatch.setattr(sys, "stderr", stream)

@@ -208,6 +208,16 @@ def test_a_model_made_in_inference_mode():
         assert_seen(runner, model, before)
 
 
+def test_one_module_made_in_inference_mode(model, packed):
+    """It must not blind the watch for all the others."""
+    with torch.inference_mode():
+        model.exits.classifiers[3] = nn.Linear(32, 3)
+    before = full_depth(packed)
+    with torch.no_grad():
+        model.backbone.encoder.layer[1].intermediate.dense.weight.mul_(2)
+    assert_seen(packed, model, before)
+
+
 def test_replaced_modules_are_seen(model, packed):
     with torch.random.fork_rng():
         torch.manual_seed(9)

@@ -1,13 +1,15 @@
-"""Tiny random models, tokenizers, batches and tasks for tests: nothing here is downloaded, everything follows from a seed.
+"""Tiny random models, tokenizers, batches and tasks for tests: nothing is downloaded, everything follows from a seed.
 
-Weights are larger than Hugging Face's initialisation and biases are not zero: with std 0.02 at width 32 every row's first
-token stays where its embedding put it, and a wrong attention mask would pass any tolerance.
+Weights are larger than Hugging Face's initialisation and biases are not zero: with std 0.02 at width 32 every row's
+first token stays where its embedding put it, and a wrong attention mask would pass any tolerance.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,11 @@ MAX_LENGTH = 60  # tokens a row; every family's position table serves exactly th
 NUM_LAYERS = 4
 LABELS = ("query", "join", "index")
 
-_CLASSES = {"bert": (BertConfig, BertModel), "roberta": (RobertaConfig, RobertaModel), "mpnet": (MPNetConfig, MPNetModel)}
+_CLASSES = {
+    "bert": (BertConfig, BertModel),
+    "roberta": (RobertaConfig, RobertaModel),
+    "mpnet": (MPNetConfig, MPNetModel),
+}
 # Different widths, so that no shape is right by accident; head sizes 8, 12 and 10.
 _WIDTHS = {"bert": (32, 56), "roberta": (48, 40), "mpnet": (40, 72)}
 _PAD = {"bert": 0, "roberta": 1, "mpnet": 1}
@@ -83,15 +89,15 @@ def tiny_model(
     widen: bool = True,
     **fields: Any,
 ) -> engine.MultiExitEncoder:
-    """A multi-exit model whose rows leave at all exits (``widen_policies``), in eval mode."""
-    config = engine.EarlyExitConfig(
-        num_layers=layers,
-        exit_layers=tuple(range(1, layers + 1)) if exit_layers is None else tuple(exit_layers),
-        labels=fields.pop("labels", LABELS),
-        pooler=pooler,
-        max_length=fields.pop("max_length", MAX_LENGTH),
-        **fields,
-    )
+    """A multi-exit model whose rows leave at all exits (``widen_policies``), in eval mode; a new one each time."""
+    exits = tuple(range(1, layers + 1)) if exit_layers is None else tuple(exit_layers)
+    fields = {"labels": LABELS, "max_length": MAX_LENGTH} | fields
+    return copy.deepcopy(_tiny_model(family, pooler, exits, layers, seed, widen, tuple(fields.items())))
+
+
+@lru_cache
+def _tiny_model(family, pooler, exits, layers, seed, widen, fields) -> engine.MultiExitEncoder:
+    config = engine.EarlyExitConfig(num_layers=layers, exit_layers=exits, pooler=pooler, **dict(fields))
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1)
         model = engine.MultiExitEncoder(tiny_backbone(family, layers, seed), config).eval()
@@ -119,7 +125,7 @@ def widen_policies(model: engine.MultiExitEncoder, seed: int = 0) -> engine.Mult
             policy.dense.weight.normal_(std=0.5)
             policy.dense.bias.normal_(std=0.3)
             policy.out.weight.normal_(std=0.5)
-    rows = random_rows(256, seed=seed + 3, longest=model.config.max_length)
+    rows = random_rows(128, seed=seed + 3, longest=model.config.max_length)
     z = every_exit(model, rows).policy_logits.float()
     for k, policy in enumerate(model.exits.policies):
         scale = 3 / z[:, k].std()
@@ -170,7 +176,7 @@ def every_exit(model: engine.MultiExitEncoder, rows: Sequence[Sequence[int]]):
 def hugging_face_logits(model: engine.MultiExitEncoder, batch: dict[str, Tensor]) -> Tensor:
     """Full-depth class logits [N, C] from Hugging Face's own forward of the backbone: no code of ours before the exit.
 
-    RoBERTa and MPNet count positions from the padding id by themselves; BERT has to be told where left-padded rows start.
+    RoBERTa and MPNet count positions from the padding id by themselves; BERT must be told where left-padded rows start.
     """
     inputs = dict(batch)
     if family_of(model.encoder_backbone.config).model_type == "bert":
@@ -186,8 +192,10 @@ def hugging_face_logits(model: engine.MultiExitEncoder, batch: dict[str, Tensor]
 # -- comparisons -------------------------------------------------------------------------------------------------
 
 
-def borderline_rows(got, want, z: Tensor, exit_layers: Sequence[int], threshold: Any = 0.5, margin: float = 1e-4) -> Tensor:
-    """Rows that left elsewhere; each must be excused by a policy logit within ``margin`` of the threshold's logit there.
+def borderline_rows(
+    got, want, z: Tensor, exit_layers: Sequence[int], threshold: Any = 0.5, margin: float = 1e-4
+) -> Tensor:
+    """Rows that left elsewhere; each is excused by a policy logit within ``margin`` of the threshold's logit there.
 
     z  [N, E-1] of the rows. Returns their indices; any other difference fails.
     """

@@ -30,16 +30,23 @@ class OptimiserOptions:
 
 @dataclass(frozen=True)
 class InitOptions(OptimiserOptions):
-    """Step 1, Eq. 1-2. weighting: w_l = l ("layer") or 1 ("equal")."""
+    """Step 1, Eq. 1-2.
+
+    weighting         w_l = l ("layer", the paper's) or 1 ("equal")
+    last_exit_epochs  the first of the epochs train the last exit alone (ours): the others then start from a backbone
+                      that already serves full depth, which small data sets need to lose no accuracy there
+    """
 
     epochs: int = 5
     batch_size: int = 16
     learning_rate: float = 2e-5
     weighting: str = "layer"
+    last_exit_epochs: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("init.weighting", self.weighting, WEIGHTINGS)
+        _at_least("init", "last_exit_epochs", self.last_exit_epochs, 0)
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,7 @@ class TrainConfig:
     select: SelectOptions = field(default_factory=SelectOptions)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", str(Path(self.output)))  # "out/" and "out" are one run
         if self.exit_layers is not None:
             object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
         _number("train", "calibration_share", self.calibration_share, low=0.0, high=1.0, open_low=True)

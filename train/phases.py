@@ -68,10 +68,12 @@ def train_init(
     """Step 1: all exits together (Eq. 1-2). Returns the loss of every epoch and the forgetting events at the last exit."""
     forgetting = ForgettingEvents(len(data))
 
-    def loss_of(batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def loss_of(batch: dict[str, Tensor], labels: Tensor, epoch: int) -> Tensor:
         out = model(**model_inputs(model, batch))
         forgetting.update(batch["indices"], out.logits[:, -1].argmax(-1) == labels)
         ce = objectives.cross_entropy_per_exit(out.logits, labels)
+        if epoch < options.last_exit_epochs:
+            return ce[:, -1].mean()
         return objectives.weighted_exit_loss(ce, model.config.exit_layers, options.weighting)
 
     return _train_task(model, data, options, seed, loss_of, "init"), forgetting
@@ -82,7 +84,7 @@ def train_task(
 ) -> list[float]:
     """Step 4: the classifier at the exit that the frozen policy takes (Eq. 6). Returns the loss of every epoch."""
 
-    def loss_of(batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def loss_of(batch: dict[str, Tensor], labels: Tensor, epoch: int) -> Tensor:
         out = model(**model_inputs(model, batch))
         ce = objectives.cross_entropy_per_exit(out.logits, labels)
         return objectives.task_loss(
@@ -97,7 +99,7 @@ def _train_task(
     data: TokenizedExamples,
     options: OptimiserOptions,
     seed: int,
-    loss_of: Callable[[dict[str, Tensor], Tensor], Tensor],
+    loss_of: Callable[[dict[str, Tensor], Tensor, int], Tensor],
     name: str,
 ) -> list[float]:
     torch.manual_seed(seed)  # dropout, and the draws of indicator "sample"
@@ -115,7 +117,7 @@ def _train_task(
             batches = data.batches(options.batch_size, shuffle=True, generator=order)
             for batch in _bar(batches, len(data), options.batch_size, f"{name} {epoch + 1}/{options.epochs}"):
                 labels = batch["labels"].to(model.device)
-                loss = loss_of(batch, labels)
+                loss = loss_of(batch, labels, epoch)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -121,7 +122,9 @@ class Trainer:
         final = self._at
         self._restore(final)
         threshold = self.record["phases"][final].get("chosen", {}).get("threshold", 0.5)
-        self.model.config = self.model.exits.config = replace(self.model.config, threshold=threshold)
+        self.model.config = self.model.exits.config = replace(
+            self.model.config, threshold=threshold, leave_rates=self._leave_rates()
+        )
         self.record["result"] = self._final_figures(best, threshold)
         write_file(self.folder / _RECORD, json.dumps(self.record, indent=1))
         save_checkpoint(
@@ -286,6 +289,20 @@ class Trainer:
         path = self.folder / phase / _WEIGHTS
         fill_tensors(_trained_state(self.model), read_tensors(path), str(path))
         self._loaded = phase
+
+    def _leave_rates(self) -> tuple[tuple[float, tuple[float, ...]], ...]:
+        """EarlyExitConfig.leave_rates of the final policies, on the calibration part."""
+        if len(self.exit_layers) == 1:
+            return ()
+        cache = phases.measure(self.model, self.splits.calibration, "measure calibration")
+        with torch.inference_mode():
+            z = phases.policy_logits(self.model, cache.states)
+        rates = []
+        for threshold in sorted({0.0, 0.5, *self.config.select.thresholds}):
+            left = torch.bincount(objectives.greedy_exit_index(z, threshold), minlength=len(self.exit_layers))
+            reach = left.flip(0).cumsum(0).flip(0)
+            rates.append((threshold, tuple(round(float(a / b), 4) if b else 0.0 for a, b in zip(left[:-1], reach))))
+        return tuple(rates)
 
     def _final_figures(self, best: str, threshold: float) -> dict[str, Any]:
         result: dict[str, Any] = {"best_phase": best, "threshold": threshold}
@@ -475,7 +492,8 @@ def train_command(config: dict[str, Any]) -> str:
     """The command line that repeats a run."""
     default = TrainConfig(config["backbone"], config["data"], config["output"]).to_dict()
     parts = [
-        f"consistentee train {config['data']} --backbone {config['backbone']} --output {config['output']}",
+        f"consistentee train {quote(config['data'])} --backbone {quote(config['backbone'])} "
+        f"--output {quote(config['output'])}",
     ]
     for key, value in config.items():
         if key in ("backbone", "data", "output") or value == default[key]:
@@ -486,5 +504,5 @@ def train_command(config: dict[str, Any]) -> str:
             changed = [(key, value)]
         for name, v in changed:
             text = v if isinstance(v, str) else json.dumps(v, separators=(",", ":"))
-            parts.append(f"--set '{name}={text}'")
+            parts.append(f"--set {quote(f'{name}={text}')}")
     return " \\\n  ".join(parts)

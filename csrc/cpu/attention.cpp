@@ -19,7 +19,7 @@ static int64_t length_of(const AttentionArgs& args, int64_t served) {
 
 void Cpu::row_offsets(const AttentionArgs& args, int32_t* offsets) const {
   const int32_t* cu = args.cu_seqlens;
-  EE_CHECK(cu[0] == 0 && cu[args.batch] == args.total, "cu_seqlens must start with 0 and end with the rows of query (",
+  EE_CHECK(cu[0] == 0 && cu[args.batch] <= args.total, "cu_seqlens must start with 0 and end within the rows of query (",
            args.total, "), got ", cu[0], " and ", cu[args.batch]);
   for (int64_t i = 0; i < args.batch; ++i) {
     EE_CHECK(cu[i + 1] > cu[i], "cu_seqlens must give every sequence at least 1 token, got ", cu[i + 1] - cu[i],
@@ -68,7 +68,11 @@ static void reverse_bias(const AttentionArgs& args, int64_t stride, T* out) {
 }
 
 void Cpu::attention(const AttentionArgs& args) const {
-  if (args.n_queries == 0) return;
+  if (args.n_queries > args.n_present) {
+    const int64_t row_bytes = args.num_heads * args.head_dim * size_of(args.dtype);
+    std::memset(args.out + args.n_present * row_bytes, 0, static_cast<size_t>((args.n_queries - args.n_present) * row_bytes));
+  }
+  if (args.n_present == 0) return;
   AttentionPlan plan;
   int64_t work = 0;
   for (int64_t r = 0; r < args.n_rows; ++r) {

@@ -12,6 +12,7 @@ constexpr int kWarps = 4;
 // range, or more queries announced than there are).
 __device__ inline bool locate_query(const AttentionArgs& args, int64_t q, int64_t* sequence, int64_t* position) {
   int64_t served = q, place = 0;
+  if (args.part == kFirst && q >= args.n_rows) return false;
   if (args.part != kFirst && (args.part == kOthers || q >= args.n_rows)) {
     const int64_t other = args.part == kAll ? q - args.n_rows : q;
     const auto start = [&](int64_t k) {

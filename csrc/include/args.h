@@ -94,6 +94,7 @@ struct AttentionArgs {
   const int32_t* offsets = nullptr;
   char* out = nullptr;  // contiguous [n_queries, num_heads * head_dim]
   int64_t n_queries = 0;
+  int64_t n_present = 0;  // CPU: queries that exist; rows of out past them are zeros (spare capacity)
 };
 
 struct ExitPolicyArgs {

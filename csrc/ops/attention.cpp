@@ -67,18 +67,22 @@ Tensor lead_attention(const Tensor& query, const Tensor& key, const Tensor& valu
 
   const Backend backend(query);
   backend.row_offsets(args, const_cast<int32_t*>(args.offsets));
+  // The number of queries is a value on the device: there, a caller who announces it saves the wait.
+  int64_t present;
   if (part == kFirst) {
-    args.n_queries = args.n_rows;
-  } else if (args.offsets == nullptr) {
-    args.n_queries = part == kAll ? args.total : args.total - args.batch;
+    present = args.n_rows;
+  } else if (num_queries.has_value() && !Backend::kHostSeesValues) {
+    present = *num_queries;
+  } else if (args.offsets != nullptr) {
+    present = backend.read_int(args.offsets + args.n_rows) + (part == kAll ? args.n_rows : 0);
   } else {
-    // The number of queries is a value on the device: there, the caller who knows it saves the wait.
-    args.n_queries = num_queries.has_value() && !Backend::kHostSeesValues
-                         ? *num_queries
-                         : backend.read_int(args.offsets + args.n_rows) + (part == kAll ? args.n_rows : 0);
+    const int64_t total = Backend::kHostSeesValues ? backend.read_int(args.cu_seqlens + args.batch) : args.total;
+    present = part == kAll ? total : total - args.batch;
   }
-  EE_CHECK(!num_queries.has_value() || *num_queries == args.n_queries, "num_queries must be ", args.n_queries,
-           " for these rows, got ", num_queries.value_or(0));
+  args.n_queries = num_queries.value_or(present);
+  EE_CHECK(args.n_queries >= present, "num_queries must be at least ", present, " for these rows, got ",
+           args.n_queries);
+  args.n_present = present;
   Tensor out = empty(query, {args.n_queries, hidden}, query.scalar_type());
   args.out = out_bytes(out);
   backend.attention(args);

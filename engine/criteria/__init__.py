@@ -4,4 +4,6 @@ from engine.criteria.base import Criterion, ExitReading, Swept, make_criterion
 from engine.criteria.policy import Policy
 from engine.criteria.scripted import Scripted
 
-__all__ = ["Criterion", "ExitReading", "Policy", "Scripted", "Swept", "make_criterion"]
+BUILT_IN: dict[str, Criterion] = {criterion.name: criterion for criterion in (Policy(), Scripted())}
+
+__all__ = ["BUILT_IN", "Criterion", "ExitReading", "Policy", "Scripted", "Swept", "make_criterion"]

@@ -79,13 +79,11 @@ def check_threshold(criterion: Criterion, threshold: Tensor) -> None:
 
 
 def make_criterion(name: str | Criterion) -> Criterion:
-    """A criterion by name, or the one given."""
-    from engine.criteria.policy import Policy
-    from engine.criteria.scripted import Scripted
+    """A criterion by name (one shared object: all state is per row and per run), or the one given."""
+    from engine.criteria import BUILT_IN
 
     if isinstance(name, Criterion):
         return name
-    known = {c.name: c for c in (Policy, Scripted)}
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"criterion must be one of {', '.join(known)} or a Criterion, got {name!r}")
-    return known[name]()
+    if not isinstance(name, str) or name not in BUILT_IN:
+        raise ValueError(f"criterion must be one of {', '.join(BUILT_IN)} or a Criterion, got {name!r}")
+    return BUILT_IN[name]

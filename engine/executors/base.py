@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -19,17 +20,36 @@ class TokenRow(NamedTuple):
     types: list[int] | None
 
 
+def ladder(n: int) -> int:
+    """The next allowed row count from ``n`` up: steps of 1 to 8, 8 to 64, 16 to 256, 32 to 1 024, then 64.
+
+    oneDNN plans (and compiles) a product anew for every row count it has not met: 0.25 to 0.65 ms each, more than the
+    product itself. Survivors come in any number; on a ladder there are 60 counts below 2 048, at about 2 % more rows.
+    """
+    for limit, step in ((8, 1), (64, 8), (256, 16), (1024, 32)):
+        if n <= limit:
+            return -(-n // step) * step
+    return -(-n // 64) * 64
+
+
+def capacity(rows: int, tokens: int) -> int:
+    """Rows of a buffer for ``rows`` sequences of ``tokens`` tokens in all: on the ladder, with room behind the first
+    tokens for the others' own step of it."""
+    return ladder(rows + ladder(tokens - rows))
+
+
 @dataclass(frozen=True)
 class PackedBatch:
-    """B rows of n_1 ... n_B tokens (T in all) without padding, in the *lead layout*.
+    """B rows of n_1 ... n_B tokens (T in all) without padding, in the *lead layout*, in buffers of R >= T rows.
 
-    In every [T, ...] buffer rows 0 ... B-1 are the first tokens; the other tokens of row i follow at
+    In every [R, ...] buffer rows 0 ... B-1 are the first tokens; the other tokens of row i follow at
     B + (cu_seqlens[i] - i) ... B + (cu_seqlens[i+1] - i - 1). First tokens decide and are classified, the others only
-    serve them: each group is one contiguous slice, so that serving the first tokens first costs no gather.
+    serve them: each group is one contiguous slice, so that serving the first tokens first costs no gather. Rows from T
+    on are spare (``capacity``): they are computed and never read.
 
-    input_ids       int64 [T]
-    token_type_ids  int64 [T], None where all are 0
-    positions       int64 [T], from the family's first position on
+    input_ids       int64 [R]
+    token_type_ids  int64 [R], None where all are 0
+    positions       int64 [R], from the family's first position on
     cu_seqlens      int32 [B + 1]
     lengths         the n_i, on the host
     """
@@ -43,20 +63,25 @@ class PackedBatch:
     @classmethod
     def from_rows(cls, rows: list[TokenRow], first_position: int, device: torch.device) -> PackedBatch:
         """rows: one or more, none of them empty."""
-        lengths = tuple(len(row.ids) for row in rows)
-        count = range(first_position, first_position + max(lengths))
+        sequences = [row.ids for row in rows]
+        lengths = tuple(map(len, sequences))
+        tokens = sum(lengths)
+        spare = capacity(len(rows), tokens) - tokens
+        count = list(range(first_position, first_position + max(lengths)))
 
-        def lead(sequences) -> Tensor:
-            first = [s[0] for s in sequences]
-            return torch.tensor(first + list(chain.from_iterable(s[1:] for s in sequences)), device=device)
+        def lead(sequences: list[list[int]], filler: int) -> Tensor:
+            packed = [s[0] for s in sequences]
+            for s in sequences:
+                packed += s[1:]
+            return torch.tensor(packed + [filler] * spare, device=device)
 
         types = None
         if any(row.types is not None for row in rows):
-            types = lead([row.types or [0] * len(row.ids) for row in rows])
+            types = lead([row.types or [0] * len(row.ids) for row in rows], 0)
         return cls(
-            input_ids=lead([row.ids for row in rows]),
+            input_ids=lead(sequences, sequences[0][0]),
             token_type_ids=types,
-            positions=lead([count[:n] for n in lengths]),
+            positions=lead([count[:n] for n in lengths], first_position),
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
             lengths=lengths,
         )
@@ -73,6 +98,8 @@ class ExitOptions:
     exit_layers  int32 [B], for the scripted criterion
     shallowest, deepest  the least min_depth and the greatest max_depth, on the host
     uniform      every row has the same min_depth and max_depth
+    leave_rates  {layer: expected share of the rows reaching it that leave there}. Plans the order of work, and never
+                 changes a result beyond rounding
     """
 
     criterion: Criterion
@@ -83,6 +110,7 @@ class ExitOptions:
     shallowest: int
     deepest: int
     uniform: bool
+    leave_rates: Mapping[int, float]
 
 
 class RowOutputs(NamedTuple):

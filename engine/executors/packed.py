@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 from engine.criteria import ExitReading
-from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
+from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, capacity, ladder
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
 from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS, lead_attention
 from engine.kernels.exits import add_layer_norm, embed_layer_norm, exit_policy
 from engine.kernels.packing import compact_lead
 from engine.models.encoder import MultiExitEncoder
 
-# First tokens first pays when a layer's products are limited by arithmetic. Below this many tokens they are limited by
-# the bytes of the weights, which that order reads twice: whole layers first is faster there.
-FIRST_TOKENS_FIRST_FROM = 96
+# First tokens first reads three of a layer's four weights twice. That costs as much as the products of about this many
+# more tokens (MiniLM and MPNet shapes, two cores), and saves three quarters of the work of every leaving row's others.
+_SECOND_PASS_TOKENS = 48
+
+
+def first_tokens_first(rows: int, tokens: int, leave_rate: float) -> bool:
+    """Whether serving first tokens, and then the survivors' others, is expected to beat the whole layer."""
+    return 0.75 * leave_rate * (tokens - rows) > _SECOND_PASS_TOKENS
 
 
 class PackedExecutor:
@@ -38,13 +43,15 @@ class PackedExecutor:
 
 
 class _Pass:
-    """One batch on its way down. ``hidden`` [T, H] in lead layout, over the rows that are still active."""
+    """One batch on its way down. ``hidden`` [R, H] in lead layout, over the rows that are still active; rows behind
+    their ``num_tokens`` are spare, and so are those behind the first ``num_rows`` of what serves first tokens."""
 
     def __init__(self, weights: EncoderWeights, batch: PackedBatch, options: ExitOptions):
         self.weights, self.options = weights, options
         self.cu_seqlens = batch.cu_seqlens
         self.num_rows = len(batch.lengths)
         self.batch_rows = self.num_rows
+        self.num_tokens = sum(batch.lengths)
         self.hidden = embed_layer_norm(
             batch.input_ids,
             batch.token_type_ids,
@@ -66,12 +73,12 @@ class _Pass:
             if layer == deepest:
                 # Nobody goes on: the other tokens end here.
                 qkv = weights.qkv(self.hidden)
-                self._leave(layer, self._first_tokens(weights, qkv), None, None)
+                self._leave(layer, self._first_tokens(weights, qkv)[: self.num_rows], None, None)
                 break
             exit_weights = self.weights.exits.get(layer)
             if exit_weights is None or layer < options.shallowest or not options.criterion.may_decide(layer):
                 self.hidden = self._whole_layer(weights)
-            elif len(self.hidden) >= FIRST_TOKENS_FIRST_FROM:
+            elif first_tokens_first(self.num_rows, self.num_tokens, options.leave_rates[layer]):
                 self._layer_first_tokens_first(layer, weights, exit_weights)
             else:
                 self._layer_then_exit(layer, weights, exit_weights)
@@ -81,19 +88,13 @@ class _Pass:
 
     # -- layers --------------------------------------------------------------------------------------------------
 
-    def _attend(self, qkv: Tensor, rows: Tensor | None, part: int) -> Tensor:
-        size = qkv.shape[1] // 3
+    def _attend(self, qkv: Tensor, rows: Tensor | None, part: int, size: int) -> Tensor:
+        """Attention of the queries of ``part`` in a buffer of ``size`` rows."""
+        width = qkv.shape[1] // 3
+        query, key, value = qkv.split(width, 1)
         w = self.weights
         return lead_attention(
-            qkv[:, :size],
-            qkv[:, size : 2 * size],
-            qkv[:, 2 * size :],
-            self.cu_seqlens,
-            rows,
-            w.num_heads,
-            w.scale,
-            part,
-            w.position_bias,
+            query, key, value, self.cu_seqlens, rows, w.num_heads, w.scale, part, w.position_bias, size
         )
 
     @staticmethod
@@ -103,31 +104,36 @@ class _Pass:
         return add_layer_norm(weights.output(weights.intermediate(x, gelu=True)), x, *weights.output_norm)
 
     def _first_tokens(self, weights: LayerWeights, qkv: Tensor) -> Tensor:
-        return self._finish(weights, self._attend(qkv, None, FIRST_TOKENS), self.hidden[: self.num_rows])
+        size = ladder(self.num_rows)
+        return self._finish(weights, self._attend(qkv, None, FIRST_TOKENS, size), self.hidden[:size])
 
     def _whole_layer(self, weights: LayerWeights) -> Tensor:
-        return self._finish(weights, self._attend(weights.qkv(self.hidden), None, ALL_TOKENS), self.hidden)
+        hidden = self.hidden
+        return self._finish(weights, self._attend(weights.qkv(hidden), None, ALL_TOKENS, len(hidden)), hidden)
 
     def _layer_then_exit(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         self.hidden = self._whole_layer(weights)
         keep = self._exit(layer, exit_weights, self.hidden[: self.num_rows])
         if keep is not None and self.num_rows:
-            self.hidden, self.cu_seqlens, _ = self._compact(self.hidden, keep)
+            self.hidden, self.cu_seqlens, _ = self._compact(keep)
 
     def _layer_first_tokens_first(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         qkv = weights.qkv(self.hidden)
-        first = self._first_tokens(weights, qkv)
+        first = self._first_tokens(weights, qkv)[: self.num_rows]
         keep = self._exit(layer, exit_weights, first)
         if self.num_rows == 0:
             return
-        rows = None
-        residual = self.hidden
-        cu_seqlens = self.cu_seqlens
+        rows, residual, cu_seqlens = None, self.hidden, self.cu_seqlens
         if keep is not None:
-            residual, cu_seqlens, rows = self._compact(self.hidden, keep)
+            residual, cu_seqlens, rows = self._compact(keep)
             first = first[keep]
-        others = self._finish(weights, self._attend(qkv, rows, OTHER_TOKENS), residual[self.num_rows :])
-        self.hidden = torch.cat([first, others])
+        size = ladder(self.num_tokens - self.num_rows)
+        if size:
+            attended = self._attend(qkv, rows, OTHER_TOKENS, size)
+            others = self._finish(weights, attended, residual[self.num_rows : self.num_rows + size])
+            self.hidden = torch.cat([first, others, residual[self.num_rows + size :]])
+        else:
+            self.hidden = torch.cat([first, residual[self.num_rows :]])
         self.cu_seqlens = cu_seqlens
 
     # -- exits ---------------------------------------------------------------------------------------------------
@@ -208,8 +214,9 @@ class _Pass:
 
     # -- compaction ----------------------------------------------------------------------------------------------
 
-    def _compact(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _compact(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Survivors' tokens in lead layout, their cu_seqlens, and their rows among those before."""
-        compact, cu_seqlens, rows, _ = compact_lead(hidden, self.cu_seqlens, keep)
+        compact, cu_seqlens, rows, _ = compact_lead(self.hidden, self.cu_seqlens, keep)
         cu_seqlens = cu_seqlens[: self.num_rows + 1]
-        return compact[: int(cu_seqlens[-1])], cu_seqlens, rows[: self.num_rows]
+        self.num_tokens = int(cu_seqlens[-1])
+        return compact[: capacity(self.num_rows, self.num_tokens)], cu_seqlens, rows[: self.num_rows]

@@ -38,7 +38,7 @@ class ReferenceExecutor:
         def padded(packed: Tensor) -> Tensor:
             return unpack_lead(packed, batch.cu_seqlens, longest)
 
-        mask = padded(torch.ones_like(batch.input_ids))
+        mask = padded(torch.ones_like(batch.input_ids))  # spare rows behind the last token are not copied
         types = None if batch.token_type_ids is None else padded(batch.token_type_ids)
         hidden = model.hidden_states(padded(batch.input_ids), mask, types)
         first_tokens = [hidden[layer - 1][:, 0] for layer in config.exit_layers]

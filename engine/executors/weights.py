@@ -133,9 +133,10 @@ class WatchedWeights:
         self.model = model
         self._lock = threading.Lock()
         self._weights: EncoderWeights | None = None
-        self._modules: list = []
+        self._children: list = []
         self._slots: list = []
         self._adapters: list = []
+        self._counted = True
         self._state: tuple | None = None
 
     def current(self) -> EncoderWeights:
@@ -156,26 +157,30 @@ class WatchedWeights:
 
     def _list_slots(self) -> None:
         # Dictionaries of the modules themselves, so that a replaced parameter or child is seen through them.
-        self._modules, self._slots, self._adapters = [], [], []
+        children, slots, adapters = [], [], []
         for module in self.model.modules():
-            self._modules += [(module._modules, name, child) for name, child in module._modules.items()]
-            self._slots += [(module._parameters, name) for name, p in module._parameters.items() if p is not None]
+            children += [(module._modules, name, child) for name, child in module._modules.items()]
+            slots += [(module._parameters, name) for name, p in module._parameters.items() if p is not None]
             if hasattr(module, "merged_adapters"):
-                self._adapters.append(module)
+                adapters.append(module)
+        self._children, self._slots, self._adapters = children, slots, adapters
+        # Parameters made in inference mode count no versions: torch refuses to write them in place.
+        self._counted = not any(owner[name].is_inference() for owner, name in slots)
 
     def _read_state(self) -> tuple | None:
         try:
-            if any(children[name] is not child for children, name, child in self._modules):
-                return None
+            for children, name, child in self._children:
+                if children[name] is not child:
+                    return None
             parameters = [owner[name] for owner, name in self._slots]
             return (
-                [id(p) for p in parameters],
+                list(map(id, parameters)),
                 [p.data_ptr() for p in parameters],
-                [0 if p.is_inference() else p._version for p in parameters],
+                [p._version for p in parameters] if self._counted else None,
                 [
                     (tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters, tuple(m.scaling.items()))
                     for m in self._adapters
                 ],
             )
-        except KeyError:
+        except (KeyError, AttributeError, RuntimeError):  # a parameter is gone, or no longer of the kind it was
             return None

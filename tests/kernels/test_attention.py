@@ -154,7 +154,7 @@ MESSAGES = [
     ((Q, Q, Q, CU, ROWS + 1, 2, 1.0, 0, None), IndexError, r"rows must lie in \[0, 2\), .* got 2 at position 0"),
     ((Q, Q, Q, CU, None, 2, 1.0, 2, torch.zeros(2, 3)), ValueError, "position_bias must reach the longest length"),
     ((Q, Q, Q, CU, None, 2, 1.0, 2, torch.zeros(1, 9)), ValueError, r"position_bias must be \[num_heads, 2 \* M - 1\]"),
-    ((Q, Q, Q, CU, ROWS, 2, 1.0, 1, None, 4), ValueError, "num_queries must be 1 for these rows, got 4"),
+    ((Q, Q, Q, CU, ROWS, 2, 1.0, 1, None, 0), ValueError, "num_queries must be at least 1 for these rows, got 0"),
     ((Q.int(), Q, Q, CU, None, 2, 1.0, 2, None), ValueError, "query must be float32, float64, float16 or bfloat16"),
 ]
 

@@ -206,7 +206,7 @@ MESSAGES = [
     (prefix_sum, (torch.tensor([1, 2]),), ValueError, r"lengths must be int32, got"),
     (compact_rows, (X, CU, KEEP[:1]), ValueError, r"keep must have shape \[2\], got \[1\]"),
     (compact_rows, (X, CU, KEEP.int()), ValueError, r"keep must be bool, got int32"),
-    (compact_rows, (X[:4], CU, KEEP), ValueError, r"cu_seqlens must end with the number of rows \(4\), got 5"),
+    (compact_rows, (X[:4], CU, KEEP), ValueError, r"cu_seqlens must end within the number of rows \(4\), got 5"),
     (compact_rows, (X, CU.long(), KEEP), ValueError, r"cu_seqlens must be int32, got int64"),
     (compact_rows, (X.t(), CU, KEEP), ValueError, r"hidden_states must be contiguous within each row"),
     (compact_lead, (X[:3], cu_seqlens_of([3, 0]), KEEP), ValueError, r"at least 1 tokens, got 0 for sequence 1"),
