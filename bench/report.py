@@ -91,7 +91,7 @@ def measure_points(
             competitors,
             repeats=repeats,
             warmup=0,
-            device=model.model.device,
+            device=model.device,
             after_each=lambda: bar.update(task, advance=1, refresh=True),
         )
     points = {}

@@ -46,14 +46,15 @@ def load(
     chosen_dtype = _dtype(dtype)
     chosen_device = torch.device("cpu" if device == "auto" else device)
     model, tokenizer = load_model(checkpoint)
-    return Engine(model.to(device=chosen_device, dtype=chosen_dtype), tokenizer, executor)
+    return Engine(model.to(device=chosen_device, dtype=chosen_dtype), tokenizer, executor, private=True)
 
 
 def from_module(model: MultiExitEncoder, tokenizer=None, *, executor: str = "auto") -> Engine:
     """An engine on a model that somebody else holds, and may go on training.
 
     Embeddings, norms and exits are used in place; the layers' products are packed copies that are renewed when the
-    weights change (optimiser steps, ``.to()``, ``load_state_dict``, LoRA merges). Dropout is never applied.
+    weights change (optimiser steps, ``.to()``, ``load_state_dict``, LoRA merges), which every run looks for. Dropout is
+    never applied.
     """
     if not isinstance(model, MultiExitEncoder):
         raise TypeError(f"model must be a MultiExitEncoder, got {type(model).__name__}")

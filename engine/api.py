@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from engine.config import EarlyExitConfig
 from engine.criteria import Criterion, make_criterion
 from engine.executors import EXECUTORS, ExitOptions, PackedBatch, RowOutputs
 from engine.executors.base import TokenRow
@@ -31,14 +32,15 @@ class Engine:
     Calls from several threads are safe: a run keeps its state to itself.
     """
 
-    def __init__(self, model: MultiExitEncoder, tokenizer=None, executor: str = "auto"):
+    def __init__(self, model: MultiExitEncoder, tokenizer=None, executor: str = "auto", *, private: bool = False):
+        """private: nobody else holds ``model``, so its weights need no watching until somebody asks for it."""
         name = "packed" if executor == "auto" else executor
         if name not in EXECUTORS:
             raise ValueError(f"executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
-        self.model = model
+        self._model = model
         self.tokenizer = tokenizer
-        self.executor = EXECUTORS[name](model)
-        self._options_reader = OptionsReader(model.config)
+        self.executor = EXECUTORS[name](model, watching=not private)
+        self._options_reader = OptionsReader()
         backbone = model.encoder_backbone.config
         self._reader = InputReader(
             tokenizer,
@@ -48,19 +50,29 @@ class Engine:
         )
 
     @property
-    def config(self):
+    def model(self) -> MultiExitEncoder:
+        """The module that is run. Asking for it turns on the look at its weights before every run: it may change now."""
+        self.executor.watch()
+        return self._model
+
+    @property
+    def config(self) -> EarlyExitConfig:
         """The model's EarlyExitConfig."""
-        return self.model.config
+        return self._model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
     def refresh(self) -> None:
-        """Read the model's weights again now. Only needed after writing through ``parameter.data``."""
+        """Read the model's weights again now, whatever the watch on them says."""
         self.executor.refresh()
 
     def __repr__(self) -> str:
         c = self.config
         return (
-            f"Engine({self.model.family.model_type}, {c.num_layers} layers, exits at {list(c.exit_layers)}, "
-            f"{c.num_labels} classes, executor {self.executor.name}, {self.model.device}, {self.model.dtype})"
+            f"Engine({self._model.family.model_type}, {c.num_layers} layers, exits at {list(c.exit_layers)}, "
+            f"{c.num_labels} classes, executor {self.executor.name}, {self.device}, {self._model.dtype})"
         )
 
     def run(
@@ -95,7 +107,7 @@ class Engine:
         started = time.perf_counter()
         rows = self._reader.read(batch, truncation)
         chosen = make_criterion(self.config.criterion if criterion is None else criterion)
-        options = self._options_reader.options(len(rows), chosen, threshold, min_depth, max_depth, exit_layers)
+        options = self._options_reader.options(self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers)
         if batch_tokens is None:
             batch_tokens = DEFAULT_BATCH_TOKENS
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
@@ -106,13 +118,13 @@ class Engine:
                 outputs = self._run_micro_batch(rows, options)
             else:
                 outputs = self._run_all(rows, plan, options, progress)
-            return self._results(outputs, sum(len(row.ids) for row in rows), len(plan), started)
+        return self._results(outputs, sum(len(row.ids) for row in rows), len(plan), started)
 
     # -- micro-batches -------------------------------------------------------------------------------------------
 
     def _run_micro_batch(self, rows: list[TokenRow], options: ExitOptions) -> RowOutputs:
-        device = self.model.device
-        batch = PackedBatch.from_rows(rows, self.model.family.first_position, device)
+        device = self.device
+        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device)
         if device.type != "cpu":
             options = move_options(options, device)
         return self.executor.run(batch, options)
@@ -141,7 +153,8 @@ class Engine:
         return RowOutputs(*(torch.cat([p.cpu() for p in column])[place] for column in zip(*parts)))
 
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
-        logits, exit_layers, exit_probs = (x.cpu() for x in outputs)
+        # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.
+        logits, exit_layers, exit_probs = (x.to("cpu", copy=True) for x in outputs)
         config, n = self.config, len(logits)
         probabilities = torch.softmax(logits, -1)
         label_ids = logits.argmax(-1)

@@ -41,9 +41,12 @@ class EarlyExitConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
-        object.__setattr__(self, "labels", tuple(self.labels))
-        object.__setattr__(self, "leave_rates", tuple(sorted((t, tuple(rates)) for t, rates in self.leave_rates)))
+        for name in ("exit_layers", "labels", "leave_rates"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise TypeError(f"{name} must be a list, got {type(value).__name__}: {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "leave_rates", _checked_rates(self.leave_rates, len(self.exit_layers) - 1))
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"early_exit.format_version is {self.format_version!r}, this engine reads {FORMAT_VERSION}: "
@@ -63,25 +66,16 @@ class EarlyExitConfig:
                 f"the last exit must stand at the last layer ({self.num_layers}), got exit_layers "
                 f"{list(self.exit_layers)}"
             )
-        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels must be two or more different names, got {list(self.labels)!r}")
         if not all(isinstance(name, str) for name in self.labels):
             raise TypeError(f"labels must be strings, got {list(self.labels)!r}")
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must be two or more different names, got {list(self.labels)!r}")
         if self.pooler not in POOLERS:
             raise ValueError(f"pooler must be one of {', '.join(POOLERS)}, got {self.pooler!r}")
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
         _in_range("threshold", self.threshold, 0.0, 1.0)
         _in_range("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
-        for threshold, rates in self.leave_rates:
-            _in_range("leave_rates: threshold", threshold, 0.0, 1.0)
-            if len(rates) != len(self.exit_layers) - 1:
-                raise ValueError(
-                    f"leave_rates at threshold {threshold:g} must have {len(self.exit_layers) - 1} entries, one for each "
-                    f"exit but the last, got {len(rates)}"
-                )
-            for rate in rates:
-                _in_range("leave_rates", rate, 0.0, 1.0)
 
     @property
     def num_exits(self) -> int:
@@ -128,10 +122,25 @@ class EarlyExitConfig:
         for key in ("exit_layers", "labels"):
             if not isinstance(data[key], (list, tuple)):
                 raise TypeError(f"{where}.{key} must be a list, got {type(data[key]).__name__}")
-        rates = data.get("leave_rates", ())
-        if not isinstance(rates, (list, tuple)) or not all(isinstance(r, (list, tuple)) and len(r) == 2 for r in rates):
-            raise TypeError(f"{where}.leave_rates must be a list of [threshold, rates] pairs, got {rates!r}")
         return cls(**data)
+
+
+def _checked_rates(leave_rates: tuple, entries: int) -> tuple[tuple[float, tuple[float, ...]], ...]:
+    checked = []
+    for pair in leave_rates:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[1], (list, tuple)):
+            raise TypeError(f"leave_rates must hold [threshold, [rate of every exit but the last]] pairs, got {pair!r}")
+        threshold, rates = pair
+        _in_range("leave_rates: threshold", threshold, 0.0, 1.0)
+        if len(rates) != entries:
+            raise ValueError(
+                f"leave_rates at threshold {threshold:g} must have {entries} entries, one for each exit but the last, "
+                f"got {len(rates)}"
+            )
+        for rate in rates:
+            _in_range("leave_rates", rate, 0.0, 1.0)
+        checked.append((threshold, tuple(rates)))
+    return tuple(sorted(checked))
 
 
 def _positive_int(name: str, value: Any) -> None:

@@ -60,6 +60,11 @@ class InputReader:
         rows = []
         for index, encoding in enumerate(encode.encode_batch_fast(batch)):
             ids = encoding.ids
+            if max(ids) >= self.vocab_size:
+                raise ValueError(
+                    f"row {index} has token id {max(ids)}, the model's vocabulary ends at {self.vocab_size - 1}: the tokenizer "
+                    "is not the model's"
+                )
             if len(ids) > self.max_length:
                 raise ValueError(
                     f"row {index} has {len(ids)} tokens, the model takes at most {self.max_length}: shorten it, or pass "
@@ -163,7 +168,7 @@ def _integer_rows(name: str, value: Any, like: list[list[int]] | None) -> list[l
             ) from error
     if value.dim() != 2:
         raise ValueError(f"{name} must have two dimensions [rows, tokens], got shape {list(value.shape)}")
-    if value.is_floating_point() or value.is_complex():
+    if (value.is_floating_point() or value.is_complex()) and value.numel():
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
     if like is not None:
         shape = [len(like), len(like[0]) if like else 0]

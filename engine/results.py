@@ -36,7 +36,8 @@ class Classification:
     probabilities       fp32 [N, C], softmax of logits
     logits              fp32 [N, C], of the internal classifier the row left through
     exit_layers         int32 [N], layers that ran for the row, 1 ... num_layers
-    exit_probabilities  fp32 [N], sigmoid of the policy logit at the exit; 1 at the last layer, where every row leaves
+    exit_probabilities  fp32 [N], sigmoid of the policy logit at the exit; 1 where the row had to leave (the last layer,
+                        its max_depth); nan where the criterion computes no policy
     """
 
     labels: list[str]

@@ -23,8 +23,7 @@ from tests.tiny import (
 )
 
 FP32 = dict(rtol=1e-5, atol=3e-5)
-# Results are handed out in fp32: two fp64 computations may round to neighbours.
-FP64 = dict(rtol=1.3e-7, atol=1e-12)
+FP64 = dict(rtol=2.5e-7, atol=1e-12)  # results are handed out in fp32: two units in the last place
 
 
 def both(model):
@@ -364,20 +363,26 @@ def test_rows_really_leave(model, first_tokens_first, monkeypatch):
 
 @pytest.mark.parametrize("executor", ["packed", "reference"])
 def test_a_model_in_training_mode(model, executor):
-    """No dropout, no random number drawn, and the mode stays; also where parts of the model are in eval mode."""
+    """No dropout, no random number drawn, and the mode stays."""
     rows = padded(random_rows(20, seed=30))
     run = engine.from_module(model, executor=executor).run
     want = run(rows)
     model.train()
-    model.backbone.encoder.layer[1].eval()
-    modes = {name: module.training for name, module in model.named_modules()}
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    got = run(rows)
-    assert_same(got, want, atol=0)
+    assert_same(run(rows), want, atol=0)
     assert torch.equal(torch.get_rng_state(), before)
-    changed = [name for name, module in model.named_modules() if module.training != modes[name]]
-    assert not changed, f"modes changed by inference: {changed}"
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+def test_a_model_that_is_partly_in_training_mode(model, executor):
+    """A frozen backbone in eval mode under exits that train stays what it is."""
+    model.train()
+    model.backbone.eval()
+    engine.from_module(model, executor=executor).run(padded(random_rows(20, seed=30)))
+    assert model.training and all(module.training for module in model.exits.modules())
+    assert not any(module.training for module in model.backbone.modules())
 
 
 def test_reference_restores_the_mode_after_an_error(model):

@@ -209,6 +209,10 @@ def test_padding_on_either_side_is_stripped(family, side):
     alone = [runner.run({"input_ids": [row]}) for row in rows]
     got = runner.run(padded(rows, side))
     wide = padded([*rows, [5] * 40], side)  # far more padding than needed
+    if family == "bert":
+        types = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in rows]
+        segments = runner.run(padded(rows, side, types=types)).logits
+        torch.testing.assert_close(segments, runner.run(padded(rows, "right", types=types)).logits, **FP32)
     for batch in (got, runner.run({name: value[:9] for name, value in wide.items()})):
         assert batch.exit_layers.tolist() == [int(x.exit_layers) for x in alone]
         torch.testing.assert_close(batch.logits, torch.cat([x.logits for x in alone]), **FP32)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import os
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from engine.config import POOLERS
 from engine.train.objectives import INDICATORS, REWARD_KINDS, WEIGHTINGS
 from engine.train.policy_gradient import BASELINES, BEHAVIOURS
 
@@ -21,11 +23,12 @@ class OptimiserOptions:
     epochs: int
     batch_size: int
     learning_rate: float
+    group: ClassVar[str] = "optimiser"  # the group's name in errors
 
     def __post_init__(self) -> None:
-        _at_least(type(self).__name__, "epochs", self.epochs, 0)
-        _at_least(type(self).__name__, "batch_size", self.batch_size, 1)
-        _number(type(self).__name__, "learning_rate", self.learning_rate, low=0.0, open_low=True)
+        _integer(f"{self.group}.epochs", self.epochs, 0)
+        _integer(f"{self.group}.batch_size", self.batch_size, 1)
+        _positive(f"{self.group}.learning_rate", self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,12 @@ class InitOptions(OptimiserOptions):
     learning_rate: float = 2e-5
     weighting: str = "layer"
     last_exit_epochs: int = 0
+    group: ClassVar[str] = "init"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("init.weighting", self.weighting, WEIGHTINGS)
-        _at_least("init", "last_exit_epochs", self.last_exit_epochs, 0)
+        _integer("init.last_exit_epochs", self.last_exit_epochs, 0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class PolicyOptions(OptimiserOptions):
     epsilon_start: float = 0.05
     epsilon_end: float = 0.005
     epsilon_tau: float = 1000.0
+    group: ClassVar[str] = "policy"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,11 +94,16 @@ class PolicyOptions(OptimiserOptions):
         _one_of("policy.initialisation", self.initialisation, ("zero", "uniform_hazard"))
         _one_of("policy.behaviour", self.behaviour, BEHAVIOURS)
         _one_of("policy.baseline", self.baseline, BASELINES)
-        _at_least("policy", "num_samples", self.num_samples, 2 if self.baseline == "leave_one_out" else 1)
-        _at_least("policy", "warm_start_epochs", self.warm_start_epochs, 0)
+        _integer("policy.num_samples", self.num_samples, 2 if self.baseline == "leave_one_out" else 1)
+        _integer("policy.warm_start_epochs", self.warm_start_epochs, 0)
         if self.alpha is not None:
-            _number("policy", "alpha", self.alpha, low=0.0)
-        _number("policy", "entropy_bonus", self.entropy_bonus, low=0.0)
+            _number("policy.alpha", self.alpha)
+        _number("policy.entropy_bonus", self.entropy_bonus)
+        if self.ratio_clip is not None:
+            _positive("policy.ratio_clip", self.ratio_clip)
+        _number("policy.epsilon_start", self.epsilon_start, 1.0)
+        _number("policy.epsilon_end", self.epsilon_end, 1.0)
+        _positive("policy.epsilon_tau", self.epsilon_tau)
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class TaskOptions(OptimiserOptions):
     batch_size: int = 16
     learning_rate: float = 2e-5
     indicator: str = "greedy"
+    group: ClassVar[str] = "task"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,17 +137,19 @@ class SelectOptions:
     reference: str | float = "full_depth"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alphas", tuple(self.alphas))
-        object.__setattr__(self, "thresholds", tuple(self.thresholds))
-        _number("select", "max_relative_loss", self.max_relative_loss, low=0.0, high=1.0)
+        object.__setattr__(self, "alphas", _tuple("select.alphas", self.alphas))
+        object.__setattr__(self, "thresholds", _tuple("select.thresholds", self.thresholds))
+        _number("select.max_relative_loss", self.max_relative_loss, 1.0)
         for value in self.alphas:
-            _number("select", "alphas", value, low=0.0)
+            _number("select.alphas", value)
         for value in self.thresholds:
-            _number("select", "thresholds", value, low=0.0, high=1.0)
+            _number("select.thresholds", value, 1.0)
         if self.alphas and not self.thresholds:
             raise ValueError("select.thresholds must not be empty where alphas are swept")
-        if self.reference != "full_depth":
-            _number("select", "reference", self.reference, low=0.0, high=1.0)
+        if isinstance(self.reference, str):
+            _one_of("select.reference (an accuracy, or a word)", self.reference, ("full_depth",))
+        else:
+            _number("select.reference", self.reference, 1.0)
 
 
 @dataclass(frozen=True)
@@ -148,9 +161,9 @@ class LoraOptions:
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        _at_least("lora", "rank", self.rank, 0)
-        _number("lora", "alpha", self.alpha, low=0.0, open_low=True)
-        _number("lora", "dropout", self.dropout, low=0.0, high=1.0)
+        _integer("lora.rank", self.rank, 0)
+        _positive("lora.alpha", self.alpha)
+        _number("lora.dropout", self.dropout, 1.0)
 
 
 @dataclass(frozen=True)
@@ -191,13 +204,33 @@ class TrainConfig:
     select: SelectOptions = field(default_factory=SelectOptions)
 
     def __post_init__(self) -> None:
+        for name in ("backbone", "data", "output"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)) or not str(value):
+                raise ValueError(f"{name} must be a name or a path, got {value!r}")
+            object.__setattr__(self, name, str(value))
+        if Path(self.output).name in ("", ".."):
+            raise ValueError(f"output must name a folder of its own, which is replaced whole, got {self.output!r}")
         object.__setattr__(self, "output", str(Path(self.output)))  # "out/" and "out" are one run
-        if self.exit_layers is not None:
-            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
-        _number("train", "calibration_share", self.calibration_share, low=0.0, high=1.0, open_low=True)
-        _at_least("train", "max_rounds", self.max_rounds, 0)
-        _at_least("train", "max_length", self.max_length, 3)
-        _number("train", "tolerance", self.tolerance, low=0.0)
+        if self.exit_layers is not None:  # which layers there are, the backbone knows
+            object.__setattr__(self, "exit_layers", _tuple("exit_layers", self.exit_layers))
+        _one_of("pooler", self.pooler, POOLERS)
+        _integer("policy_hidden_size", self.policy_hidden_size, 1)
+        _number("classifier_dropout", self.classifier_dropout, 1.0)
+        _integer("max_length", self.max_length, 3)
+        _positive("calibration_share", self.calibration_share)
+        if self.calibration_share >= 1:
+            raise ValueError(f"calibration_share must lie in (0, 1), got {self.calibration_share!r}")
+        if not isinstance(self.drop_leaked, bool):
+            raise TypeError(f"drop_leaked must be true or false, got {self.drop_leaked!r}")
+        _integer("seed", self.seed, 0)
+        if not isinstance(self.device, str):
+            raise TypeError(f"device must be auto or the name of a torch device, got {self.device!r}")
+        _integer("max_rounds", self.max_rounds, 0)
+        _number("tolerance", self.tolerance)
+        for group in fields(self):
+            if is_dataclass(group.default_factory) and not isinstance(getattr(self, group.name), group.default_factory):
+                raise TypeError(f"{group.name} must be {group.default_factory.__name__}, got {getattr(self, group.name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -252,15 +285,15 @@ def _build(cls: type, data: Any, where: str) -> Any:
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise ValueError(f"{where} has unknown options {unknown}; known are {sorted(known)}")
+    required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if required - set(data):
+        raise ValueError(f"{where} lacks the options {sorted(required - set(data))}")
     values = dict(data)
     for name, value in data.items():
         default = known[name].default_factory
         if is_dataclass(default):
             values[name] = _build(default, value, name)
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise TypeError(f"{where}: {error}") from None
+    return cls(**values)
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
@@ -268,13 +301,28 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _at_least(where: str, name: str, value: Any, low: int) -> None:
+def _integer(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{where}.{name} must be an integer of at least {low}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
-def _number(where: str, name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (open_low and value == low):
-        side = "(" if open_low else "["
-        raise ValueError(f"{where}.{name} must lie in {side}{low:g}, {high:g}], got {value!r}")
+def _number(name: str, value: Any, high: float = math.inf) -> None:
+    """0 <= value <= high, and finite."""
+    if not _is_finite(value) or not 0 <= value <= high:
+        allowed = "0 or more" if high == math.inf else f"in [0, {high:g}]"
+        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+
+
+def _positive(name: str, value: Any) -> None:
+    if not _is_finite(value) or value <= 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tuple(name: str, value: Any) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {value!r}")
+    return tuple(value)

@@ -21,7 +21,7 @@ class ExitReading(NamedTuple):
     layer          1 ... L
     first_tokens   [n, H] hidden state of each row's first token after this layer
     policy_logits  [n] fp32, z; sigmoid(z) is the exit probability
-    class_logits   [n, C] of the internal classifier
+    class_logits   [n, C] fp32, of the internal classifier
     """
 
     layer: int
@@ -43,12 +43,15 @@ class Criterion(ABC):
     """When a row leaves.
 
     needs_policy, needs_classifier  what the executor must compute at every exit before ``decide``
+    stateless                       what ``decide`` says depends on nothing it saw at earlier exits: exits where no row
+                                    may leave yet are then skipped. With state, every exit is read
     swept                           range and direction of ``threshold``; None where there is nothing to sweep
     """
 
     name: str
     needs_policy: bool = False
     needs_classifier: bool = False
+    stateless: bool = False
     swept: Swept | None = None
 
     def may_decide(self, layer: int) -> bool:

@@ -17,6 +17,7 @@ class Policy(Criterion):
 
     name = "policy"
     needs_policy = True
+    stateless = True
     swept = Swept(0.0, 1.0, higher_is_deeper=True)
 
     def begin(self, threshold: Tensor, exit_layers: Tensor | None) -> dict[str, Tensor]:

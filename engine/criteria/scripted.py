@@ -12,6 +12,7 @@ class Scripted(Criterion):
 
     name = "scripted"
     needs_policy = True
+    stateless = True
 
     def begin(self, threshold: Tensor, exit_layers: Tensor | None) -> dict[str, Tensor]:
         if exit_layers is None:

@@ -112,6 +112,18 @@ class ExitOptions:
     uniform: bool
     leave_rates: Mapping[int, float]
 
+    def begin(self) -> dict[str, Tensor]:
+        """The criterion's fresh per-row state. It may write into what it gets: these options serve other runs too."""
+        script = None if self.exit_layers is None else self.exit_layers.clone()
+        return self.criterion.begin(self.threshold.clone(), script)
+
+    def reads_exit(self, layer: int) -> bool:
+        """Whether the exit at ``layer`` matters to any row: to decide, or because a row's max_depth may end there."""
+        if not self.uniform and layer >= self.shallowest:
+            return True
+        # A criterion with state counts layers: it sees all of them, whatever other rows of the batch allow.
+        return self.criterion.may_decide(layer) and (layer >= self.shallowest or not self.criterion.stateless)
+
 
 class RowOutputs(NamedTuple):
     """One entry a row of the batch, in the batch's order: logits fp32 [B, C], exit_layers int32 [B], exit_probs [B]."""

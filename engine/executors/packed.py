@@ -28,9 +28,12 @@ class PackedExecutor:
 
     name = "packed"
 
-    def __init__(self, model: MultiExitEncoder):
-        self.model = model
-        self.weights = WatchedWeights(model)
+    def __init__(self, model: MultiExitEncoder, watching: bool = True):
+        self.weights = WatchedWeights(model, watching)
+
+    def watch(self) -> None:
+        """From now on somebody else may change the module: look before every run."""
+        self.weights.watching = True
 
     def refresh(self) -> None:
         """Read the module's weights again now."""
@@ -62,7 +65,7 @@ class _Pass:
             *weights.embedding_norm,
         )
         self.active: Tensor | None = None  # original row of each active row; None while all are active
-        self.state = options.criterion.begin(options.threshold, options.exit_layers)
+        self.state = options.begin()
         if not options.uniform:
             self.state = {**self.state, "_min_depth": options.min_depth, "_max_depth": options.max_depth}
         self.left: list[tuple] = []
@@ -76,7 +79,7 @@ class _Pass:
                 self._leave(layer, self._first_tokens(weights, qkv)[: self.num_rows], None, None)
                 break
             exit_weights = self.weights.exits.get(layer)
-            if exit_weights is None or layer < options.shallowest or not options.criterion.may_decide(layer):
+            if exit_weights is None or not options.reads_exit(layer):
                 self.hidden = self._whole_layer(weights)
             elif first_tokens_first(self.num_rows, self.num_tokens, options.leave_rates[layer]):
                 self._layer_first_tokens_first(layer, weights, exit_weights)
@@ -151,12 +154,18 @@ class _Pass:
             state, logits = exit_policy(first, *(weights.pooler or (None, None)), *weights.policy)
         if criterion.needs_classifier:
             state = self._exit_state(weights, first) if state is None else state
-            classes = torch.nn.functional.linear(state, *weights.classifier)
-        leave = criterion.decide(ExitReading(layer, first, logits, classes), self.state)
+            classes = torch.nn.functional.linear(state, *weights.classifier).float()
+        leave = torch.zeros(self.num_rows, dtype=torch.bool, device=first.device)
+        if criterion.may_decide(layer):
+            leave = criterion.decide(ExitReading(layer, first, logits, classes), self.state)
+        if layer < options.shallowest:  # read for the criterion's state alone
+            return None
+        if logits is None:
+            logits = leave.new_full((self.num_rows,), torch.nan, dtype=torch.float32)
         if not options.uniform:
             forced = self.state["_max_depth"] <= layer
             leave = (leave & (self.state["_min_depth"] <= layer)) | forced
-            logits = None if logits is None else logits.masked_fill(forced, torch.inf)
+            logits = logits.masked_fill(forced, torch.inf)
         flags = leave.tolist()  # the read-back: on a CPU it costs nothing
         leaving = sum(flags)
         if leaving == 0:
@@ -165,7 +174,7 @@ class _Pass:
             self._leave(layer, first, state, logits)
             self.num_rows = 0
             return leave
-        self._leave(layer, first[leave], None if state is None else state[leave], None if logits is None else logits[leave], leave)
+        self._leave(layer, first[leave], None if state is None else state[leave], logits[leave], leave)
         keep = ~leave
         self.num_rows -= leaving
         self.active = torch.nonzero(keep).flatten() if self.active is None else self.active[keep]

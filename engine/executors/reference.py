@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.criteria import ExitReading
 from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
@@ -11,25 +15,41 @@ from engine.kernels.packing import unpack_lead
 from engine.models.encoder import MultiExitEncoder
 
 
+# The mode is a property of the modules: one run at a time may set it, whichever engine the modules belong to.
+_MODE = threading.Lock()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and every module's own mode back afterwards."""
+    with _MODE:
+        training = [module for module in model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
 class ReferenceExecutor:
     """Same meaning as every other executor, none of the speed."""
 
     name = "reference"
 
-    def __init__(self, model: MultiExitEncoder):
+    def __init__(self, model: MultiExitEncoder, watching: bool = True):
         self.model = model
+
+    def watch(self) -> None:
+        """Nothing to do: the module itself is run."""
 
     def refresh(self) -> None:
         """Nothing to do: the module itself is run."""
 
     def run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                return self._run(batch, options)
-        finally:
-            self.model.train(training)
+        with torch.inference_mode(), _evaluating(self.model):
+            return self._run(batch, options)
 
     def _run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
         model, config = self.model, self.model.config
@@ -52,22 +72,24 @@ class ReferenceExecutor:
             torch.ones(rows, device=device),
         )
         criterion = options.criterion
-        state = criterion.begin(options.threshold, options.exit_layers)
+        state = options.begin()
         active = torch.ones(rows, dtype=torch.bool, device=device)
         for k, layer in enumerate(config.exit_layers):
             last = layer == config.num_layers
             if last:
                 leave = active
             else:
-                z = exits.policy_logits[:, k].float()
+                z = exits.policy_logits[:, k].float() if criterion.needs_policy else None
+                classes = exits.logits[:, k].float() if criterion.needs_classifier else None
                 leave = torch.zeros_like(active)
-                if criterion.may_decide(layer) and layer >= options.shallowest:
+                if criterion.may_decide(layer) and options.reads_exit(layer):
                     # Rows that have left stay in the state: they are masked, not compacted.
-                    reading = ExitReading(layer, first_tokens[k], z, exits.logits[:, k])
+                    reading = ExitReading(layer, first_tokens[k], z, classes)
                     leave = criterion.decide(reading, state) & (options.min_depth <= layer)
                 forced = options.max_depth <= layer
                 leave = active & (leave | forced)
-                out.exit_probs[leave] = torch.sigmoid(z[leave]).masked_fill(forced[leave], 1.0)
+                probs = torch.full_like(out.exit_probs, torch.nan) if z is None else torch.sigmoid(z)
+                out.exit_probs[leave] = probs.masked_fill(forced, 1.0)[leave]
             out.logits[leave] = exits.logits[leave, k].float()
             out.exit_layers[leave] = layer
             active = active & ~leave

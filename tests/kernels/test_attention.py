@@ -149,7 +149,7 @@ MESSAGES = [
     ((Q, Q[:4], Q, CU, None, 2, 1.0, 2, None), ValueError, r"key must have shape \[5, 8\], got \[4, 8\]"),
     ((Q, Q, Q.double(), CU, None, 2, 1.0, 2, None), ValueError, r"value must have the dtype of query \(float32\)"),
     ((Q, Q, Q, CU.long(), None, 2, 1.0, 2, None), ValueError, "cu_seqlens must be int32, got int64"),
-    ((Q[:4], Q[:4], Q[:4], CU, None, 2, 1.0, 2, None), ValueError, r"end with the rows of query \(4\), got 0 and 5"),
+    ((Q[:4], Q[:4], Q[:4], CU, None, 2, 1.0, 2, None), ValueError, r"end within the rows of query \(4\), got 0 and 5"),
     ((Q, Q, Q, cu_seqlens_of([5, 0]), None, 2, 1.0, 2, None), ValueError, "at least 1 token, got 0 for sequence 1"),
     ((Q, Q, Q, CU, ROWS + 1, 2, 1.0, 0, None), IndexError, r"rows must lie in \[0, 2\), .* got 2 at position 0"),
     ((Q, Q, Q, CU, None, 2, 1.0, 2, torch.zeros(2, 3)), ValueError, "position_bias must reach the longest length"),
