@@ -14,9 +14,11 @@ only, and no exit is ever read. It is the fastest full-depth path we have, and t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ import engine
 from engine.api import Engine
 from engine.bench.record import RESULTS, figure, write_result
 from engine.bench.timer import interleave
+from engine.loading import load_model
+from engine.models.encoder import MultiExitEncoder
 
 BATCHES = (1, 8, 32)
 _POLICY_BAR_S = 30.0
@@ -41,9 +45,8 @@ def padded_batches(model: Engine, texts: list[str], batch: int) -> list[dict[str
     return [{name: e[name] for name in names if name in e} for e in encoded]
 
 
-def huggingface(model: Engine) -> Callable[[dict[str, Tensor]], Tensor]:
+def huggingface(module: MultiExitEncoder) -> Callable[[dict[str, Tensor]], Tensor]:
     """The same weights through Hugging Face modules (eager, SDPA) and the last exit's classifier."""
-    module = model.model.eval()
     last = module.config.num_exits - 1
 
     def run(batch: dict[str, Tensor]) -> Tensor:
@@ -54,13 +57,13 @@ def huggingface(model: Engine) -> Callable[[dict[str, Tensor]], Tensor]:
     return run
 
 
-def onnxruntime_session(model: Engine, folder: Path) -> Callable[[dict[str, Tensor]], Any]:
+def onnxruntime_session(module: MultiExitEncoder, folder: Path) -> Callable[[dict[str, Tensor]], Any]:
     """The same network exported and optimised for onnxruntime (fused attention, layer norm and GELU), same threads."""
     import onnxruntime
     from onnxruntime.transformers import optimizer
     from onnxruntime.transformers.fusion_options import FusionOptions
 
-    module = model.model.eval()
+    module = copy.deepcopy(module)  # the exporter leaves marks on what it traces
     last = module.config.num_exits - 1
 
     class Classifier(torch.nn.Module):
@@ -78,9 +81,9 @@ def onnxruntime_session(model: Engine, folder: Path) -> Callable[[dict[str, Tens
     example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in names)
     path = folder / "model.onnx"
     backbone = module.encoder_backbone
-    implementation = backbone.config._attn_implementation
     backbone.set_attn_implementation("eager")  # the pattern that the optimiser fuses
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the legacy exporter's own; the answers are checked below
         torch.onnx.export(
             Classifier(),
             example,
@@ -90,8 +93,6 @@ def onnxruntime_session(model: Engine, folder: Path) -> Callable[[dict[str, Tens
             dynamic_axes={name: {0: "batch", 1: "tokens"} for name in names},
             dynamo=False,
         )
-    finally:
-        backbone.set_attn_implementation(implementation)
     config = backbone.config
     fused = optimizer.optimize_model(
         str(path),
@@ -153,6 +154,7 @@ def measure(model: Engine, texts: list[str], batch: int, others: dict[str, Calla
     settings: dict[str, Callable[[int], dict[str, Any]]] = {
         "exits removed": lambda i: {"min_depth": layers},
         "nobody leaves": lambda i: {"threshold": 1.0},
+        "nobody leaves, unforeseen": lambda i: {"threshold": 0.9999999},
         "trained exits": lambda i: {},
         "scripted, spread, mean depth L/2": lambda i: {"criterion": "scripted", "exit_layers": scripts[i % len(scripts)]},
     }
@@ -207,25 +209,26 @@ def realised(row: dict[str, Any], name: str, layers: int) -> float:
     return ratio(row, "exits removed", name) / (layers / row["times"][name]["mean_depth"])
 
 
-def policy_step(model: Engine, data: Path) -> dict[str, Any]:
+def policy_step(module: MultiExitEncoder, tokenizer, data: Path) -> dict[str, Any]:
     """Seconds of one closed-form policy step (one alpha, default epochs) on the cached train split."""
     from engine.train import objectives, phases
+    from engine.train.batching import TokenizedExamples
     from engine.train.config import PolicyOptions
-    from engine.train.data import TokenizedExamples, load_examples
+    from engine.train.data import load_examples
 
-    examples = load_examples(data, model.config.labels)
-    tokens = TokenizedExamples.from_examples(examples, model.tokenizer, model.config.max_length)
+    config = module.config
+    examples = load_examples(data, config.labels)
+    tokens = TokenizedExamples.from_examples(examples, tokenizer, config.max_length)
     started = time.perf_counter()
-    cache = phases.measure(model.model, tokens)
+    cache = phases.measure(module, tokens)
     cached = time.perf_counter()
-    memorized = phases.memorized_layers(cache, model.config.exit_layers)
-    grid = objectives.alpha_grid(model.config.num_layers, model.config.num_labels)
-    kept = {k: v.clone() for k, v in model.model.exits.policies.state_dict().items()}
+    memorized = phases.memorized_layers(cache, config.exit_layers)
+    grid = objectives.alpha_grid(config.num_layers, config.num_labels)
     options = PolicyOptions()
+    module.exits.reset_policies(options.initialisation == "uniform_hazard")
     trained = time.perf_counter()
-    phases.train_policy(model.model, cache, memorized, options, grid[len(grid) // 2], seed=0)
+    phases.train_policy(module, cache, memorized, options, grid[len(grid) // 2], seed=0)
     seconds = time.perf_counter() - trained
-    model.model.exits.policies.load_state_dict(kept)
     return {"rows": len(examples), "epochs": options.epochs, "cache_s": cached - started, "policy_s": seconds}
 
 
@@ -243,17 +246,18 @@ def main() -> None:
     from engine.train.data import load_examples
 
     model = engine.load(options.checkpoint, device="cpu")
+    module, tokenizer = load_model(options.checkpoint)  # the competitors' own: ours stays private to its engine
     examples = load_examples(options.data / "test.jsonl.gz", model.config.labels)
     texts = examples.texts[: options.rows]
     layers = model.config.num_layers
     with tempfile.TemporaryDirectory() as folder:
         others = {
-            "Hugging Face eager, padded": huggingface(model),
-            "onnxruntime, padded": onnxruntime_session(model, Path(folder)),
+            "Hugging Face eager, padded": huggingface(module),
+            "onnxruntime, padded": onnxruntime_session(module, Path(folder)),
         }
         differences = check_same_answers(model, others, padded_batches(model, texts, 32)[0])
         rows = {b: measure(model, texts[: max(b * 16, 64) if b < 8 else None], b, others, options.repeats) for b in BATCHES}
-    policy = policy_step(model, options.data / "train.jsonl.gz")
+    policy = policy_step(module, tokenizer, options.data / "train.jsonl.gz")
 
     figures = []
     quality = json.loads(options.quality.read_text()) if options.quality.is_file() else {"figures": []}

@@ -119,7 +119,8 @@ def train_one(job: dict[str, Any], data: Path, work: Path, device: str) -> None:
 
     from engine.train import phases
     from engine.train.config import TrainConfig
-    from engine.train.trainer import Trainer, operating_point
+    from engine.train.figures import operating_point
+    from engine.train.trainer import Trainer
 
     torch.set_num_threads(1 if device == "cuda" else torch.get_num_threads())
     output = str(work / "runs" / job["name"])
@@ -150,6 +151,7 @@ def train_one(job: dict[str, Any], data: Path, work: Path, device: str) -> None:
         **{k: job[k] for k in ("name", "dataset", "seed", "method", "variant")},
         "config": record["config"],
         "sizes": record["sizes"],
+        "versions": record["versions"],
         "seconds": time.perf_counter() - started,
         "phases": record["phases"],
         "points": points,
@@ -244,6 +246,29 @@ def figures(chosen: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def compact(result: dict[str, Any]) -> dict[str, Any]:
+    """One training as a result file keeps it: options, accuracy by exit and phase, rank correlations (Table 1), points."""
+    splits = ("calibration", "dev", "test")
+    ranks = ("spearman_ml_loss", "spearman_ml_forgetting", "memorized_layer_shares", "epoch_loss")
+    return {
+        **{k: result.get(k) for k in ("name", "dataset", "seed", "method", "variant", "sizes", "versions", "seconds")},
+        "options": {k: result["config"][k] for k in ("pooler", "exit_layers", "max_rounds", "init", "task")},
+        "phases": {
+            name: {
+                "calibration_accuracy_by_exit": [round(x, 4) for x in phase["calibration"]["accuracy"]],
+                **{k: phase[k] for k in ranks if k in phase},
+            }
+            for name, phase in result["phases"].items()
+        },
+        "point_columns": ["alpha_multiple", "threshold", *(f"{s} {f}" for s in splits for f in ("accuracy", "mean depth"))],
+        "points": [
+            [p["alpha_multiple"], p["threshold"]]
+            + [round(p[s][f], 4) for s in splits for f in ("accuracy", "mean_depth")]
+            for p in result["points"]
+        ],
+    }
+
+
 def _group(results) -> dict[tuple, list[dict[str, Any]]]:
     """(variant, alpha multiple, threshold) -> its point of every seed, in the order of SEEDS."""
     groups: dict[tuple, list] = {}
@@ -281,7 +306,7 @@ def main() -> None:
     if len(results) < len(found):
         sys.exit(f"{len(found) - len(results)} of {len(found)} trainings have no result: run again to finish them")
     chosen = summarise(results)
-    write_result(options.output, figures(chosen), results, chosen=chosen)
+    write_result(options.output, figures(chosen), [compact(r) for r in results], chosen=chosen)
 
 
 if __name__ == "__main__":

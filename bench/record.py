@@ -22,6 +22,18 @@ def figure(name: str, value: float | None, unit: str, bar: str, met: bool, **mor
     return {"name": name, "value": value, "unit": unit, "bar": bar, "met": bool(met), **more}
 
 
+def _json(result: dict[str, Any]) -> str:
+    """Indented to the second level, so that a row of figures is a line."""
+    parts = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            lines = ",\n  ".join(json.dumps(item, allow_nan=False) for item in value)
+            parts.append(f"{json.dumps(key)}: [\n  {lines}\n ]")
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+    return "{\n " + ",\n ".join(parts) + "\n}"
+
+
 def write_result(path: Path, figures: list[dict[str, Any]], rows: Any, **more: Any) -> None:
     """Write a result file with its environment and show its figures."""
     found = environment()
@@ -34,7 +46,7 @@ def write_result(path: Path, figures: list[dict[str, Any]], rows: Any, **more: A
         **more,
         "rows": rows,
     }
-    write_file(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_file(path, _json(result) + "\n")
     lines = [
         [f["name"], "-" if f["value"] is None else f"{f['value']:.3f}", f["unit"], f["bar"], "yes" if f["met"] else "NO"]
         for f in figures

@@ -20,7 +20,7 @@ from engine.bench.timer import Timing, format_seconds, interleave
 from engine.console import show_table
 from engine.results import Classification
 from engine.train import statistics
-from engine.train.data import HUB_PREFIX, SPLIT_NAMES, SUFFIXES, Examples, load_examples
+from engine.train.data import HUB_PREFIX, SPLIT_NAMES, SUFFIXES, Examples, load_examples, split_file
 
 FULL_DEPTH = "full depth"
 WHAT_IS_TIMED = "from texts to labels: tokenisation, all layers that run, and the results in the caller's order"
@@ -159,14 +159,13 @@ def _split_source(data: str | Path, split: str) -> str | Path:
     path = Path(data)
     if not path.is_dir():
         return path
-    found = [file for name in SPLIT_NAMES[split] for suffix in SUFFIXES if (file := path / (name + suffix)).is_file()]
-    if len(found) != 1:
-        have = ", ".join(file.name for file in found) or "none"
+    file = split_file(path, split)
+    if file is None:
         raise ValueError(
             f"{path} must hold one {split} file ({' or '.join(SPLIT_NAMES[split])} with one of {', '.join(SUFFIXES)}), "
-            f"it holds {have}: name the file itself, or another --split"
+            "it holds none: name the file itself, or another --split"
         )
-    return found[0]
+    return file
 
 
 def environment() -> dict[str, Any]:

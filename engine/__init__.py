@@ -9,6 +9,7 @@ import torch
 from engine.api import Engine
 from engine.config import EarlyExitConfig
 from engine.criteria import Criterion
+from engine.executors import executor_class
 from engine.models.encoder import MultiExitEncoder
 from engine.results import Classification, RunStats
 
@@ -39,14 +40,16 @@ def load(
     device    "auto" (the CPU: this release's executors are tuned there), or any torch device
     dtype     "auto" (float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
     executor  "auto" (packed), "packed", or "reference"
-    Raises FileNotFoundError, OSError or ValueError that names the file, tensor or key that is wrong.
+    Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
+    ValueError that names the file, tensor or key that is wrong.
     """
     from engine.loading import load_model
 
+    executor_class(executor)
     chosen_dtype = _dtype(dtype)
-    chosen_device = torch.device("cpu" if device == "auto" else device)
-    model, tokenizer = load_model(checkpoint)
-    return Engine(model.to(device=chosen_device, dtype=chosen_dtype), tokenizer, executor, private=True)
+    chosen_device = _device(device, chosen_dtype)
+    model, tokenizer = load_model(checkpoint, dtype=chosen_dtype)
+    return Engine(model.to(chosen_device), tokenizer, executor, private=True)
 
 
 def from_module(model: MultiExitEncoder, tokenizer=None, *, executor: str = "auto") -> Engine:
@@ -62,10 +65,23 @@ def from_module(model: MultiExitEncoder, tokenizer=None, *, executor: str = "aut
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         return torch.float32
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)} or the torch.dtype, got {dtype!r}")
-    return _DTYPES[dtype]
+    raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)} or the torch.dtype, got {dtype!r}")
+
+
+def _device(device: str | torch.device, dtype: torch.dtype) -> torch.device:
+    """The device, proved by a tensor on it: ``meta`` holds no values, and MPS has no float64."""
+    try:
+        chosen = torch.device("cpu" if device == "auto" else device)
+        torch.zeros(1, dtype=dtype, device=chosen).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # a torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {device!r} cannot be used for {dtype} here ({reason}): choose auto, cpu or another torch device"
+        ) from error
+    return chosen

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from engine.config import EarlyExitConfig
 from engine.criteria import Criterion, make_criterion
-from engine.executors import EXECUTORS, ExitOptions, PackedBatch, RowOutputs
+from engine.executors import ExitOptions, PackedBatch, RowOutputs, executor_class
 from engine.executors.base import TokenRow
 from engine.inputs import InputReader
 from engine.models.encoder import MultiExitEncoder
@@ -34,12 +34,9 @@ class Engine:
 
     def __init__(self, model: MultiExitEncoder, tokenizer=None, executor: str = "auto", *, private: bool = False):
         """private: nobody else holds ``model``, so its weights need no watching until somebody asks for it."""
-        name = "packed" if executor == "auto" else executor
-        if name not in EXECUTORS:
-            raise ValueError(f"executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
         self._model = model
         self.tokenizer = tokenizer
-        self.executor = EXECUTORS[name](model, watching=not private)
+        self.executor = executor_class(executor)(model, watching=not private)
         self._options_reader = OptionsReader()
         backbone = model.encoder_backbone.config
         self._reader = InputReader(

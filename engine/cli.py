@@ -255,7 +255,7 @@ def info(
     checkpoint: Checkpoint,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """A checkpoint without its weights read: exits, classes, sizes, backbone, the figures of its model card."""
+    """A checkpoint without its weights read: exits, classes, sizes, backbone, the figures of its training."""
     from engine.facts import checkpoint_facts
 
     facts = checkpoint_facts(checkpoint)
@@ -395,8 +395,17 @@ def _progress_log() -> Iterator[None]:
 
 
 def _show_training(result: dict[str, Any], output: str) -> None:
-    from engine.console import say, show_table
+    from engine.console import say
 
+    console, splits = Console(), {name: figures for name, figures in result.items() if isinstance(figures, dict)}
+    _show_figures(console, splits, f"{output}, exit threshold {result['threshold']:g}")
+    say(console, f"Layers are counted here, not timed: consistentee eval {output} --data ... measures times.")
+
+
+def _show_figures(console: Console, splits: dict[str, dict[str, Any]], title: str) -> None:
+    from engine.console import show_table
+
+    header = ["split", "rows", "accuracy, full depth", "accuracy, with exits", "mean depth", "saved layers"]
     lines = [
         [
             name,
@@ -406,13 +415,9 @@ def _show_training(result: dict[str, Any], output: str) -> None:
             f"{figures['mean_depth']:.2f}",
             f"{100 * figures['saved_layers']:.1f} %",
         ]
-        for name, figures in result.items()
-        if isinstance(figures, dict)
+        for name, figures in splits.items()
     ]
-    header = ["split", "rows", "accuracy, full depth", "accuracy, with exits", "mean depth", "saved layers"]
-    console = Console()
-    show_table(console, header, lines, title=f"{output}, exit threshold {result['threshold']:g}", left=("split",))
-    say(console, f"Layers are counted here, not timed: consistentee eval {output} --data ... measures times.")
+    show_table(console, header, lines, title=title, left=("split",))
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -446,10 +451,7 @@ def _show_facts(facts: dict[str, Any]) -> None:
     show_table(console, ["file", "bytes", "parameters"], files, left=("file",))
     if facts["figures"]:
         say(console)
-        header = list(facts["figures"][0])
-        show_table(
-            console, header, [list(row.values()) for row in facts["figures"]], title="Model card", left=(header[0],)
-        )
+        _show_figures(console, facts["figures"], f"Found when it was trained, at threshold {exits['threshold']:g}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from engine.loading import read_config, resolve_checkpoint
+from engine.reading import read_json
+
+TRAINING = "training.json"
+_FIGURES = ("rows", "accuracy_full_depth", "accuracy", "mean_depth", "saved_layers")
 
 
 def checkpoint_facts(checkpoint: str) -> dict[str, Any]:
-    """Exits, backbone, bytes and parameters of every file, and the figures of the model card; JSON types only."""
+    """Exits, backbone, bytes and parameters of every file, and the figures that training found; JSON types only."""
     folder = resolve_checkpoint(checkpoint)
     backbone, exits, reference = read_config(folder)
     parameters = {}
@@ -33,15 +37,18 @@ def checkpoint_facts(checkpoint: str) -> dict[str, Any]:
         "bytes": files,
         "total_bytes": sum(files.values()),
         "parameters": parameters,
-        "figures": _card_figures(folder / "README.md"),
+        "figures": _training_figures(folder / TRAINING),
     }
 
 
-def _card_figures(card: Path) -> list[dict[str, str]]:
-    """The table under "## Figures" of a model card, one mapping a line; empty where there is none."""
-    if not card.is_file():
-        return []
-    section = card.read_text(encoding="utf-8", errors="replace").partition("\n## Figures\n")[2].partition("\n## ")[0]
-    lines = [line.strip().strip("|") for line in section.splitlines() if "|" in line]
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return [dict(zip(rows[0], row, strict=False)) for row in rows[2:]]
+def _training_figures(path: Path) -> dict[str, dict[str, float]]:
+    """{split: figures at the checkpoint's threshold}; empty where no training.json stands in the folder."""
+    if not path.is_file():
+        return {}
+    training = read_json(path)
+    try:
+        result = training["result"]
+        splits = [name for name in ("calibration", "dev", "test") if name in result]
+        return {name: {key: result[name][key] for key in _FIGURES} for name in splits}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: result is not what training writes ({error!r}): remove the file") from None

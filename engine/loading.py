@@ -9,6 +9,7 @@ A folder in Hugging Face layout:
                             ``early_exit.backbone`` names by hub id and sha256
     tokenizer.json, ...     the tokenizer
     README.md               model card
+    training.json           options and figures of the run that trained it
 """
 
 from __future__ import annotations
@@ -17,224 +18,173 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.backbones import WEIGHTS, BackboneReference, file_sha256
+from engine.backbones import (
+    CONFIG,
+    WEIGHTS,
+    BackboneReference,
+    file_sha256,
+    hub_snapshot,
+    load_backbone,
+    read_backbone_config,
+)
 from engine.config import EarlyExitConfig
 from engine.models.encoder import MultiExitEncoder
+from engine.models.families import family_of
+from engine.reading import (
+    NO_PICKLES,
+    PICKLES,
+    check_finite,
+    fill_module,
+    fill_tensors,
+    naming,
+    read_json,
+    read_tensors,
+    require_file,
+)
 
-CONFIG, EXITS = "config.json", "exits.safetensors"
+EXITS = "exits.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-# -- backbones ---------------------------------------------------------------------------------------------------
-
-
-def load_backbone(folder: Path, config=None) -> nn.Module:
-    """The encoder of a Hugging Face folder in fp32, without pooler of its own where the folder has none.
-
-    Raises ValueError for missing, unexpected, misshapen or non-finite tensors, each named.
-    """
-    from transformers import AutoConfig, AutoModel
-
-    hf_config = AutoConfig.from_pretrained(folder) if config is None else config
-    tensors = read_tensors(folder / WEIGHTS)
-    with torch.device("meta"):
-        model = AutoModel.from_config(hf_config)
-    prefix = model.base_model_prefix + "."
-    tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    expected = model.state_dict()
-    # Heads of other tasks (masked LM, classification) and index buffers that older releases saved are not the encoder's.
-    foreign = ("cls.", "lm_head.", "classifier.", "embeddings.position_ids")
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(foreign)}
-    if not any(name.startswith("pooler.") for name in tensors) and hasattr(model, "pooler"):
-        model.pooler = None
-        expected = model.state_dict()
-    model.to_empty(device="cpu")
-    _restore_buffers(model, hf_config)
-    fill_module(model, tensors, str(folder / WEIGHTS), expected)
-    return model.eval()
-
-
-def _restore_buffers(model: nn.Module, hf_config) -> None:
-    """Non-persistent buffers (position and token type ids) have no tensors in a file: compute them again."""
-    embeddings = model.embeddings
-    size = hf_config.max_position_embeddings
-    if "position_ids" in embeddings._buffers:
-        embeddings.position_ids = torch.arange(size).expand((1, -1))
-    if "token_type_ids" in embeddings._buffers:
-        embeddings.token_type_ids = torch.zeros((1, size), dtype=torch.long)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. ValueError where it is malformed, OSError where it is missing."""
-    if not path.is_file():
-        raise OSError(f"{path} does not exist")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-@torch.no_grad()
-def fill_module(module: nn.Module, tensors: dict[str, Tensor], where: str, expected: dict | None = None) -> None:
-    """Copy ``tensors`` into ``module``; nothing is written unless all of them fit."""
-    expected = module.state_dict() if expected is None else expected
-    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing:
-        raise ValueError(f"{where} lacks the tensor{'s' * (len(missing) > 1)} {_some(missing)}")
-    if extra:
-        raise ValueError(f"{where} has tensors that the model does not: {_some(extra)}")
-    for name, value in tensors.items():
-        if value.shape != expected[name].shape:
-            raise ValueError(
-                f"{where}: tensor {name} has shape {list(value.shape)}, the model needs {list(expected[name].shape)}"
-            )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{where}: tensor {name} holds NaN or infinite values")
-    own = module.state_dict()
-    for name, value in tensors.items():
-        own[name].copy_(value)
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "README.md"]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
-    """A checkpoint folder, or a hub id's snapshot."""
+    """A checkpoint folder, or a hub id's snapshot.
+
+    TypeError for what is no name, ValueError for a file, FileNotFoundError for what neither disk nor hub has.
+    """
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise TypeError(f"checkpoint must be a folder or a hub id, got {type(checkpoint).__name__}")
-    path = Path(checkpoint).expanduser()
+    path = Path(os.path.expanduser(checkpoint))
     if path.is_dir():
         return path
     if path.is_file():
-        what = "a pickle" if path.suffix in _PICKLES else "a file"
         raise ValueError(
-            f"{path} is {what}; a checkpoint is a folder with {CONFIG} and safetensors. Pickles are never read: convert "
-            "with safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+            f"{path} is a {'pickle' if path.suffix in PICKLES else 'file'}; a checkpoint is a folder with {CONFIG} and "
+            f"safetensors files ({NO_PICKLES.format(WEIGHTS)})"
         )
     name = str(checkpoint)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name} does not exist: give a checkpoint folder, or a hub id such as user/model")
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.snapshot_download(name))
-    except Exception as error:  # many kinds: not found, gated, offline, transport
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(f"{name} is neither a folder here nor a model that the hub gives out: {reason}") from error
+        return hub_snapshot(name, allow_patterns=_PATTERNS)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder here nor a model that the hub gives out: {error}"
+        ) from error
 
 
 def read_config(folder: Path) -> tuple[Any, EarlyExitConfig, BackboneReference | None]:
-    """(Hugging Face config, exits, backbone reference or None) of a checkpoint folder."""
-    from transformers import AutoConfig
+    """(Hugging Face config, exits, backbone reference or None) of a checkpoint folder.
 
+    FileNotFoundError where it has no config.json, ValueError that names file and key where that is wrong.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it holds no {CONFIG}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict) or "early_exit" not in data:
+    data = read_json(path)
+    if "early_exit" not in data:
         raise ValueError(
             f"{path} has no early_exit section: this is a model without exits; train them with 'consistentee train'"
         )
-    section = data.pop("early_exit")
-    if not isinstance(section, dict):
-        raise ValueError(f"{path}: early_exit must be a mapping, got {type(section).__name__}")
-    section = dict(section)
-    backbone = section.pop("backbone", None)
-    reference = None
-    if backbone is not None:
-        if not isinstance(backbone, dict) or not {"source", "sha256"} <= set(backbone) <= {
-            "source",
-            "sha256",
-            "revision",
-        }:
-            raise ValueError(f"{path}: early_exit.backbone must have source and sha256 (and revision), got {backbone!r}")
-        reference = BackboneReference(**backbone)
-    config = EarlyExitConfig.from_dict(section, where=f"{path}: early_exit")
-    if "model_type" not in data:
-        raise ValueError(f"{path} lacks the key model_type")
-    model_type = data.pop("model_type")
-    return AutoConfig.for_model(model_type, **data), config, reference
+    with naming(path):
+        section = data["early_exit"]
+        if not isinstance(section, dict):
+            raise TypeError(f"early_exit must be a mapping, got {type(section).__name__}")
+        backbone = section.pop("backbone", None)
+        reference = None if backbone is None else BackboneReference.from_dict(backbone)
+        exits = EarlyExitConfig.from_dict(section)
+    return read_backbone_config(path), exits, reference
 
 
-def load_model(checkpoint: str | os.PathLike, merge: bool = True) -> tuple[MultiExitEncoder, Any]:
-    """(model in eval mode and fp32, tokenizer or None). merge: fold a LoRA adapter into the backbone's weights."""
+def load_model(
+    checkpoint: str | os.PathLike, merge: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[MultiExitEncoder, Any]:
+    """(model in eval mode on the CPU, tokenizer or None). Draws no random numbers.
+
+    merge  fold a LoRA adapter into the backbone's weights
+    dtype  of the model; adapters are merged in fp32 before
+    Raises as ``resolve_checkpoint`` and ``read_config``; FileNotFoundError for missing files; ValueError that names the
+    file for pickles, malformed files, and tensors that are missing, unexpected, misshapen or not finite in ``dtype``.
+    """
     folder = resolve_checkpoint(checkpoint)
-    hf_config, config, reference = read_config(folder)
-    if not (folder / EXITS).is_file():
-        raise FileNotFoundError(f"{folder} holds no {EXITS}")
-    _refuse_pickles(folder)
-    if reference is None:
-        backbone = load_backbone(folder, hf_config)
-    else:
-        backbone = load_backbone(reference.resolve())
-        if (folder / ADAPTER_CONFIG).is_file():
-            backbone = _load_adapter(backbone, folder, merge)
-    model = MultiExitEncoder(backbone, config)
-    fill_module(model.exits, read_tensors(folder / EXITS), str(folder / EXITS))
-    return model.eval(), load_tokenizer(folder)
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if (folder / WEIGHTS).is_file() or (folder / ADAPTER).is_file():
-        return
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise ValueError(
-            f"{folder} holds its weights as a pickle ({', '.join(pickles)}), which can run code when it is read. Convert "
-            "it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
-        )
+    _, config, reference = read_config(folder)
+    for name in (EXITS, WEIGHTS) if reference is None else (EXITS, ADAPTER, ADAPTER_CONFIG):
+        require_file(folder, name)
+    tokenizer = load_tokenizer(folder)
+    with torch.random.fork_rng(devices=[]):  # modules draw their initial weights, which are then overwritten
+        if reference is None:
+            backbone = load_backbone(folder)
+        else:
+            backbone = _load_adapter(load_backbone(reference.resolve(), folder / CONFIG), folder, merge)
+        with naming(folder / CONFIG):
+            model = MultiExitEncoder(backbone, config)
+    fill_module(model.exits, read_tensors(folder / EXITS), folder / EXITS)
+    for name, value in model.state_dict().items():
+        check_finite(name, value, dtype, folder)
+    return model.to(dtype).eval(), tokenizer
 
 
 def _load_adapter(backbone: nn.Module, folder: Path, merge: bool) -> nn.Module:
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
     tensors = read_tensors(folder / ADAPTER)
-    try:
-        lora = LoraConfig.from_pretrained(folder)
-    except (ValueError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
-    lora.inference_mode = merge
+    options = read_json(folder / ADAPTER_CONFIG)
     backbone.pooler = None  # the exits hold their own; an adapter never covers it
-    model = PeftModel(backbone, lora)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    where = str(folder / ADAPTER)
-    fill_tensors(expected, tensors, where)
+    with naming(folder / ADAPTER_CONFIG):
+        if options.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type must be 'LORA', got {options.get('peft_type')!r}")
+        lora = LoraConfig.from_peft_type(**options)
+        lora.inference_mode = merge
+        lora.init_lora_weights = False  # all are overwritten, and some ways to initialise them change the backbone
+        model = PeftModel(backbone, lora)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    fill_tensors(expected, tensors, folder / ADAPTER)
     return model.merge_and_unload() if merge else model
 
 
-@torch.no_grad()
-def fill_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
-    """``fill_module`` for a plain mapping of tensors that are written in place."""
-    holder = nn.Module()
-    holder.state_dict = lambda: expected  # type: ignore[method-assign]
-    fill_module(holder, tensors, where)
-
-
-def load_tokenizer(folder: Path):
-    """The folder's fast tokenizer, None where it has none."""
-    if not (folder / "tokenizer.json").is_file():
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer, None where it has none. ValueError that names the files where it is malformed."""
+    if not (folder / _TOKENIZER[0]).is_file():
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    for name in _TOKENIZER:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    with naming(f"{folder}: the tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def attach_exits(
+    backbone: BackboneReference, config: dict[str, Any]
+) -> tuple[MultiExitEncoder, Any, BackboneReference]:
+    """A fresh multi-exit model on a pretrained backbone.
+
+    config  EarlyExitConfig fields; num_layers, exit_layers (all layers) and max_length default to the backbone's
+    Returns the model, its tokenizer (or None), and the reference with the sha256 of the weights found.
+    Raises as ``BackboneReference.resolve`` and ``load_backbone``; ValueError or TypeError for a wrong config.
+    """
+    folder = backbone.resolve()
+    module = load_backbone(folder)
+    layers = module.config.num_hidden_layers
+    fields = {"num_layers": layers, "exit_layers": tuple(range(1, layers + 1)), **config}
+    if fields.get("max_length") is None:
+        fields["max_length"] = family_of(module.config).longest(module.config)
+    model = MultiExitEncoder(module, EarlyExitConfig.from_dict(fields, where="exits"))
+    reference = BackboneReference(backbone.source, file_sha256(folder / WEIGHTS), backbone.revision)
+    return model, load_tokenizer(folder), reference
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -246,82 +196,117 @@ def save_checkpoint(
     tokenizer=None,
     backbone: BackboneReference | None = None,
     card: str | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``model`` as a checkpoint folder, replacing one that stands there.
+    """Write ``model`` as a checkpoint folder, replacing the checkpoint that stands there.
 
     backbone  what the adapter of a peft-wrapped model was trained on: the folder then holds the adapter and this
               reference. A model without adapter is written whole.
-    Everything is written beside the folder and renamed: it holds the old checkpoint or the new one, nothing between.
+    extra     further files, name -> text
+    Raises ValueError where the reference is missing or not wanted, the adapter is no single LoRA, a tensor is not
+    finite, or ``folder`` is something else than a checkpoint; then, and whatever else fails, nothing has changed.
     """
+    if not isinstance(model, MultiExitEncoder):
+        raise TypeError(f"model must be a MultiExitEncoder, got {type(model).__name__}")
+    folder = Path(folder)
+    check_replaceable(folder)
     wrapped = hasattr(model.backbone, "peft_config")
     if wrapped and (backbone is None or backbone.sha256 is None):
         raise ValueError("the backbone carries an adapter: name the weights it was trained on (backbone=, with sha256)")
     if not wrapped and backbone is not None:
         raise ValueError("a backbone reference is for models with an adapter; this one's backbone is written whole")
+    config = model.encoder_backbone.config.to_dict()
+    config.pop("_name_or_path", None)  # where the backbone lay on the machine that trained: nobody else's business
+    config["early_exit"] = model.config.to_dict()
+    if wrapped:
+        config["early_exit"]["backbone"] = backbone.to_dict()
+        name, tensors, adapter_config = _adapter(model.backbone, backbone.source)
+    else:
+        name, tensors, adapter_config = WEIGHTS, model.backbone.state_dict(), None
+    files = {name: _plain(tensors), EXITS: _plain(model.exits.state_dict())}
 
     def write(target: Path) -> None:
-        config = model.encoder_backbone.config.to_dict()
-        config.pop("_name_or_path", None)  # where the backbone lay on the machine that trained: nobody else's business
-        config["early_exit"] = model.config.to_dict()
-        if backbone is not None:
-            reference = {"source": backbone.source, "sha256": backbone.sha256}
-            if backbone.revision is not None:
-                reference["revision"] = backbone.revision
-            config["early_exit"]["backbone"] = reference
-        (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(_plain(model.exits.state_dict()), target / EXITS)
-        if wrapped:
-            _save_adapter(model.backbone, target, backbone)
-        else:
-            save_file(_plain(model.backbone.state_dict()), target / WEIGHTS, metadata={"format": "pt"})
+        _write_json(target / CONFIG, config)
+        if adapter_config is not None:
+            _write_json(target / ADAPTER_CONFIG, adapter_config)
+        for name, tensors in files.items():
+            save_file(tensors, target / name, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         if card is not None:
             (target / "README.md").write_text(card, encoding="utf-8")
+        for name, text in (extra or {}).items():
+            (target / name).write_text(text, encoding="utf-8")
 
-    return write_folder(Path(folder), write)
+    return write_folder(folder, write)
 
 
-def _save_adapter(backbone: nn.Module, target: Path, reference: BackboneReference | None) -> None:
+def check_replaceable(folder: Path) -> None:
+    """ValueError where ``folder`` is not new, empty or a checkpoint: replacing it would delete somebody's files."""
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty and not (folder / EXITS).is_file():
+        raise ValueError(f"{folder.absolute()} is there and is no checkpoint: remove it, or choose another folder")
+
+
+def _adapter(backbone: nn.Module, source: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """(file name, tensors, peft config) of the one active adapter, whatever its name."""
     from peft import get_peft_model_state_dict
 
-    save_file(_plain(get_peft_model_state_dict(backbone, save_embedding_layers=False)), target / ADAPTER)
-    config = backbone.peft_config["default"].to_dict()
-    config["base_model_name_or_path"] = reference.source
-    config["inference_mode"] = True
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    (target / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    active = backbone.active_adapters
+    if len(active) != 1 or backbone.peft_config[active[0]].peft_type != "LORA":
+        raise ValueError(f"a checkpoint holds one LoRA adapter, but the backbone's active ones are {active}")
+    config = backbone.peft_config[active[0]].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config |= {"base_model_name_or_path": source, "inference_mode": True}
+    return ADAPTER, get_peft_model_state_dict(backbone, adapter_name=active[0], save_embedding_layers=False), config
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, value in tensors.items():
+        check_finite(name, value, value.dtype, "the model cannot be saved")
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a new folder through ``write`` and put it in place of ``folder`` in one rename."""
-    folder = folder.absolute()
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# -- whole or not at all -----------------------------------------------------------------------------------------
+
+
+def write_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> Path:
+    """Fill a new folder through ``write`` and put it in the place of ``folder``, whatever that holds.
+
+    It is filled beside its place and renamed. An error, ctrl-C included, leaves the old folder and nothing else; only
+    where a process is killed between the two last renames, the old folder remains under a hidden name beside its place.
+    NotADirectoryError for a file.
+    """
+    folder = Path(folder).resolve()  # through links: it is their target that is replaced
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: remove it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    beside.chmod(0o755)
-    try:
-        write(beside)
-        for path in beside.iterdir():
-            path.chmod(0o644)  # safetensors writes files for the owner alone
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old)  # an empty folder may be replaced by a folder
-            os.replace(beside, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as beside:
+        new, old = Path(beside, folder.name), Path(f"{beside}-old")
+        new.mkdir()
+        write(new)
+        for path in (new, *new.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files for the owner alone
+        try:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:
-    """Write a file beside its place and rename it there."""
+    """Write a file beside its place and rename it there: an error leaves the old file and nothing else."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -335,22 +320,3 @@ def write_file(path: str | os.PathLike, data: str | bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def attach_exits(backbone: BackboneReference, config: dict[str, Any]) -> tuple[MultiExitEncoder, Any, BackboneReference]:
-    """A fresh multi-exit model on a pretrained backbone.
-
-    config  EarlyExitConfig fields; num_layers, exit_layers (all layers) and max_length default to the backbone's
-    Returns the model, its tokenizer (or None), and the reference with the sha256 of the weights found.
-    """
-    folder = backbone.resolve()
-    module = load_backbone(folder)
-    layers = module.config.num_hidden_layers
-    fields = {"num_layers": layers, "exit_layers": tuple(range(1, layers + 1)), **config}
-    if fields.get("max_length") is None:
-        from engine.models.families import family_of
-
-        fields["max_length"] = family_of(module.config).longest(module.config)
-    model = MultiExitEncoder(module, EarlyExitConfig.from_dict(fields, where="exits"))
-    reference = BackboneReference(backbone.source, file_sha256(folder / WEIGHTS), backbone.revision)
-    return model, load_tokenizer(folder), reference

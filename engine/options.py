@@ -58,7 +58,7 @@ def _read(
         _check_layers("max_depth", most, exits[0], num_layers, ", where the first exit stands,")
         # Rows leave through exits: the deepest one that is not beyond the limit.
         places = torch.tensor(exits)
-        most = places[torch.searchsorted(places, most, right=True) - 1]
+        most = places[torch.searchsorted(places, most.contiguous(), right=True) - 1]
     if min_depth is not None and max_depth is not None and bool((least > most).any()):
         row = int(torch.nonzero(least > most)[0])
         raise ValueError(

@@ -13,6 +13,7 @@ import engine
 from engine.cli import app
 from engine.loading import save_checkpoint
 from engine.train import trainer
+from engine.train.card import train_command
 from engine.train.config import RECIPES, TrainConfig
 from tests import tiny
 
@@ -279,7 +280,9 @@ def test_train_then_run_eval_and_info(backbone_folder, task_folder, tmp_path):
     assert len(json_rows(call("run", out, "--json", *TEXTS))) == 3
     assert "full depth" in call("eval", out, "--data", task_folder, "--repeats", 1).stdout
     facts = json.loads(call("info", out, "--json").stdout)
-    assert [row["split"] for row in facts["figures"]] == ["calibration", "dev", "test"]
+    assert list(facts["figures"]) == ["calibration", "dev", "test"]
+    assert facts["figures"]["test"]["rows"] == 40
+    assert call("info", out).stdout.splitlines()[-4:] == [header, *lines]
 
     again = call("train", task_folder, *where, *assignments(*QUICK))
     assert "resuming" in again.stderr and again.stdout == result.stdout
@@ -319,7 +322,7 @@ def test_train_accepts_what_a_model_card_prints(trained_configs):
             "select": {"alphas": [0.5, 2.0], "reference": 0.9, "max_relative_loss": 0.01},
         }
     )
-    line = trainer.train_command(config.to_dict()).replace("\\\n", " ")
+    line = train_command(config.to_dict()).replace("\\\n", " ")
     program, *arguments = shlex.split(line)
     assert program == "consistentee"
     call(*arguments)
@@ -383,6 +386,9 @@ def test_info_of_something_else(tmp_path, checkpoint):
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     (broken / "exits.safetensors").write_bytes(b"not safetensors")
     assert "not a readable safetensors file" in refused("info", broken)
+    foreign = shutil.copytree(checkpoint, tmp_path / "foreign")
+    (foreign / "training.json").write_text('{"result": {"dev": {"accuracy": 0.5}}}')
+    assert "training.json: result is not what training writes" in refused("info", foreign)
 
 
 # -- demo --------------------------------------------------------------------------------------------------------

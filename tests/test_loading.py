@@ -202,10 +202,9 @@ def test_loading_draws_no_random_number(checkpoint):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     first = engine.load(checkpoint)
+    assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(4)
     assert_same(engine.load(checkpoint).run(BATCH), first.run(BATCH), atol=0)
-    torch.manual_seed(3)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------
@@ -291,8 +290,13 @@ def test_a_missing_adapter_file_is_an_error(adapter_checkpoint, gone):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"source": "x"}, {"sha256": "x"}, {"source": "x", "sha256": "y", "sha": "z"}, "x", ["x"]], ids=str
-)
+    "keys",
+    [
+        {"source": "x"}, {"sha256": "x"}, {"source": "x", "sha256": "y", "sha": "z"}, {"source": "x", "sha256": None},
+        "x", ["x"],
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_malformed_reference(adapter_checkpoint, keys):
     edit_config(adapter_checkpoint, early_exit__backbone=keys)
     with pytest.raises(ValueError, match="early_exit.backbone must have source and sha256"):
@@ -422,6 +426,8 @@ def test_tensors_missing_extra_misshapen_not_finite(damaged, file):
         if shape[0] != shape[1]
         else (lambda t: t.update({name: t[name][1:].clone()}), [name, str([shape[0] - 1, shape[1]]), str(shape)]),
         (lambda t: t.update({name: t[name].flatten()}), [name, "shape", str(shape)]),
+        (lambda t: t.update({name: t[name].int()}), [name, "dtype", "int32", "float32"]),
+        (lambda t: t.update({name: t[name].double() * 1e300}), [name, "range", "float32"]),
         (lambda t: t[name][1].fill_(nan), [name, "NaN or infinite"]),
         (lambda t: t[name][0, 0].fill_(infinite), [name, "NaN or infinite"]),
         (lambda t: t[name][0, 0].fill_(-infinite), [name, "NaN or infinite"]),
@@ -578,6 +584,7 @@ def test_hub_ids(checkpoint, monkeypatch):
         (dict(dtype=None), ["dtype", "float32", "None"]),
         (dict(executor="graph"), ["executor", "packed", "graph"]),
         (dict(device="gpu"), ["device", "gpu"]),
+        (dict(device="meta"), ["device", "meta"]),
         (dict(threshold=0.5), ["threshold"]),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
@@ -697,6 +704,24 @@ def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path, monkeypatch, n
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
         "cwd", "cwd/results", "cwd/results/notes.txt",
     ]  # fmt: skip
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(save_checkpoint(tiny_model(), tmp_path / "ck", card="old"))
+    save_checkpoint(tiny_model(seed=2), tmp_path / "link", card="new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "ck" / "README.md").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ck", "link"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.exits.classifiers[1].bias[0] = float("nan")
+    with pytest.raises(ValueError, match="classifiers.1.bias holds NaN"):
+        save_checkpoint(model, tmp_path / "ck")
+    with pytest.raises(TypeError, match="MultiExitEncoder, got Linear"):
+        save_checkpoint(torch.nn.Linear(2, 2), tmp_path / "ck")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):

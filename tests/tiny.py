@@ -264,9 +264,11 @@ def random_texts(n: int, seed: int = 0, longest: int = 40) -> list[str]:
     ]
 
 
-def save_backbone(folder: Path, family: str = "bert", layers: int = 3, seed: int = 0, pooler: bool = True) -> Path:
+def save_backbone(
+    folder: Path, family: str = "bert", layers: int = 3, seed: int = 0, pooler: bool = True, **overrides: Any
+) -> Path:
     """A Hugging Face folder: config.json, model.safetensors, tokenizer files."""
-    model = tiny_backbone(family, layers, seed)
+    model = tiny_backbone(family, layers, seed, **overrides)
     if not pooler:
         model.pooler = None
     model.save_pretrained(folder)

@@ -146,10 +146,8 @@ class SelectOptions:
             _number("select.thresholds", value, 1.0)
         if self.alphas and not self.thresholds:
             raise ValueError("select.thresholds must not be empty where alphas are swept")
-        if isinstance(self.reference, str):
-            _one_of("select.reference (an accuracy, or a word)", self.reference, ("full_depth",))
-        else:
-            _number("select.reference", self.reference, 1.0)
+        if self.reference != "full_depth" and not (_is_finite(self.reference) and 0 <= self.reference <= 1):
+            raise ValueError(f"select.reference must be full_depth or an accuracy in [0, 1], got {self.reference!r}")
 
 
 @dataclass(frozen=True)
@@ -229,8 +227,9 @@ class TrainConfig:
         _integer("max_rounds", self.max_rounds, 0)
         _number("tolerance", self.tolerance)
         for group in fields(self):
-            if is_dataclass(group.default_factory) and not isinstance(getattr(self, group.name), group.default_factory):
-                raise TypeError(f"{group.name} must be {group.default_factory.__name__}, got {getattr(self, group.name)!r}")
+            kind, value = group.default_factory, getattr(self, group.name)
+            if is_dataclass(kind) and not isinstance(value, kind):
+                raise TypeError(f"{group.name} must be {kind.__name__}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))

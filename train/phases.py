@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from tqdm.auto import tqdm
 
 from engine.models.encoder import MultiExitEncoder
 from engine.train import objectives, policy_gradient
+from engine.train.batching import TokenizedExamples, shuffled_batches
 from engine.train.config import InitOptions, OptimiserOptions, PolicyOptions, TaskOptions
-from engine.train.data import TokenizedExamples
 from engine.train.hardness import ForgettingEvents, memorized_layer
 
 log = logging.getLogger("engine.train")
@@ -25,7 +26,7 @@ _MEASURE_BATCH = 256
 class ExitCache:
     """What one full-depth pass in eval mode leaves for policy training. N instances, E exits.
 
-    states   [E, N, H] fp16 (fp32 where the model's states exceed fp16's range), what the policies read
+    states   [E, N, H] fp16, what the policies read
     ce       [N, E] fp32
     correct  [N, E] bool
     """
@@ -42,7 +43,7 @@ def model_inputs(model: MultiExitEncoder, batch: dict[str, Tensor]) -> dict[str,
 
 @torch.inference_mode()
 def measure(model: MultiExitEncoder, data: TokenizedExamples, description: str = "measure") -> ExitCache:
-    """Every exit's state, loss and hit on every instance, dropout off, in the data's order."""
+    """Every exit's state, loss and hit on every instance, dropout off, in the data's order. ValueError for NaN."""
     training = model.training
     model.eval()
     config, n = model.config, len(data)
@@ -58,14 +59,17 @@ def measure(model: MultiExitEncoder, data: TokenizedExamples, description: str =
         correct[rows] = out.logits.argmax(-1) == labels[:, None]
     model.train(training)
     if not bool(torch.isfinite(states).all()):
-        raise ValueError("the exits' states exceed what fp16 can hold: train with pooler shared or per_layer")
+        raise ValueError(
+            "the exits' states are NaN or exceed what fp16 can hold: use a sound backbone, with pooler shared or "
+            "per_layer, which keeps states in [-1, 1]"
+        )
     return ExitCache(states, ce, correct)
 
 
 def train_init(
     model: MultiExitEncoder, data: TokenizedExamples, options: InitOptions, seed: int
 ) -> tuple[list[float], ForgettingEvents]:
-    """Step 1: all exits together (Eq. 1-2). Returns the loss of every epoch and the forgetting events at the last exit."""
+    """Step 1: all exits together (Eq. 1-2). Returns the loss of every epoch, and forgetting events at the last exit."""
     forgetting = ForgettingEvents(len(data))
 
     def loss_of(batch: dict[str, Tensor], labels: Tensor, epoch: int) -> Tensor:
@@ -125,9 +129,10 @@ def _train_task(
                 schedule.step()
                 total += loss.detach() * len(labels)
             losses.append(float(total) / len(data))
-            if losses[-1] != losses[-1]:
-                raise ValueError(f"{name}: the loss of epoch {epoch + 1} is NaN: lower {name}.learning_rate")
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"{name}: epoch {epoch + 1} has a NaN or infinite loss: lower {name}.learning_rate")
             log.info("%s epoch %d/%d: loss %.4f", name, epoch + 1, options.epochs, losses[-1])
+        _check_finite(parameters, name)
     finally:
         for parameter in model.policy_parameters():
             parameter.requires_grad_(True)
@@ -162,7 +167,7 @@ def train_policy(
     model.train()
     for epoch in _bar(range(epochs), epochs, 1, f"policy alpha={alpha:.3g}"):
         total = torch.zeros((), device=device)
-        for part in torch.randperm(n, generator=order).split(options.batch_size):
+        for part in shuffled_batches(n, options.batch_size, order):
             rows = part.to(device)
             z = policy_logits(model, cache.states[:, rows])
             r = reward[rows]
@@ -186,6 +191,7 @@ def train_policy(
         if epoch >= options.warm_start_epochs:
             values.append(float(total) / n)
     model.eval()
+    _check_finite(parameters, "policy")
     if values:
         log.info("policy alpha %.4g: expected reward %.4f -> %.4f", alpha, values[0], values[-1])
     return values
@@ -209,6 +215,12 @@ def _optimiser(parameters: list[nn.Parameter], options: OptimiserOptions, steps:
     optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: max(0.0, 1 - step / max(steps, 1)))
     return optimiser, schedule
+
+
+def _check_finite(parameters: list[nn.Parameter], name: str) -> None:
+    """The last step of an epoch can break weights without a trace in the epoch's loss."""
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise ValueError(f"{name}: training ended with NaN or infinite weights: lower {name}.learning_rate")
 
 
 def _bar(batches: Iterable, rows: int, batch_size: int, description: str) -> Iterable:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from engine.criteria import ExitReading
 from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, capacity, ladder
@@ -45,6 +48,22 @@ class PackedExecutor:
             return _Pass(self.weights.current(), batch, options).run()
 
 
+class _Kept(NamedTuple):
+    """Survivors of an exit among the rows before it: bool mask, and int64 places."""
+
+    mask: Tensor
+    index: Tensor
+
+
+class _Left(NamedTuple):
+    """Rows that left together. logits: of the policy; inf where the row had to leave, nan where none was computed."""
+
+    layer: int
+    rows: list[int]
+    classes: Tensor
+    logits: Tensor | None
+
+
 class _Pass:
     """One batch on its way down. ``hidden`` [R, H] in lead layout, over the rows that are still active; rows behind
     their ``num_tokens`` are spare, and so are those behind the first ``num_rows`` of what serves first tokens."""
@@ -64,11 +83,11 @@ class _Pass:
             weights.position,
             *weights.embedding_norm,
         )
-        self.active: Tensor | None = None  # original row of each active row; None while all are active
+        self.active = list(range(self.num_rows))  # original row of each active row
         self.state = options.begin()
         if not options.uniform:
             self.state = {**self.state, "_min_depth": options.min_depth, "_max_depth": options.max_depth}
-        self.left: list[tuple] = []
+        self.left: list[_Left] = []
 
     def run(self) -> RowOutputs:
         options, deepest = self.options, self.options.deepest
@@ -76,7 +95,11 @@ class _Pass:
             if layer == deepest:
                 # Nobody goes on: the other tokens end here.
                 qkv = weights.qkv(self.hidden)
-                self._leave(layer, self._first_tokens(weights, qkv)[: self.num_rows], None, None)
+                first = self._first_tokens(weights, qkv)[: self.num_rows]
+                exit_weights = self.weights.exits[layer]
+                if exit_weights.pooler is not None:
+                    first = torch.tanh(linear(first, *exit_weights.pooler))
+                self._leave(layer, exit_weights, self.active, first, None)
                 break
             exit_weights = self.weights.exits.get(layer)
             if exit_weights is None or not options.reads_exit(layer):
@@ -116,20 +139,20 @@ class _Pass:
 
     def _layer_then_exit(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         self.hidden = self._whole_layer(weights)
-        keep = self._exit(layer, exit_weights, self.hidden[: self.num_rows])
-        if keep is not None and self.num_rows:
-            self.hidden, self.cu_seqlens, _ = self._compact(keep)
+        kept = self._exit(layer, exit_weights, self.hidden[: self.num_rows])
+        if kept is not None and self.num_rows:
+            self.hidden, self.cu_seqlens, _ = self._compact(kept.mask)
 
     def _layer_first_tokens_first(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         qkv = weights.qkv(self.hidden)
         first = self._first_tokens(weights, qkv)[: self.num_rows]
-        keep = self._exit(layer, exit_weights, first)
+        kept = self._exit(layer, exit_weights, first)
         if self.num_rows == 0:
             return
         rows, residual, cu_seqlens = None, self.hidden, self.cu_seqlens
-        if keep is not None:
-            residual, cu_seqlens, rows = self._compact(keep)
-            first = first[keep]
+        if kept is not None:
+            residual, cu_seqlens, rows = self._compact(kept.mask)
+            first = first[kept.index]
         size = ladder(self.num_tokens - self.num_rows)
         if size:
             attended = self._attend(qkv, rows, OTHER_TOKENS, size)
@@ -141,85 +164,77 @@ class _Pass:
 
     # -- exits ---------------------------------------------------------------------------------------------------
 
-    def _exit(self, layer: int, weights: ExitWeights, first: Tensor) -> Tensor | None:
+    def _exit(self, layer: int, weights: ExitWeights, first: Tensor) -> _Kept | None:
         """Decide about the active rows and let the leaving ones go.
 
-        Returns None where nobody leaves, else keep (bool, over the rows before); then num_rows and the per-row state
-        are those of the survivors.
+        Returns None where nobody leaves; else num_rows, active and the per-row state are those of the survivors.
         """
         options = self.options
         criterion = options.criterion
-        state = logits = classes = None
+        state, logits, classes = first, None, None
         if criterion.needs_policy:
             state, logits = exit_policy(first, *(weights.pooler or (None, None)), *weights.policy)
+        elif weights.pooler is not None:
+            state = torch.tanh(linear(first, *weights.pooler))
         if criterion.needs_classifier:
-            state = self._exit_state(weights, first) if state is None else state
-            classes = torch.nn.functional.linear(state, *weights.classifier).float()
-        leave = torch.zeros(self.num_rows, dtype=torch.bool, device=first.device)
+            classes = linear(state, *weights.classifier).float()
         if criterion.may_decide(layer):
             leave = criterion.decide(ExitReading(layer, first, logits, classes), self.state)
+        else:
+            leave = torch.zeros(self.num_rows, dtype=torch.bool, device=first.device)
         if layer < options.shallowest:  # read for the criterion's state alone
             return None
-        if logits is None:
-            logits = leave.new_full((self.num_rows,), torch.nan, dtype=torch.float32)
         if not options.uniform:
             forced = self.state["_max_depth"] <= layer
             leave = (leave & (self.state["_min_depth"] <= layer)) | forced
-            logits = logits.masked_fill(forced, torch.inf)
+            if logits is not None:
+                logits = logits.masked_fill(forced, torch.inf)
+            else:
+                logits = torch.where(forced, torch.inf, torch.nan)
+        elif logits is None:
+            logits = torch.full((self.num_rows,), torch.nan, device=first.device)
         flags = leave.tolist()  # the read-back: on a CPU it costs nothing
-        leaving = sum(flags)
-        if leaving == 0:
+        leaving = [i for i, flag in enumerate(flags) if flag]
+        if not leaving:
             return None
-        if leaving == len(flags):
-            self._leave(layer, first, state, logits)
+        if len(leaving) == len(flags):
+            self._leave(layer, weights, self.active, state, logits)
             self.num_rows = 0
-            return leave
-        self._leave(layer, first[leave], None if state is None else state[leave], logits[leave], leave)
-        keep = ~leave
-        self.num_rows -= leaving
-        self.active = torch.nonzero(keep).flatten() if self.active is None else self.active[keep]
-        self.state = {name: value[keep] for name, value in self.state.items()}
-        return keep
-
-    @staticmethod
-    def _exit_state(weights: ExitWeights, first: Tensor) -> Tensor:
-        if weights.pooler is None:
-            return first
-        return torch.tanh(torch.nn.functional.linear(first, *weights.pooler))
+            return _Kept(~leave, leave)
+        index = torch.tensor(leaving, device=first.device)
+        self._leave(layer, weights, [self.active[i] for i in leaving], state[index], logits[index])
+        kept = [i for i, flag in enumerate(flags) if not flag]
+        index = torch.tensor(kept, device=first.device)
+        self.num_rows = len(kept)
+        self.active = [self.active[i] for i in kept]
+        self.state = {name: value[index] for name, value in self.state.items()}
+        return _Kept(~leave, index)
 
     def _leave(
-        self, layer: int, first: Tensor, state: Tensor | None, logits: Tensor | None, leave: Tensor | None = None
+        self, layer: int, weights: ExitWeights, rows: list[int], state: Tensor, logits: Tensor | None
     ) -> None:
-        """Classify rows that leave at ``layer``. leave: bool over the active rows, None where all of them leave."""
-        weights = self.weights.exits[layer]
-        if state is None:
-            state = self._exit_state(weights, first)
-        classes = torch.nn.functional.linear(state, *weights.classifier)
-        if leave is None:
-            rows = self.active
-        else:
-            rows = torch.nonzero(leave).flatten() if self.active is None else self.active[leave]
-        self.left.append((layer, rows, classes, logits))
+        """Classify rows that leave at ``layer``. state: what the exit's classifier reads, one entry a row."""
+        self.left.append(_Left(layer, rows, linear(state, *weights.classifier), logits))
 
     def _results(self) -> RowOutputs:
-        if len(self.left) == 1 and self.left[0][1] is None:  # everybody left together
-            layer, _, classes, logits = self.left[0]
-            shape = (self.batch_rows,)
-            layers = torch.full(shape, layer, dtype=torch.int32, device=classes.device)
-            probs = torch.ones(shape, device=classes.device) if logits is None else torch.sigmoid(logits.float())
-            return RowOutputs(classes.float(), layers, probs)
-        first = self.left[0][2]
-        out = RowOutputs(
-            torch.empty(self.batch_rows, first.shape[1], dtype=torch.float32, device=first.device),
-            torch.empty(self.batch_rows, dtype=torch.int32, device=first.device),
-            torch.ones(self.batch_rows, dtype=torch.float32, device=first.device),
+        """What every row left with, in the batch's order."""
+        classes = torch.cat([part.classes for part in self.left]).float()
+        device = classes.device
+        layers = [part.layer for part in self.left for _ in part.rows]
+        logits = torch.cat(
+            [
+                torch.full((len(part.rows),), torch.inf, device=device) if part.logits is None else part.logits.float()
+                for part in self.left
+            ]
         )
-        for layer, rows, classes, logits in self.left:
-            out.logits[rows] = classes.float()
-            out.exit_layers[rows] = layer
-            if logits is not None:
-                out.exit_probs[rows] = torch.sigmoid(logits.float())
-        return out
+        outputs = RowOutputs(classes, torch.tensor(layers, dtype=torch.int32, device=device), torch.sigmoid(logits))
+        if len(self.left) == 1:
+            return outputs
+        place = [0] * self.batch_rows
+        for position, row in enumerate(row for part in self.left for row in part.rows):
+            place[row] = position
+        index = torch.tensor(place, device=device)
+        return RowOutputs(*(value[index] for value in outputs))
 
     # -- compaction ----------------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ def test_the_split_of_a_folder_is_found_or_explained(tmp_path):
     with pytest.raises(ValueError, match="one test file .*it holds none"):
         labelled_examples(tmp_path, LABELS)
     (tmp_path / "dev.jsonl").write_text('{"text": "a", "label": 0}\n')
-    with pytest.raises(ValueError, match=r"it holds dev\.jsonl, validation\.csv"):
+    with pytest.raises(ValueError, match=r"which file is dev\? Keep one of \['dev.jsonl', 'validation.csv'\]"):
         labelled_examples(tmp_path, LABELS, "dev")
 
 

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 import engine
-from engine.train import phases, trainer
+from engine.train import figures, phases, trainer
+from engine.train.card import train_command
 from engine.train.config import TrainConfig
 from engine.train.data import load_examples
 from engine.train.policy_gradient import BEHAVIOURS
-from engine.train.trainer import Trainer, choose, discard, train_command
+from engine.train.trainer import Trainer, discard
 from tests.tiny import LABELS, assert_same, random_texts, save_backbone, write_task
 
 EXITS, WEIGHTS = "exits.safetensors", "model.safetensors"
@@ -178,12 +179,27 @@ def test_the_card_states_command_and_figures(whole, options):
     for split in ("calibration", "dev", "test"):
         assert f"{record['result'][split]['accuracy']:.4f}" in card
     assert record["backbone"]["sha256"] in card
+    stored = json.loads((output / "training.json").read_text())
+    assert {"config", "sizes", "result", "versions"} <= set(stored) and "phases" not in stored
+    assert stored == {key: record[key] for key in stored}
     # The command's options are the run's: parsed again they give the same configuration.
     from engine.train.config import override
 
     sets = [part.strip()[len("--set "):].strip("'") for part in command.split("\\\n") if "--set" in part]
     rebuilt = override({k: record["config"][k] for k in ("backbone", "data", "output")}, sets)
     assert TrainConfig.from_dict(rebuilt).to_dict() == record["config"]
+
+
+def test_paths_are_kept_as_they_were_given(options, tmp_path, monkeypatch, backbone_folder, task_folder):
+    """Where the files lay on the machine that trained is nobody else's business."""
+    shutil.copytree(backbone_folder, tmp_path / "backbone")
+    shutil.copytree(task_folder, tmp_path / "task")
+    monkeypatch.chdir(tmp_path)
+    train({**options, "backbone": "backbone", "data": "task"}, Path("ck"), lora=dict(rank=2), max_rounds=0)
+    for path in Path("ck").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    config = json.loads(Path("ck/training.json").read_text())["config"]
+    assert (config["backbone"], config["data"], config["output"]) == ("backbone", "task", "ck")
 
 
 def test_the_trained_model_is_the_checkpoint(options, tmp_path):
@@ -419,7 +435,7 @@ def test_stored_weights_that_are_gone_or_damaged(options, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="init/weights.safetensors"):
         train(options, output)
     path.unlink()
-    with pytest.raises((ValueError, OSError), match="init/weights.safetensors"):
+    with pytest.raises((ValueError, OSError), match="init.*weights.safetensors"):
         train(options, output)
     path.write_bytes(good)
     train(options, output)
@@ -556,6 +572,93 @@ def test_memorized_layers_once_after_a_kill(options, tmp_path, monkeypatch):
         assert_same_run(output, resume(changes, output, monkeypatch, kill_after_phase, k), whole)
 
 
+@pytest.mark.parametrize("reward", ["hardness", "vanilla"])
+@pytest.mark.parametrize("weighting", ["layer", "equal"])
+def test_losses_and_rewards_are_the_methods(options, tmp_path, weighting, reward):
+    """Eq. 1 to 6 on a model that stands still (no dropout, no learning rate to speak of), from figures of the record."""
+    still = dict(epochs=1, learning_rate=1e-12)
+    backbone = save_backbone(tmp_path / "b", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    record = train(
+        options, tmp_path / "ck", backbone=str(backbone), classifier_dropout=0.0, max_rounds=1,
+        init=dict(**still, weighting=weighting), task=still, policy=dict(**still, reward=reward, alpha=0.3),
+        select=dict(alphas=[]),
+    )  # fmt: skip
+    init, policy, task = (record["phases"][name] for name in ("init", "round1.policy", "round1.task"))
+    ce = torch.tensor(init["train"]["loss"])
+    weights = torch.tensor([1.0, 2.0, 3.0] if weighting == "layer" else [1.0, 1.0, 1.0])
+    assert init["epoch_loss"][0] == pytest.approx(float(weights @ ce / weights.sum()), rel=1e-4)
+    # Fresh policies make every exit equally likely, to within what their small weights say: depth is 2 on average.
+    memorized = torch.tensor(policy["memorized_layer_shares"]) @ torch.tensor([1.0, 2.0, 3.0])
+    discount = 1.0 if reward == "vanilla" else 1 - float(memorized) / 3
+    assert policy["expected_reward"][0] == pytest.approx(-float(ce.mean()) - 0.3 * discount * 2, abs=0.03)
+    greedy = policy["train"]["greedy"]
+    left = [s * x for s, x in zip(greedy["exit_shares"], greedy["loss_of_leaving"], strict=True) if s]
+    assert task["epoch_loss"][0] == pytest.approx(sum(left), rel=1e-3)
+    held = record["phases"]["round1.task"]["calibration"]
+    left = [s * x for s, x in zip(held["greedy"]["exit_shares"], held["greedy"]["loss_of_leaving"], strict=True) if s]
+    assert held["objective"] == pytest.approx(-sum(left) - 0.3 * held["greedy"]["mean_depth"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["closed_form", "reinforce"])
+def test_alpha_buys_depth(options, tmp_path, method):
+    """No price of a layer, and a price that no accuracy is worth."""
+    policy = dict(method=method, reward="vanilla", epochs=15, learning_rate=3e-2)
+    depths = [
+        train(
+            options, tmp_path / f"ck{alpha}", max_rounds=1, policy=dict(**policy, alpha=alpha), select=dict(alphas=[])
+        )["phases"]["round1.policy"]["train"]["greedy"]["mean_depth"]
+        for alpha in (0.0, 3.0)
+    ]
+    assert depths[1] == pytest.approx(1.0, abs=0.05) and depths[0] > 1.5
+
+
+def test_the_sweep_trains_a_policy_per_alpha(options, tmp_path):
+    select = dict(alphas=[0.0, 1.0, 100.0], thresholds=[0.1, 0.5, 0.9], max_relative_loss=1.0)
+    policy = dict(reward="vanilla", epochs=15, learning_rate=3e-2, alpha=0.05)
+    record = train(options, tmp_path / "ck", max_rounds=1, select=select, policy=policy)
+    points = record["phases"]["select"]["points"]
+    assert sorted({p["alpha"] for p in points}) == pytest.approx([0.0, 0.05, 5.0])
+    depth = {(p["alpha"], p["threshold"]): p["mean_depth"] for p in points}
+    alphas = sorted({p["alpha"] for p in points})
+    assert depth[alphas[0], 0.5] > depth[alphas[2], 0.5] == 1.0
+    assert all(depth[a, 0.1] <= depth[a, 0.5] <= depth[a, 0.9] for a in alphas)
+    chosen = record["phases"]["select"]["chosen"]  # any accuracy will do, so the shallowest
+    assert chosen["mean_depth"] == min(depth.values()) and chosen["reached"]
+    runner = engine.load(tmp_path / "ck")
+    assert runner.run(random_texts(20)).stats.mean_depth < 1.5 and runner.config.threshold == chosen["threshold"]
+
+
+def test_what_each_phase_changes(options, tmp_path, monkeypatch):
+    """method.md 1.9: init and task train everything but the policies, policy trains nothing else; and a round's
+    policies go on from those of the round before."""
+    stored, original = {}, trainer.write_folder
+
+    def keep(folder, write):
+        original(folder, write)
+        stored[Path(folder).name] = load_file(Path(folder) / "weights.safetensors")
+
+    started = []
+    train_policy = phases.train_policy
+
+    def spy(model, *args):
+        started.append({f"exits.policies.{k}": v.clone() for k, v in model.exits.policies.state_dict().items()})
+        return train_policy(model, *args)
+
+    monkeypatch.setattr(trainer, "write_folder", keep)
+    monkeypatch.setattr(phases, "train_policy", spy)
+    train(options, tmp_path / "ck", select=dict(alphas=[]))
+
+    def changed(before: str, after: str) -> set[str]:
+        names = {name for name, value in stored[after].items() if not torch.equal(value, stored[before][name])}
+        return {"policies" if "exits.policies" in name else "the rest" for name in names}
+
+    assert changed("init", "round1.policy") == changed("round1.task", "round2.policy") == {"policies"}
+    assert changed("round1.policy", "round1.task") == {"the rest"}
+    assert all(torch.equal(value, stored["round1.task"][name]) for name, value in started[1].items())
+    fresh = Trainer(configure(options, tmp_path / "fresh")).model.exits.policies.state_dict()
+    assert all(torch.equal(value, stored["init"][f"exits.policies.{name}"]) for name, value in fresh.items())
+
+
 # -- which round, which point ------------------------------------------------------------------------------------
 
 
@@ -568,7 +671,7 @@ def test_the_best_round_is_kept(options, tmp_path, monkeypatch, alphas):
         values[len(values)] = value = -1.0 - len(values)
         return value
 
-    monkeypatch.setattr(trainer, "_objective", objective)
+    monkeypatch.setattr(figures, "objective", objective)
     stored, original = {}, trainer.write_folder
 
     def keep(folder, write):
@@ -592,21 +695,10 @@ def test_the_best_round_is_kept(options, tmp_path, monkeypatch, alphas):
 
 def test_rounds_stop_when_nothing_improves(options, tmp_path, monkeypatch):
     script = iter([-9, -9, -2.0, -9, -1.5, -9, -1.499, -9])  # init, then policy and task of each round
-    monkeypatch.setattr(trainer, "_objective", lambda *args: next(script))
+    monkeypatch.setattr(figures, "objective", lambda *args: next(script))
     record = train(options, tmp_path / "ck", max_rounds=5, tolerance=0.01, select=dict(alphas=[]))
     assert [n for n in record["phases"] if n.endswith("task")] == ["round1.task", "round2.task", "round3.task"]
     assert record["result"]["best_phase"] == "round3.task"
-
-
-def test_choose():
-    points = [
-        dict(accuracy=a, mean_depth=d, threshold=t)
-        for a, d, t in ((0.90, 3.0, 0.9), (0.90, 2.5, 0.7), (0.89, 2.0, 0.5), (0.85, 1.5, 0.3))
-    ]
-    assert choose(points, 0.90, 0.0) == {**points[1], "reached": True}
-    assert choose(points, 0.90, 0.02) == {**points[2], "reached": True}
-    assert choose(points, 0.90, 0.10) == {**points[3], "reached": True}
-    assert choose(points, 0.95, 0.0) == {**points[1], "reached": False}
 
 
 def test_selection_reads_the_calibration_part_only(options, tmp_path, whole):
@@ -621,6 +713,7 @@ def test_selection_reads_the_calibration_part_only(options, tmp_path, whole):
     record = train(options, tmp_path / "ck", data=str(data))
     expected, got = tensors_of(whole[0]), tensors_of(tmp_path / "ck")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert record["phases"] == whole[1]["phases"]
     assert record["result"]["threshold"] == whole[1]["result"]["threshold"]
     assert record["result"]["test"]["accuracy"] < 0.5
 
@@ -737,3 +830,11 @@ def test_an_output_that_cannot_be_written(options, tmp_path, monkeypatch):
     with pytest.raises((ValueError, OSError), match="ck"):
         train(options, tmp_path / "ck")
     assert (tmp_path / "ck").read_text() == "a file of mine"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("a file of mine")
+    with pytest.raises(ValueError, match="thesis is there and is no checkpoint"):
+        train(options, tmp_path / "thesis")
+    (tmp_path / "out.run").write_text("a file of mine")
+    with pytest.raises((ValueError, OSError), match="out.run"):
+        train(options, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ck", "out.run", "thesis"]
