@@ -130,7 +130,7 @@ def onnxruntime_session(module: MultiExitEncoder, folder: Path) -> Callable[[dic
 
 
 def check_same_answers(model: Engine, others: dict[str, Callable], batch: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of probabilities from our full-depth path; a competitor that computes something else is none."""
+    """Largest difference of probabilities from our full-depth path; who computes something else is no competitor."""
     ours = model.run(batch, min_depth=model.config.num_layers).probabilities
     found = {}
     for name, run in others.items():
@@ -156,7 +156,10 @@ def measure(model: Engine, texts: list[str], batch: int, others: dict[str, Calla
         "nobody leaves": lambda i: {"threshold": 1.0},
         "nobody leaves, unforeseen": lambda i: {"threshold": 0.9999999},
         "trained exits": lambda i: {},
-        "scripted, spread, mean depth L/2": lambda i: {"criterion": "scripted", "exit_layers": scripts[i % len(scripts)]},
+        "scripted, spread, mean depth L/2": lambda i: {
+            "criterion": "scripted",
+            "exit_layers": scripts[i % len(scripts)],
+        },
     }
 
     def ours(arguments: Callable[[int], dict[str, Any]]) -> Callable[[], float]:
@@ -200,7 +203,7 @@ def _seconds(timing) -> dict[str, float]:
 
 def ratio(row: dict[str, Any], above: str, below: str) -> float:
     """Median over the rounds of the ratio of two competitors' times: what slows a whole round cancels."""
-    pairs = [a / b for a, b in zip(row["rounds_s"][above], row["rounds_s"][below])]
+    pairs = [a / b for a, b in zip(row["rounds_s"][above], row["rounds_s"][below], strict=True)]
     return float(torch.tensor(pairs, dtype=torch.float64).median())
 
 
@@ -256,7 +259,7 @@ def main() -> None:
             "onnxruntime, padded": onnxruntime_session(module, Path(folder)),
         }
         differences = check_same_answers(model, others, padded_batches(model, texts, 32)[0])
-        rows = {b: measure(model, texts[: max(b * 16, 64) if b < 8 else None], b, others, options.repeats) for b in BATCHES}
+        rows = {b: measure(model, texts[: 256 if b == 1 else None], b, others, options.repeats) for b in BATCHES}
     policy = policy_step(module, tokenizer, options.data / "train.jsonl.gz")
 
     figures = []
@@ -264,7 +267,7 @@ def main() -> None:
     figures += quality["figures"]
     for batch, least in ((32, 1.0), (1, 0.95)):
         value = realised(rows[batch], "trained exits", layers)
-        name = f"realised speed-up over layer arithmetic, batch {batch}: (t_full / t_exit) / (L / mean depth), trained exits"
+        name = f"realised speed-up over layer arithmetic, batch {batch}: (t_full / t_exit) / (L / mean depth)"
         depth = rows[batch]["times"]["trained exits"]["mean_depth"]
         figures.append(figure(name, value, "ratio", f">= {least}", value >= least, mean_depth=depth))
     for batch in (32, 1):

@@ -1,4 +1,4 @@
-"""Accuracy against depth of ConsistentEE and of plain fine-tuning: both data sets, several seeds, every operating point.
+"""Accuracy against depth of ConsistentEE and of plain fine-tuning: both data sets, all seeds, every operating point.
 
     python -m engine.bench.encoder_quality --data DIR --work DIR [--jobs N] [--device cuda]
 
@@ -204,7 +204,8 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
                 continue
             key = min(reached, key=lambda k: _mean(exits[k], "calibration", "mean_depth"))
             points = exits[key]
-            differences = [p["test"]["accuracy"] - b for p, b in zip(points, entry["baseline"]["test_accuracy"])]
+            baselines = entry["baseline"]["test_accuracy"]
+            differences = [p["test"]["accuracy"] - b for p, b in zip(points, baselines, strict=True)]
             entry[bar] = {
                 "variant": key[0],
                 "alpha_multiple": key[1],
@@ -229,7 +230,7 @@ def figures(chosen: dict[str, Any]) -> list[dict[str, Any]]:
         if all(entries):
             value = sum(sum(e["test_saved_layers"]) / len(SEEDS) for e in entries) / len(DATASETS)
             relative = []
-            for dataset, entry in zip(DATASETS, entries):
+            for dataset, entry in zip(DATASETS, entries, strict=True):
                 base = sum(chosen[dataset]["baseline"]["test_accuracy"]) / len(SEEDS)
                 relative.append(1 - sum(entry["test_accuracy"]) / len(SEEDS) / base)
             loss = sum(relative) / len(relative)
@@ -247,7 +248,7 @@ def figures(chosen: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def compact(result: dict[str, Any]) -> dict[str, Any]:
-    """One training as a result file keeps it: options, accuracy by exit and phase, rank correlations (Table 1), points."""
+    """One training as a result file keeps it: options, accuracy by exit and phase, rank correlations, points."""
     splits = ("calibration", "dev", "test")
     ranks = ("spearman_ml_loss", "spearman_ml_forgetting", "memorized_layer_shares", "epoch_loss")
     return {
@@ -260,7 +261,8 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
             }
             for name, phase in result["phases"].items()
         },
-        "point_columns": ["alpha_multiple", "threshold", *(f"{s} {f}" for s in splits for f in ("accuracy", "mean depth"))],
+        "point_columns": ["alpha_multiple", "threshold"]
+        + [f"{s} {f}" for s in splits for f in ("accuracy", "mean depth")],
         "points": [
             [p["alpha_multiple"], p["threshold"]]
             + [round(p[s][f], 4) for s in splits for f in ("accuracy", "mean_depth")]

@@ -48,7 +48,13 @@ def write_result(path: Path, figures: list[dict[str, Any]], rows: Any, **more: A
     }
     write_file(path, _json(result) + "\n")
     lines = [
-        [f["name"], "-" if f["value"] is None else f"{f['value']:.3f}", f["unit"], f["bar"], "yes" if f["met"] else "NO"]
+        [
+            f["name"],
+            "-" if f["value"] is None else f"{f['value']:.3f}",
+            f["unit"],
+            f["bar"],
+            "yes" if f["met"] else "NO",
+        ]
         for f in figures
     ]
     show_table(Console(), ["figure", "value", "unit", "bar", "met"], lines, title=str(path.name))

@@ -48,7 +48,7 @@ class Engine:
 
     @property
     def model(self) -> MultiExitEncoder:
-        """The module that is run. Asking for it turns on the look at its weights before every run: it may change now."""
+        """The module that is run. Asking for it turns on the look at its weights before every run."""
         self.executor.watch()
         return self._model
 
@@ -98,13 +98,15 @@ class Engine:
         truncation    shorten texts beyond the model's limit instead of refusing them
         progress      show a progress bar; by default on a terminal when the run takes more than a second
 
-        threshold, min_depth, max_depth and exit_layers: one value, or one per row. An empty batch gives an empty result.
+        threshold, min_depth, max_depth and exit_layers: one value, or one per row. An empty batch: an empty result.
         Raises ValueError or TypeError before any row is computed.
         """
         started = time.perf_counter()
         rows = self._reader.read(batch, truncation)
         chosen = make_criterion(self.config.criterion if criterion is None else criterion)
-        options = self._options_reader.options(self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers)
+        options = self._options_reader.options(
+            self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers
+        )
         if batch_tokens is None:
             batch_tokens = DEFAULT_BATCH_TOKENS
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
@@ -147,7 +149,7 @@ class Engine:
         order = torch.tensor([i for indices in plan for i in indices])
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
-        return RowOutputs(*(torch.cat([p.cpu() for p in column])[place] for column in zip(*parts)))
+        return RowOutputs(*(torch.cat([p.cpu() for p in column])[place] for column in zip(*parts, strict=True)))
 
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
         # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.

@@ -98,7 +98,7 @@ class EarlyExitConfig:
         above = next((i for i, (t, _) in enumerate(self.leave_rates) if t >= threshold), len(self.leave_rates) - 1)
         (low, before), (high, after) = self.leave_rates[max(above - 1, 0)], self.leave_rates[above]
         share = min(max((threshold - low) / (high - low), 0.0), 1.0) if high > low else 1.0
-        return {layer: (1 - share) * a + share * b for layer, a, b in zip(exits, before, after)}
+        return {layer: (1 - share) * a + share * b for layer, a, b in zip(exits, before, after, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)

@@ -62,13 +62,13 @@ class InputReader:
             ids = encoding.ids
             if max(ids) >= self.vocab_size:
                 raise ValueError(
-                    f"row {index} has token id {max(ids)}, the model's vocabulary ends at {self.vocab_size - 1}: the tokenizer "
-                    "is not the model's"
+                    f"row {index} has token id {max(ids)}, the model's vocabulary ends at {self.vocab_size - 1}: the "
+                    "tokenizer is not the model's"
                 )
             if len(ids) > self.max_length:
                 raise ValueError(
-                    f"row {index} has {len(ids)} tokens, the model takes at most {self.max_length}: shorten it, or pass "
-                    "truncation=True"
+                    f"row {index} has {len(ids)} tokens, the model takes at most {self.max_length}: shorten it, or "
+                    "pass truncation=True"
                 )
             # Segment ids are all 0 for a single text, whatever the family.
             rows.append(TokenRow(ids, _types(encoding.type_ids) if pairs and self.type_vocab_size > 1 else None))

@@ -19,14 +19,21 @@ _REMEMBERED = 256
 
 
 class OptionsReader:
-    """Reads threshold, min_depth, max_depth and exit_layers for one model; ValueError or TypeError names what is wrong."""
+    """Reads threshold, min_depth, max_depth and exit_layers; ValueError or TypeError names what is wrong."""
 
     def __init__(self) -> None:
         # With the config and the criterion that an entry was made for: while they are held, their ids stay theirs.
         self._remembered: dict[tuple, tuple[EarlyExitConfig, ExitOptions]] = {}
 
     def options(
-        self, config: EarlyExitConfig, n: int, criterion: Criterion, threshold: Any, min_depth: Any, max_depth: Any, exit_layers: Any
+        self,
+        config: EarlyExitConfig,
+        n: int,
+        criterion: Criterion,
+        threshold: Any,
+        min_depth: Any,
+        max_depth: Any,
+        exit_layers: Any,
     ) -> ExitOptions:
         """Options of ``n`` rows. The same plain values for the same number of rows give the same (read-only) record."""
         values = (threshold, min_depth, max_depth)

@@ -79,8 +79,9 @@ def lead_attention(
 ) -> Tensor:
     """softmax(scale * Q K^T + bias) V within each sequence, every token seeing its whole sequence.
 
-    query, key, value  (total_tokens or more, num_heads * head_dim) in lead layout, rows past the tokens ignored; fp32, fp64, fp16 or bf16; the last dimension
-                       contiguous, any row stride (column slices of one fused buffer)
+    query, key, value  (total_tokens or more, num_heads * head_dim) in lead layout, rows past the tokens
+                       ignored; fp32, fp64, fp16 or bf16; the last dimension contiguous, any row stride (column slices
+                       of one fused buffer)
     cu_seqlens         (batch + 1,) int32
     rows               (n,) int32, the sequences to serve in this order, or None for all
     part               FIRST_TOKENS, OTHER_TOKENS or ALL_TOKENS: whose queries

@@ -1,4 +1,4 @@
-"""The oracle: Hugging Face modules, padded, every layer run; exits applied afterwards on paper. Slow, obviously right."""
+"""The oracle: Hugging Face modules, padded, every layer run; exits applied afterwards on paper. Slow, right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from engine.criteria import ExitReading
 from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
 from engine.kernels.packing import unpack_lead
 from engine.models.encoder import MultiExitEncoder
-
 
 # The mode is a property of the modules: one run at a time may set it, whichever engine the modules belong to.
 _MODE = threading.Lock()

@@ -152,7 +152,7 @@ class WatchedWeights:
     Seen: everything that changes a value (optimiser steps, fused ones included, though torch counts no version for
     them; ``copy_``, ``load_state_dict``, writes through ``p.data``), new storage (``.to()``, ``p.data = ...``), new
     parameters (``load_state_dict(assign=True)``), replaced modules, adapters added, merged, disabled or switched.
-    The look costs one read of the weights: 2 ms for 10 M parameters. Not seen: a write past torch (numpy, custom kernels)
+    The look costs one read of the weights: 2 ms for 10 M parameters. Not seen: a write past torch (numpy, own kernels)
     that only permutes the elements of a weight; ``refresh`` is for that.
     """
 

@@ -81,7 +81,7 @@ class ExitHeads(nn.Module):
         states = [self.state(k, h) for k, h in enumerate(first_tokens)]
         logits = torch.stack([self.classify(k, s) for k, s in enumerate(states)], dim=1)
         if self.policies:
-            policy_logits = torch.stack([policy(s) for policy, s in zip(self.policies, states)], dim=1)
+            policy_logits = torch.stack([policy(s) for policy, s in zip(self.policies, states, strict=False)], dim=1)
         else:
             policy_logits = logits.new_zeros(logits.shape[0], 0)
         return ExitOutputs(torch.stack(states), logits, policy_logits)
