@@ -70,7 +70,7 @@ def test_packed_equals_reference(family, pooler, exits, first_tokens_first):
     fast, oracle = both(model)
     borderline = total = 0
     seen = set()
-    for seed, size in enumerate((1, 2, 3, 9, 30, 77)):
+    for seed, size in enumerate((1, 2, 9, 60)):
         rows = random_rows(size, seed=seed)
         for kind in ("plain", "threshold", "depths", "scripted"):
             options = random_options(kind, size, model.config.exit_layers, seed)
@@ -449,10 +449,10 @@ def test_reference_in_two_threads_on_a_model_in_training_mode(model, monkeypatch
     def slow(*args):
         if threading.current_thread().name == "first":
             first_inside.set()
-            second_inside.wait(2)
+            second_inside.wait(0.5)
         else:
             second_inside.set()
-            first_done.wait(2)
+            first_done.wait(0.5)
         return original(*args)
 
     monkeypatch.setattr(model, "hidden_states", slow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import engine
+from engine.loading import save_checkpoint
 from tests.tiny import assert_same, padded, random_rows, tiny_model
 
 ROWS = padded(random_rows(24, seed=1))
@@ -180,12 +182,97 @@ def test_new_data_is_seen(model, packed):
     assert_seen(packed, model, before)
 
 
-def test_a_write_through_data_needs_refresh(model, packed):
-    """torch does not count it; the engine says so and offers ``refresh``."""
+def test_refresh_packs_again(model, packed):
     before = full_depth(packed)
     model.backbone.encoder.layer[1].intermediate.dense.weight.data.mul_(2)
     packed.refresh()
     assert_seen(packed, model, before)
+
+
+def _swap_rows(weight):
+    weight[[0, 1]] = weight[[1, 0]]
+
+
+# What a checksum of bits may miss: signs flipped in pairs, elements that change places, an even number of equal values.
+STRUCTURED = {
+    "negated": lambda w: w.neg_(),
+    "reversed": lambda w: w.copy_(w.flip(0)),
+    "two rows swapped": _swap_rows,
+    "doubled": lambda w: w.mul_(2),
+    "one element changed": lambda w: w[0, 0].add_(0.5),
+    "another constant": lambda w: w[:8].fill_(-0.125),
+}
+
+
+@pytest.mark.parametrize("through_data", [False, True], ids=["plain", "through .data"])
+@pytest.mark.parametrize("change", STRUCTURED)
+def test_writes_with_a_pattern_are_seen(model, packed, change, through_data):
+    layers = model.backbone.encoder.layer
+    for module in (layers[1].output.dense, layers[2].attention.self.value):
+        if change == "another constant":
+            with torch.no_grad():
+                module.weight[:8].fill_(0.5)
+        before = full_depth(packed)
+        with torch.no_grad():
+            STRUCTURED[change](module.weight.data if through_data else module.weight)
+        assert_seen(packed, model, before, rtol=1e-5, atol=1e-4)
+
+
+def test_zero_matrices_that_become_constant_are_seen(model, packed):
+    """Fresh biases and LoRA's B are all zero."""
+    bias = model.backbone.encoder.layer[1].attention.self.value.bias
+    with torch.no_grad():
+        bias.zero_()
+    before = full_depth(packed)
+    with torch.no_grad():
+        bias.fill_(1.0)
+    assert_seen(packed, model, before)
+    add_lora(model, init_lora_weights=True)
+    before = full_depth(packed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    assert_seen(packed, model, before, rtol=1e-4, atol=2e-4)
+
+
+def test_a_loaded_engine_sees_what_is_done_to_its_model(tmp_path):
+    """Nobody else holds it until somebody asks for it."""
+    runner = engine.load(save_checkpoint(tiny_model(), tmp_path / "ck"))
+    before = full_depth(runner)
+    model = runner.model
+    for _ in range(2):
+        with torch.no_grad():
+            model.backbone.encoder.layer[0].output.dense.weight.mul_(1.5)
+        assert_seen(runner, model, before)
+        before = full_depth(runner)
+
+
+def test_a_thread_that_looks_while_another_repacks(model, packed):
+    """It holds the old weights, and must not take the state that belongs to the new ones for theirs."""
+    weights = packed.executor.weights
+    before = full_depth(packed)
+    with torch.no_grad():
+        model.backbone.encoder.layer[0].output.dense.weight.mul_(1.5)
+    want = fresh(model, min_depth=4)
+    looking, repacked, results = threading.Event(), threading.Event(), []
+    original = weights._read_state
+
+    def slow():
+        if threading.current_thread().name == "late" and not repacked.is_set():
+            looking.set()
+            repacked.wait(10)
+        return original()
+
+    weights._read_state = slow
+    late = threading.Thread(target=lambda: results.append(packed.run(ROWS, min_depth=4)), name="late")
+    late.start()
+    assert looking.wait(10)
+    assert_same(packed.run(ROWS, min_depth=4), want, **FP32)
+    repacked.set()
+    late.join(20)
+    assert float((want.logits - before).abs().max()) > 1e-3
+    assert_same(results[0], want, **FP32)
 
 
 def test_writes_in_inference_mode_are_seen(model, packed):
