@@ -245,6 +245,13 @@ def test_a_criterion_is_shown_what_it_asked_for(model, executor, needs):
                 torch.testing.assert_close(got, want[rows, reading.layer - 1], **FP32)
 
 
+def test_logits_are_compared_in_fp32(model, executor):
+    criterion = Recorder(True, True)
+    engine.from_module(model.to(torch.bfloat16), executor=executor).run(padded(ROWS), criterion=criterion)
+    for reading, _ in criterion.seen:
+        assert reading.policy_logits.dtype == reading.class_logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("needs_policy", [False, True])
 def test_exit_probabilities_do_not_depend_on_the_executor(model, needs_policy):
     """Whatever they say where no policy was asked for, both executors must say the same."""

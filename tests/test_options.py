@@ -317,6 +317,14 @@ def test_bad_options(packed, case, monkeypatch):
     assert_same(packed.run(BATCH), before, atol=0)
 
 
+def test_equal_values_of_another_type_are_still_refused(packed):
+    """1, 1.0 and True are equal, and not equally allowed: what was remembered of one must not serve the others."""
+    packed.run(BATCH, min_depth=1, max_depth=1, threshold=1)
+    for wrong in (dict(min_depth=True), dict(min_depth=1.0), dict(max_depth=1.0), dict(threshold=True)):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            packed.run(BATCH, **{"min_depth": 1, "max_depth": 1, "threshold": 1, **wrong})
+
+
 def test_options_are_not_positional(packed):
     with pytest.raises(TypeError):
         packed.run(BATCH, 0.5)
