@@ -17,7 +17,7 @@ from engine.kernels.packing import compact_lead
 from engine.models.encoder import MultiExitEncoder
 
 # First tokens first reads three of a layer's four weights twice. That costs as much as the products of about this many
-# more tokens (MiniLM and MPNet shapes, two cores), and saves three quarters of the work of every leaving row's others.
+# more tokens (MiniLM, two cores), and saves three quarters of the work of every leaving row's other tokens.
 _SECOND_PASS_TOKENS = 48
 
 
