@@ -542,3 +542,20 @@ def test_adapters_on_the_exits_are_applied_or_refused(model, packed, place):
         want = fresh(model)
         assert not torch.equal(want.logits, before.logits) or not torch.equal(want.exit_layers, before.exit_layers)
         assert_same(got, want, **FP32)
+
+
+def test_a_hook_set_after_a_run_is_seen_or_refused(model, packed):
+    full_depth(packed)
+    dense = model.backbone.encoder.layer[1].output.dense
+    handle = dense.register_forward_hook(lambda module, inputs, output: output * 1.2)
+    with pytest.raises(TypeError, match="hooks"):
+        full_depth(packed)
+    handle.remove()
+    assert_same(packed.run(ROWS, min_depth=4), fresh(model, min_depth=4), **FP32)
+
+
+def test_a_changed_eps_is_seen(model, packed):
+    before = full_depth(packed)
+    for layer in model.backbone.encoder.layer:
+        layer.output.LayerNorm.eps = 0.5
+    assert_seen(packed, model, before)

@@ -183,7 +183,7 @@ class WatchedWeights:
         # Dictionaries of the modules themselves, so that a replaced parameter or child is seen through them.
         children, slots, adapters = [], [], []
         for module in self.model.modules():
-            children.append((module, dict(module._modules), "forward" in vars(module)))
+            children.append((module, dict(module._modules), _behaviour(module)))
             slots += [(module._parameters, name) for name in module._parameters]
             if hasattr(module, "merged_adapters"):
                 adapters.append(module)
@@ -192,8 +192,8 @@ class WatchedWeights:
     def _read_state(self) -> tuple | None:
         """Everything that the derived weights depend on; None where the modules are no longer those listed."""
         children, slots, adapters = self._listing
-        for module, modules, own_forward in children:
-            if module._modules != modules or ("forward" in vars(module)) != own_forward:
+        for module, modules, behaviour in children:
+            if module._modules != modules or _behaviour(module) != behaviour:
                 return None
         try:
             parameters = [owner[name] for owner, name in slots]
@@ -209,8 +209,13 @@ class WatchedWeights:
         )
 
 
+def _behaviour(module: nn.Module) -> tuple:
+    """What else than tensors a module's result depends on: a forward of its own, hooks, a norm's eps."""
+    return "forward" in vars(module), *(len(getattr(module, name)) for name in _HOOKS), getattr(module, "eps", None)
+
+
 @torch.no_grad()
-def _contents(parameters: list[Tensor]) -> tuple[list[int], list[float]]:
+def _contents(parameters: list[Tensor]) -> tuple[list[int], list[int]]:
     """Two prints of every parameter, embeddings too (an adapter may be anywhere): xor of its bits, which any small
     change of one element alters, and a product with fixed random numbers, which signs, orders and constants alter."""
     bits, products = [], []
@@ -219,7 +224,8 @@ def _contents(parameters: list[Tensor]) -> tuple[list[int], list[float]]:
         bits.append(torch.hash_tensor(flat))
         numbers = _random_numbers(flat.dtype, flat.device)
         products += [torch.dot(piece, numbers[: len(piece)]).double() for piece in flat.split(len(numbers))]
-    return torch.stack(bits).view(torch.int64).tolist(), torch.stack(products).tolist()
+    # As bits: a NaN is then equal to itself.
+    return torch.stack(bits).view(torch.int64).tolist(), torch.stack(products).view(torch.int64).tolist()
 
 
 @lru_cache
