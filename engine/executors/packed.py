@@ -97,9 +97,7 @@ class _Pass:
                 qkv = weights.qkv(self.hidden)
                 first = self._first_tokens(weights, qkv)[: self.num_rows]
                 exit_weights = self.weights.exits[layer]
-                if exit_weights.pooler is not None:
-                    first = torch.tanh(linear(first, *exit_weights.pooler))
-                self._leave(layer, exit_weights, self.active, first, None)
+                self._leave(layer, exit_weights, self.active, exit_weights.state(first), None)
                 break
             exit_weights = self.weights.exits.get(layer)
             if exit_weights is None or not options.reads_exit(layer):
@@ -171,11 +169,11 @@ class _Pass:
         """
         options = self.options
         criterion = options.criterion
-        state, logits, classes = first, None, None
+        logits = classes = None
         if criterion.needs_policy:
             state, logits = exit_policy(first, *(weights.pooler or (None, None)), *weights.policy)
-        elif weights.pooler is not None:
-            state = torch.tanh(linear(first, *weights.pooler))
+        else:
+            state = weights.state(first)
         if criterion.needs_classifier:
             classes = linear(state, *weights.classifier).float()
         if criterion.may_decide(layer):

@@ -33,6 +33,10 @@ class ExitWeights:
     classifier: tuple[Tensor, Tensor]
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
+    def state(self, first: Tensor) -> Tensor:
+        """What the exit reads of first tokens [n, H], for where no policy (``exit_policy`` fuses the two) is asked."""
+        return first if self.pooler is None else torch.tanh(torch.nn.functional.linear(first, *self.pooler))
+
 
 @dataclass(frozen=True, eq=False)
 class EncoderWeights:
