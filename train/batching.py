@@ -54,6 +54,15 @@ class TokenizedExamples:
     def lengths(self) -> Tensor:
         return self.offsets.diff()
 
+    def select(self, indices: Tensor) -> TokenizedExamples:
+        """The rows ``indices`` (n,) int64, in that order."""
+        lengths = self.lengths[indices]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        row = torch.repeat_interleave(torch.arange(len(indices)), lengths)
+        source = self.offsets[indices][row] + torch.arange(int(offsets[-1])) - offsets[row]
+        fields = {name: tokens[source] for name, tokens in self.fields.items()}
+        return TokenizedExamples(fields, offsets, self.label_ids[indices], self.pad_token_id)
+
     def collate(self, indices: Tensor) -> dict[str, Tensor]:
         """The rows ``indices`` (B,), padded on the right to the longest: input_ids, attention_mask and maybe
         token_type_ids (B, T), labels and indices (B,), all int64."""

@@ -54,6 +54,18 @@ def cross_entropy_per_exit(logits: Tensor, labels: Tensor) -> Tensor:
     return -log_probs.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
 
 
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)) of every exit, (N, E) in nats (Hinton et al. 2015, section 2).
+
+    logits (N, E, C); teacher (N, C) logits or log-probabilities, without gradient; T the temperature.
+    """
+    if logits.ndim != 3 or teacher.shape != (logits.shape[0], logits.shape[2]):
+        raise ValueError(f"logits must be (N, E, C) and teacher (N, C), got {tuple(logits.shape)}, {tuple(teacher.shape)}")
+    target = (teacher.detach().float() / temperature).log_softmax(-1)[:, None]
+    student = (logits.float() / temperature).log_softmax(-1)
+    return temperature**2 * (target.exp() * (target - student)).sum(-1)
+
+
 def weighted_exit_loss(ce: Tensor, exit_layers: Sequence[int], weighting: str = "layer") -> Tensor:
     """Initialisation loss (Eq. 1-2), a scalar: mean over instances of sum_l w_l CE_l / sum_l w_l.
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from engine.models.encoder import MultiExitEncoder
 from engine.train import objectives, policy_gradient
 from engine.train.batching import TokenizedExamples, shuffled_batches
-from engine.train.config import InitOptions, OptimiserOptions, PolicyOptions, TaskOptions
+from engine.train.config import InitOptions, OptimiserOptions, PolicyOptions, TaskOptions, TeacherOptions
 from engine.train.hardness import ForgettingEvents, memorized_layer
 
 log = logging.getLogger("engine.train")
@@ -66,33 +66,86 @@ def measure(model: MultiExitEncoder, data: TokenizedExamples, description: str =
     return ExitCache(states, ce, correct)
 
 
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """Soft labels of the train split: log_probs [N, C] fp32, and how they enter the loss of every exit."""
+
+    log_probs: Tensor
+    weight: float
+    temperature: float
+
+
+def out_of_fold(
+    model: MultiExitEncoder,
+    data: TokenizedExamples,
+    options: TeacherOptions,
+    seed: int,
+    restart: Callable[[], None],
+) -> Tensor:
+    """Log-probabilities [N, C] of every row from a full-depth model that was fine-tuned without it.
+
+    The rows are cut at random into ``options.folds`` parts; ``restart`` gives ``model`` its initial weights again, which
+    every part's training starts from. Leaves the model trained for the last part.
+    """
+    config, n = model.config, len(data)
+    part_of = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % options.folds
+    alone = InitOptions(options.epochs, options.batch_size, options.learning_rate, last_exit_epochs=options.epochs)
+    log_probs = torch.empty(n, config.num_labels)
+    for part in range(options.folds):
+        restart()
+        train_init(model, data.select((part_of != part).nonzero()[:, 0]), alone, seed + part)
+        held_out = (part_of == part).nonzero()[:, 0]
+        found = torch.empty(len(held_out), config.num_labels, device=model.device)
+        with torch.inference_mode():
+            for batch in data.select(held_out).batches(_MEASURE_BATCH, shuffle=False):
+                logits = model(**model_inputs(model, batch)).logits[:, -1]
+                found[batch["indices"].to(model.device)] = logits.float().log_softmax(-1)
+        log_probs[held_out] = found.cpu()
+    return log_probs
+
+
+def _exit_losses(logits: Tensor, labels: Tensor, rows: Tensor, teacher: Teacher | None) -> Tensor:
+    """[N, E]: CE of every exit, mixed with the teacher's opinion where there is one."""
+    ce = objectives.cross_entropy_per_exit(logits, labels)
+    if teacher is None:
+        return ce
+    opinion = teacher.log_probs[rows].to(logits.device, non_blocking=True)
+    distillation = objectives.distillation_loss(logits, opinion, teacher.temperature)
+    return (1 - teacher.weight) * ce + teacher.weight * distillation
+
+
 def train_init(
-    model: MultiExitEncoder, data: TokenizedExamples, options: InitOptions, seed: int
+    model: MultiExitEncoder, data: TokenizedExamples, options: InitOptions, seed: int, teacher: Teacher | None = None
 ) -> tuple[list[float], ForgettingEvents]:
     """Step 1: all exits together (Eq. 1-2). Returns the loss of every epoch, and forgetting events at the last exit."""
     forgetting = ForgettingEvents(len(data))
 
     def loss_of(batch: dict[str, Tensor], labels: Tensor, epoch: int) -> Tensor:
-        out = model(**model_inputs(model, batch))
+        out = model(**model_inputs(model, batch), early_gradient=options.early_gradient)
         forgetting.update(batch["indices"], out.logits[:, -1].argmax(-1) == labels)
-        ce = objectives.cross_entropy_per_exit(out.logits, labels)
+        losses = _exit_losses(out.logits, labels, batch["indices"], teacher)
         if epoch < options.last_exit_epochs:
-            return ce[:, -1].mean()
-        return objectives.weighted_exit_loss(ce, model.config.exit_layers, options.weighting)
+            return losses[:, -1].mean()
+        return objectives.weighted_exit_loss(losses, model.config.exit_layers, options.weighting)
 
     return _train_task(model, data, options, seed, loss_of, "init"), forgetting
 
 
 def train_task(
-    model: MultiExitEncoder, data: TokenizedExamples, options: TaskOptions, seed: int, threshold: float = 0.5
+    model: MultiExitEncoder,
+    data: TokenizedExamples,
+    options: TaskOptions,
+    seed: int,
+    threshold: float = 0.5,
+    teacher: Teacher | None = None,
 ) -> list[float]:
     """Step 4: the classifier at the exit that the frozen policy takes (Eq. 6). Returns the loss of every epoch."""
 
     def loss_of(batch: dict[str, Tensor], labels: Tensor, epoch: int) -> Tensor:
         out = model(**model_inputs(model, batch))
-        ce = objectives.cross_entropy_per_exit(out.logits, labels)
+        losses = _exit_losses(out.logits, labels, batch["indices"], teacher)
         return objectives.task_loss(
-            ce, model.config.exit_layers, out.policy_logits, options.indicator, threshold=threshold
+            losses, model.config.exit_layers, out.policy_logits, options.indicator, threshold=threshold
         )
 
     return _train_task(model, data, options, seed, loss_of, "task")
@@ -101,7 +154,7 @@ def train_task(
 def _train_task(
     model: MultiExitEncoder,
     data: TokenizedExamples,
-    options: OptimiserOptions,
+    options: InitOptions | TaskOptions,
     seed: int,
     loss_of: Callable[[dict[str, Tensor], Tensor, int], Tensor],
     name: str,
@@ -112,7 +165,12 @@ def _train_task(
     for parameter in model.policy_parameters():
         parameter.requires_grad_(False)
     steps = -(-len(data) // options.batch_size) * options.epochs
-    optimiser, schedule = _optimiser(parameters, options, steps)
+    fast = {id(p) for p in model.reading_parameters()} if options.exits_rate != 1 else set()
+    groups = [
+        {"params": [p for p in parameters if id(p) not in fast]},
+        {"params": [p for p in parameters if id(p) in fast], "lr": options.learning_rate * options.exits_rate},
+    ]
+    optimiser, schedule = _optimiser(groups if fast else parameters, options, steps)
     model.train()
     losses = []
     try:
@@ -211,7 +269,7 @@ def memorized_layers(cache: ExitCache, exit_layers: tuple[int, ...]) -> Tensor:
     return memorized_layer(cache.correct, exit_layers)
 
 
-def _optimiser(parameters: list[nn.Parameter], options: OptimiserOptions, steps: int):
+def _optimiser(parameters: list[nn.Parameter] | list[dict], options: OptimiserOptions, steps: int):
     optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: max(0.0, 1 - step / max(steps, 1)))
     return optimiser, schedule

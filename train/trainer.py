@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,10 @@ class Trainer:
         return best
 
     def _init(self) -> dict[str, Any]:
-        losses, forgetting = phases.train_init(self.model, self.splits.train, self.config.init, self._seed("init"))
+        teacher = self._teacher(self._restart)
+        losses, forgetting = phases.train_init(
+            self.model, self.splits.train, self.config.init, self._seed("init"), teacher
+        )
         cache, _ = self._measure("train")
         memorized = phases.memorized_layers(cache, self.exit_layers).cpu()
         if self.config.policy.ml_refresh == "once":
@@ -143,8 +146,27 @@ class Trainer:
         return phases.memorized_layers(train, self.exit_layers)
 
     def _task(self) -> dict[str, Any]:
-        losses = phases.train_task(self.model, self.splits.train, self.config.task, self._seed(self._running))
+        losses = phases.train_task(
+            self.model, self.splits.train, self.config.task, self._seed(self._running), teacher=self._teacher()
+        )
         return {"epoch_loss": losses}
+
+    def _teacher(self, restart: Callable[[], None] | None = None) -> phases.Teacher | None:
+        """Out-of-fold soft labels, made (with ``restart``, before step 1) where they are not stored yet."""
+        options, path = self.config.teacher, self.folder / "teacher" / _WEIGHTS
+        if not options.folds:
+            return None
+        if not path.exists() and restart is not None:
+            log.info("teacher: %d folds", options.folds)
+            found = phases.out_of_fold(self.model, self.splits.train, options, self._seed("teacher"), restart)
+            write_folder(path.parent, lambda f: _save(f, {"log_probs": found}))
+            restart()
+        return phases.Teacher(read_tensors(path)["log_probs"], options.weight, options.temperature)
+
+    def _restart(self) -> None:
+        """Give the model the weights that the run starts from; the phase that is running keeps it unnamed."""
+        self._restore("")
+        self._holds = None
 
     def sweep(self, train: phases.ExitCache) -> Iterator[float]:
         """Fresh policies for every alpha of the grid, on one cache; yields alpha while the model holds its policies."""

@@ -67,17 +67,33 @@ class MultiExitEncoder(nn.Module):
         return list(self.backbone(**inputs, output_hidden_states=True, return_dict=True).hidden_states[1:])
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        early_gradient: float = 1.0,
     ) -> ExitOutputs:
-        """What every exit says of every row: all layers run, all exits are read (training and the reference)."""
+        """What every exit says of every row: all layers run, all exits are read (training and the reference).
+
+        early_gradient scales what all exits but the last send back into the backbone.
+        """
         hidden = self.hidden_states(input_ids, attention_mask, token_type_ids)
         first = attention_mask.long().argmax(-1)  # a left-padded row's first token is not in column 0
         rows = torch.arange(len(first), device=first.device)
-        return self.exits([hidden[layer - 1][rows, first] for layer in self.config.exit_layers])
+        first_tokens = [hidden[layer - 1][rows, first] for layer in self.config.exit_layers]
+        if early_gradient != 1 and torch.is_grad_enabled():
+            for read in first_tokens[:-1]:
+                if read.requires_grad:
+                    read.register_hook(lambda gradient: gradient * early_gradient)
+        return self.exits(first_tokens)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """phi: the policies."""
         return list(self.exits.policies.parameters())
+
+    def reading_parameters(self) -> list[nn.Parameter]:
+        """What an exit reads and classifies with: poolers and classifiers."""
+        return [*self.exits.poolers.parameters(), *self.exits.classifiers.parameters()]
 
     def task_parameters(self) -> list[nn.Parameter]:
         """theta: what training may change outside the policies (backbone or its adapters, poolers, classifiers)."""

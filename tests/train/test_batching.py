@@ -83,3 +83,12 @@ def test_tokenized_refuses(tokenizer):
 
     with pytest.raises(ValueError, match="no padding token"):
         TokenizedExamples.from_examples(many(), WithoutPadding())
+
+
+def test_selected_rows_are_those_rows(tokenizer):
+    whole = TokenizedExamples.from_examples(many(), tokenizer)
+    indices = torch.tensor([5, 0, 36, 5])
+    got, want = whole.select(indices).collate(torch.arange(4)), whole.collate(indices)
+    for name in ("input_ids", "attention_mask", "token_type_ids", "labels"):
+        assert torch.equal(got[name], want[name]), name
+    assert len(whole.select(torch.tensor([], dtype=torch.int64))) == 0

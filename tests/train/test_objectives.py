@@ -7,6 +7,7 @@ from engine.train.objectives import (
     alpha_grid,
     check_exit_layers,
     cross_entropy_per_exit,
+    distillation_loss,
     greedy_exit_index,
     rewards,
     task_loss,
@@ -46,6 +47,24 @@ def test_weighted_loss_weights_by_layer_number():
 def test_weighted_loss_of_twelve_layers_divides_by_78():
     ce = torch.eye(12)[11:]
     assert float(weighted_exit_loss(ce, range(1, 13))) == pytest.approx(12 / 78)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_is_the_softened_divergence_of_every_exit(temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(5, 3, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    got = distillation_loss(logits, teacher, temperature)
+    target = (teacher / temperature).log_softmax(-1)
+    for k in range(3):
+        student = (logits[:, k] / temperature).log_softmax(-1)
+        want = torch.nn.functional.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+        torch.testing.assert_close(got[:, k], want * temperature**2)
+    torch.testing.assert_close(distillation_loss(teacher[:, None], teacher, temperature), torch.zeros(5, 1))
+
+
+def test_distillation_needs_a_teacher_of_the_same_rows():
+    with pytest.raises(ValueError, match=r"teacher \(N, C\), got \(5, 3, 4\), \(4, 4\)"):
+        distillation_loss(torch.zeros(5, 3, 4), torch.zeros(4, 4), 2.0)
 
 
 def test_rewards_by_hand():
