@@ -9,6 +9,7 @@ import torch
 from engine.api import Engine
 from engine.config import EarlyExitConfig
 from engine.criteria import Criterion
+from engine.devices import find_device
 from engine.executors import executor_class
 from engine.models.encoder import MultiExitEncoder
 from engine.results import Classification, RunStats
@@ -47,7 +48,7 @@ def load(
 
     executor_class(executor)
     chosen_dtype = _dtype(dtype)
-    chosen_device = _device(device, chosen_dtype)
+    chosen_device = find_device(device, "cpu", chosen_dtype)
     model, tokenizer = load_model(checkpoint, dtype=chosen_dtype)
     return Engine(model.to(chosen_device), tokenizer, executor, private=True)
 
@@ -72,16 +73,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
     raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)} or the torch.dtype, got {dtype!r}")
-
-
-def _device(device: str | torch.device, dtype: torch.dtype) -> torch.device:
-    """The device, proved by a tensor on it: ``meta`` holds no values, and MPS has no float64."""
-    try:
-        chosen = torch.device("cpu" if device == "auto" else device)
-        torch.zeros(1, dtype=dtype, device=chosen).item()
-    except (RuntimeError, AssertionError, TypeError) as error:  # a torch without CUDA asserts
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device {device!r} cannot be used for {dtype} here ({reason}): choose auto, cpu or another torch device"
-        ) from error
-    return chosen

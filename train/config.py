@@ -37,11 +37,11 @@ class InitOptions(OptimiserOptions):
 
     weighting         w_l = l ("layer", the paper's) or 1 ("equal")
     last_exit_epochs  the first of the epochs train the last exit alone (ours)
-    exits_rate        classifiers and poolers learn at this multiple of learning_rate (ours). They start from nothing, the
-                      backbone does not: at 1 the exits of MiniLM's first two layers stay at chance on StackOverflow, at
-                      10 they reach 87 and 90 %
-    early_gradient    what the exits before the last send into the backbone is scaled by this, 0 to 1 (ours): below 1 the
-                      last exit loses less accuracy to the others
+    exits_rate        classifiers and poolers learn at this multiple of learning_rate (ours). They start from nothing,
+                      the backbone does not: at 1 the exits of MiniLM's first two layers stay at chance on
+                      StackOverflow, at 10 (and with a teacher) they reach 87 and 90 %
+    early_gradient    what the exits before the last send into the backbone is scaled by this, 0 to 1 (ours): below 1
+                      the last exit loses less accuracy to the others
     """
 
     epochs: int = 5
@@ -65,9 +65,9 @@ class InitOptions(OptimiserOptions):
 class TeacherOptions(OptimiserOptions):
     """Distillation into every exit, ahead of and throughout steps 1 and 4 (ours; off by default).
 
-    The same backbone is fine-tuned ``folds`` times at full depth, each time without one part of train, and predicts the
-    part it has not seen: soft labels that know which rows are doubtful, where a teacher that has seen a row only repeats
-    its label. Every CE_l of Eq. 2 and Eq. 6 becomes (1 - weight) CE_l + weight T^2 KL(teacher || exit l), both softened
+    The same backbone is fine-tuned ``folds`` times at full depth, each time without one part of train, and predicts
+    the part it has not seen: soft labels that know which rows are doubtful, where a teacher that has seen a row only
+    repeats its label. Every CE_l of Eq. 2 and Eq. 6 becomes (1 - weight) CE_l + weight T^2 KL(teacher || exit l), both softened
     by the temperature T (Hinton et al. 2015, section 2).
 
     folds  0: no teacher; 2 or more cost folds - 1 times ``epochs`` over train
@@ -85,7 +85,7 @@ class TeacherOptions(OptimiserOptions):
         super().__post_init__()
         _integer("teacher.folds", self.folds, 0)
         if self.folds == 1:
-            raise ValueError("teacher.folds must be 0 (no teacher) or at least 2: a fold is predicted by the others, got 1")
+            raise ValueError("teacher.folds must be 0 (none) or at least 2: a fold is predicted by the others, got 1")
         _number("teacher.weight", self.weight, 1.0)
         _positive("teacher.temperature", self.temperature)
 

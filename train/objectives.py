@@ -55,12 +55,14 @@ def cross_entropy_per_exit(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(logits / T)) of every exit, (N, E) in nats (Hinton et al. 2015, section 2).
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)) of every exit, (N, E) in nats (Hinton et al. 2015, sec. 2).
 
     logits (N, E, C); teacher (N, C) logits or log-probabilities, without gradient; T the temperature.
     """
     if logits.ndim != 3 or teacher.shape != (logits.shape[0], logits.shape[2]):
-        raise ValueError(f"logits must be (N, E, C) and teacher (N, C), got {tuple(logits.shape)}, {tuple(teacher.shape)}")
+        raise ValueError(
+            f"logits must be (N, E, C) and teacher (N, C), got {tuple(logits.shape)}, {tuple(teacher.shape)}"
+        )
     target = (teacher.detach().float() / temperature).log_softmax(-1)[:, None]
     student = (logits.float() / temperature).log_softmax(-1)
     return temperature**2 * (target.exp() * (target - student)).sum(-1)

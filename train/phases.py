@@ -84,8 +84,8 @@ def out_of_fold(
 ) -> Tensor:
     """Log-probabilities [N, C] of every row from a full-depth model that was fine-tuned without it.
 
-    The rows are cut at random into ``options.folds`` parts; ``restart`` gives ``model`` its initial weights again, which
-    every part's training starts from. Leaves the model trained for the last part.
+    The rows are cut at random into ``options.folds`` parts; ``restart`` gives ``model`` its initial weights again,
+    which every part's training starts from. Leaves the model trained for the last part.
     """
     config, n = model.config, len(data)
     part_of = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % options.folds

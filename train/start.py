@@ -25,19 +25,6 @@ def seed_of(config: TrainConfig, phase: str) -> int:
     return zlib.crc32(f"{config.seed}/{phase}".encode())
 
 
-def find_device(name: str) -> torch.device:
-    """The device that ``name`` stands for (auto: a GPU where there is one), proved by a tensor on it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}): choose auto, cpu or cuda") from None
-    return device
-
-
 # -- data --------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.devices import find_device
 from engine.facts import TRAINING
 from engine.loading import check_replaceable, save_checkpoint, write_file, write_folder
 from engine.models.encoder import MultiExitEncoder
@@ -24,7 +25,7 @@ from engine.reading import fill_tensors, read_tensors
 from engine.train import card, figures, objectives, phases, policy_gradient, statistics
 from engine.train.config import TrainConfig
 from engine.train.data import load_folder
-from engine.train.start import find_device, fresh_model, make_splits, read_record, seed_of
+from engine.train.start import fresh_model, make_splits, read_record, seed_of
 
 log = logging.getLogger("engine.train")
 _RECORD, _WEIGHTS = "record.json", "weights.safetensors"
@@ -38,7 +39,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.output + ".run")
         check_replaceable(Path(config.output))
-        self.device = find_device(config.device)
+        self.device = find_device(config.device, "cuda" if torch.cuda.is_available() else "cpu")
         data = load_folder(config.data)
         self.labels = data.labels
         self.data = {name: s.sha256() if (s := getattr(data, name)) else None for name in ("train", "dev", "test")}

@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from engine.train.config import TrainConfig
-from engine.train.start import find_device, fresh_model, read_record, seed_of
+from engine.train.start import fresh_model, read_record, seed_of
 from tests.tiny import LABELS
 
 START = {"config": {"seed": 1, "init": {}}, "backbone": {"sha256": "a"}, "data": {"train": "b", "test": None}}
-
-
-def test_find_device():
-    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert find_device("cpu") == torch.device("cpu")
-    absent = ["gpu", "", "cpu:x", "meta", "cuda:99"] + ([] if torch.cuda.is_available() else ["cuda"])
-    for name in absent:
-        with pytest.raises(ValueError, match=f"device '{name}' cannot be used here .*: choose auto, cpu or cuda"):
-            find_device(name)
 
 
 def test_seeds_differ_by_phase_and_run():
