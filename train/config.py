@@ -67,8 +67,8 @@ class TeacherOptions(OptimiserOptions):
 
     The same backbone is fine-tuned ``folds`` times at full depth, each time without one part of train, and predicts
     the part it has not seen: soft labels that know which rows are doubtful, where a teacher that has seen a row only
-    repeats its label. Every CE_l of Eq. 2 and Eq. 6 becomes (1 - weight) CE_l + weight T^2 KL(teacher || exit l), both softened
-    by the temperature T (Hinton et al. 2015, section 2).
+    repeats its label. Every CE_l of Eq. 2 and Eq. 6 becomes (1 - weight) CE_l + weight T^2 KL(teacher || exit l), both
+    softened by the temperature T (Hinton et al. 2015, section 2).
 
     folds  0: no teacher; 2 or more cost folds - 1 times ``epochs`` over train
     """
