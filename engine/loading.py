@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,12 @@ def _load_adapter(backbone: nn.Module, folder: Path, merge: bool) -> nn.Module:
     with naming(folder / ADAPTER_CONFIG):
         if options.get("peft_type") != "LORA":
             raise ValueError(f"peft_type must be 'LORA', got {options.get('peft_type')!r}")
-        lora = LoraConfig.from_peft_type(**options)
+        # A newer peft writes keys that this one does not have: harmless where they are off, another adapter where not.
+        known = {field.name for field in fields(LoraConfig)}
+        unknown = sorted(key for key, value in options.items() if key not in known and value)
+        if unknown:
+            raise ValueError(f"unknown keys {unknown} are set: this peft cannot follow them; upgrade peft, or unset them")
+        lora = LoraConfig(**{key: value for key, value in options.items() if key in known})
         lora.inference_mode = merge
         lora.init_lora_weights = False  # all are overwritten, and some ways to initialise them change the backbone
         model = PeftModel(backbone, lora)
@@ -179,10 +185,10 @@ def attach_exits(
     folder = backbone.resolve()
     module = load_backbone(folder)
     layers = module.config.num_hidden_layers
-    fields = {"num_layers": layers, "exit_layers": tuple(range(1, layers + 1)), **config}
-    if fields.get("max_length") is None:
-        fields["max_length"] = family_of(module.config).longest(module.config)
-    model = MultiExitEncoder(module, EarlyExitConfig.from_dict(fields, where="exits"))
+    chosen = {"num_layers": layers, "exit_layers": tuple(range(1, layers + 1)), **config}
+    if chosen.get("max_length") is None:
+        chosen["max_length"] = family_of(module.config).longest(module.config)
+    model = MultiExitEncoder(module, EarlyExitConfig.from_dict(chosen, where="exits"))
     reference = BackboneReference(backbone.source, file_sha256(folder / WEIGHTS), backbone.revision)
     return model, load_tokenizer(folder), reference
 

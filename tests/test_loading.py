@@ -324,6 +324,17 @@ def test_damaged_adapters(adapter_checkpoint):
             engine.load(adapter_checkpoint)
 
 
+def test_adapter_keys_of_another_peft(adapter_checkpoint):
+    """Off, a key that this peft lacks means nothing; on, it means another adapter than the one we would run."""
+    path = adapter_checkpoint / ADAPTER_CONFIG
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps({**options, "use_new_trick": False, "new_list": None}))
+    engine.load(adapter_checkpoint)
+    path.write_text(json.dumps({**options, "use_new_trick": True}))
+    with pytest.raises(ValueError, match="adapter_config.json.*use_new_trick.*upgrade peft"):
+        engine.load(adapter_checkpoint)
+
+
 # -- damaged checkpoints -----------------------------------------------------------------------------------------
 
 Missing = (ValueError, OSError)  # a missing file may be a FileNotFoundError
