@@ -17,6 +17,7 @@ from engine.criteria import Criterion, make_criterion
 from engine.executors import ExitOptions, PackedBatch, RowOutputs, executor_class
 from engine.executors.base import TokenRow
 from engine.inputs import InputReader
+from engine.kernels.linear import plans_products
 from engine.models.encoder import MultiExitEncoder
 from engine.options import OptionsReader, move_options, select_rows
 from engine.results import Classification, RunStats
@@ -123,7 +124,8 @@ class Engine:
 
     def _run_micro_batch(self, rows: list[TokenRow], options: ExitOptions) -> RowOutputs:
         device = self.device
-        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device)
+        spare_rows = plans_products(device, self._model.dtype)
+        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device, spare_rows)
         if device.type != "cpu":
             options = move_options(options, device)
         return self.executor.run(batch, options)

@@ -61,12 +61,14 @@ class PackedBatch:
     lengths: tuple[int, ...]
 
     @classmethod
-    def from_rows(cls, rows: list[TokenRow], first_position: int, device: torch.device) -> PackedBatch:
-        """rows: one or more, none of them empty."""
+    def from_rows(
+        cls, rows: list[TokenRow], first_position: int, device: torch.device, spare_rows: bool = True
+    ) -> PackedBatch:
+        """rows: one or more, none of them empty. spare_rows: whether the buffers keep to the ladder."""
         sequences = [row.ids for row in rows]
         lengths = tuple(map(len, sequences))
         tokens = sum(lengths)
-        spare = capacity(len(rows), tokens) - tokens
+        spare = capacity(len(rows), tokens) - tokens if spare_rows else 0
         count = list(range(first_position, first_position + max(lengths)))
 
         def lead(sequences: list[list[int]], filler: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 from engine.criteria import ExitReading
 from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, capacity, ladder
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
-from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS, lead_attention
-from engine.kernels.exits import add_layer_norm, embed_layer_norm, exit_policy
+from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS
+from engine.kernels.exits import embed_layer_norm, exit_policy
 from engine.kernels.packing import compact_lead
 from engine.models.encoder import MultiExitEncoder
 
@@ -112,28 +112,16 @@ class _Pass:
 
     # -- layers --------------------------------------------------------------------------------------------------
 
-    def _attend(self, qkv: Tensor, rows: Tensor | None, part: int, size: int) -> Tensor:
-        """Attention of the queries of ``part`` in a buffer of ``size`` rows."""
-        width = qkv.shape[1] // 3
-        query, key, value = qkv.split(width, 1)
-        w = self.weights
-        return lead_attention(
-            query, key, value, self.cu_seqlens, rows, w.num_heads, w.scale, part, w.position_bias, size
-        )
-
-    @staticmethod
-    def _finish(weights: LayerWeights, attended: Tensor, residual: Tensor) -> Tensor:
-        """The rest of a layer, token by token: output projection, Add & Norm, MLP, Add & Norm."""
-        x = add_layer_norm(weights.attention_output(attended), residual, *weights.attention_norm)
-        return add_layer_norm(weights.output(weights.intermediate(x, gelu=True)), x, *weights.output_norm)
+    def _finish(
+        self, weights: LayerWeights, qkv: Tensor, rows: Tensor | None, residual: Tensor, part: int
+    ) -> Tensor:
+        return weights.finish(qkv, self.cu_seqlens, rows, residual, self.weights.heads, part)
 
     def _first_tokens(self, weights: LayerWeights, qkv: Tensor) -> Tensor:
-        size = ladder(self.num_rows)
-        return self._finish(weights, self._attend(qkv, None, FIRST_TOKENS, size), self.hidden[:size])
+        return self._finish(weights, qkv, None, self.hidden[: self._size(self.num_rows)], FIRST_TOKENS)
 
     def _whole_layer(self, weights: LayerWeights) -> Tensor:
-        hidden = self.hidden
-        return self._finish(weights, self._attend(weights.qkv(hidden), None, ALL_TOKENS, len(hidden)), hidden)
+        return self._finish(weights, weights.qkv(self.hidden), None, self.hidden, ALL_TOKENS)
 
     def _layer_then_exit(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         self.hidden = self._whole_layer(weights)
@@ -151,10 +139,9 @@ class _Pass:
         if kept is not None:
             residual, cu_seqlens, rows = self._compact(kept.mask)
             first = first[kept.index]
-        size = ladder(self.num_tokens - self.num_rows)
+        size = self._size(self.num_tokens - self.num_rows)
         if size:
-            attended = self._attend(qkv, rows, OTHER_TOKENS, size)
-            others = self._finish(weights, attended, residual[self.num_rows : self.num_rows + size])
+            others = self._finish(weights, qkv, rows, residual[self.num_rows : self.num_rows + size], OTHER_TOKENS)
             self.hidden = torch.cat([first, others, residual[self.num_rows + size :]])
         else:
             self.hidden = torch.cat([first, residual[self.num_rows :]])
@@ -241,4 +228,9 @@ class _Pass:
         compact, cu_seqlens, rows, _ = compact_lead(self.hidden, self.cu_seqlens, keep)
         cu_seqlens = cu_seqlens[: self.num_rows + 1]
         self.num_tokens = int(cu_seqlens[-1])
-        return compact[: capacity(self.num_rows, self.num_tokens)], cu_seqlens, rows[: self.num_rows]
+        size = capacity(self.num_rows, self.num_tokens) if self.weights.plans_products else self.num_tokens
+        return compact[:size], cu_seqlens, rows[: self.num_rows]
+
+    def _size(self, n: int) -> int:
+        """Rows to compute where ``n`` are wanted: the ladder's, where products are planned."""
+        return ladder(n) if self.weights.plans_products else n
