@@ -9,11 +9,16 @@ oneDNN on a pre-packed weight (which was 2.2 times as fast as ``F.linear`` there
     384 -> 1536    114 / 172   169 / 296    341 / 542   1326 / 1654   4509 / 5647   with GELU
     1536 -> 384    115 / 167   158 / 253    329 / 430   1071 / 1300   4188 / 4218
 
-so it serves every number of rows, and one packed copy of the weight is all that is held. Without the extension, or
-without AVX2, oneDNN is the implementation of fp32 on the CPU, and ``F.linear`` of everything else.
+so there it serves every number of rows, and one packed copy of the weight is all that is held. With AVX-512 it takes
+0.42 to 0.85 of oneDNN's time up to 32 rows, 0.69 to 1.04 at 64 and 0.8 to 1.2 at 450 (one thread of a Sapphire Rapids
+Xeon); oneDNN is known to come within a few percent of the peak of a Zen 5 at many rows: up to 64 rows are ours, more
+are oneDNN's, for which a second packed copy is held. Without the extension, or without AVX2, oneDNN is the
+implementation of fp32 on the CPU, and ``F.linear`` of everything else.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -22,7 +27,7 @@ from torch.nn import functional as F
 from engine.kernels import extension
 from engine.kernels.extension import bind
 
-__all__ = ["PackedLinear", "linear_ref", "pack_panels", "packed_linear", "plans_products"]
+__all__ = ["PackedLinear", "linear_ref", "own_rows", "pack_panels", "packed_linear"]
 
 # Outputs of one panel: kPanel of csrc/include/args.h.
 PANEL = 16
@@ -42,16 +47,15 @@ def _onednn_ops():
 
 
 _ONEDNN = _onednn_ops()
-_OWN_KERNELS = ("avx2", "avx512")
+# Up to how many rows our kernel serves, by instruction set: see above.
+_OWN_ROWS = {"avx2": sys.maxsize, "avx512": 64}
 
 
-def _own(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype == torch.float32 and extension.cpu_kernels() in _OWN_KERNELS
-
-
-def plans_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product plans anew for every number of rows it has not met, as everybody's but our own kernel does."""
-    return not _own(device, dtype)
+def own_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Up to how many rows our own kernel serves; everybody else's plans anew for every number of rows not met before."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return 0
+    return _OWN_ROWS.get(extension.cpu_kernels(), 0)
 
 
 # --- torch twins ---------------------------------------------------------------------------------------------------
@@ -99,29 +103,30 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, 
 
 
 class PackedLinear:
-    """A linear layer for inference. Holds a packed *copy* of the weight where that is faster.
+    """A linear layer for inference. Holds packed *copies* of the weight where that is faster.
 
     weight  [N, K] float, bias [N] or None. The owner watches the source weight and packs again when it changes.
-    panels  the weight as ``packed_linear`` takes it; None where that op does not serve
+    panels  the weight as ``packed_linear`` takes it, for up to ``rows`` rows; None where rows is 0
     """
 
-    __slots__ = ("bias", "panels", "weight", "_linear", "_outputs")
+    __slots__ = ("bias", "panels", "rows", "weight", "_linear", "_outputs")
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.bias = None if bias is None else bias.detach()
-        self.panels = self.weight = self._linear = None
-        self._outputs = weight.shape[0]
         weight = weight.detach()
-        if _own(weight.device, weight.dtype):
-            self.panels = pack_panels(weight)
-        elif _ONEDNN is not None and weight.device.type == "cpu" and weight.dtype == torch.float32:
+        self.bias = None if bias is None else bias.detach()
+        self._outputs = weight.shape[0]
+        self.rows = own_rows(weight.device, weight.dtype)
+        self.panels = pack_panels(weight) if self.rows else None
+        self.weight = self._linear = None
+        if self.rows == sys.maxsize:
+            return
+        self.weight = weight
+        if _ONEDNN is not None and weight.device.type == "cpu" and weight.dtype == torch.float32:
             self.weight, self._linear = _ONEDNN[0](weight.contiguous(), _PACK_ROWS), _ONEDNN[1]
-        else:
-            self.weight = weight
 
     def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x [n, K] -> [n, N]."""
-        if self.panels is not None:
+        if self.panels is not None and x.shape[0] <= self.rows:
             return _packed_linear(x, self.panels, self.bias, self._outputs, gelu)
         if self._linear is None:
             return linear_ref(x, self.weight, self.bias, gelu)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.kernels.attention import lead_attention
 from engine.kernels.exits import add_layer_norm
 from engine.kernels.layer import finish_layer
-from engine.kernels.linear import PackedLinear, plans_products
+from engine.kernels.linear import PackedLinear, own_rows
 from engine.models.encoder import MultiExitEncoder
 
 
@@ -38,7 +38,7 @@ class LayerWeights:
 
     @cached_property
     def _operands(self) -> tuple | None:
-        """What ``finish_layer`` takes of this layer; None where our kernel does not serve its products."""
+        """What ``finish_layer`` takes of this layer; None where our kernel serves none of its products."""
         products = (self.attention_output, self.intermediate, self.output)
         if any(product.panels is None or product.bias is None for product in products):
             return None
@@ -50,7 +50,7 @@ class LayerWeights:
     ) -> Tensor:
         """The layer behind its qkv product, for the queries of ``part``: attention, output projection, Add & Norm, MLP,
         Add & Norm. As many rows as ``residual`` has: those past the queries are spare."""
-        if self._operands is not None:
+        if self._operands is not None and residual.shape[0] <= self.output.rows:
             return finish_layer(qkv, cu_seqlens, rows, residual, *heads[:2], part, heads.position_bias, *self._operands)
         query, key, value = qkv.chunk(3, 1)
         x = lead_attention(
@@ -65,7 +65,7 @@ class ExitWeights:
     """One exit. policy: (w1, b1, w2, b2), None at the last layer; pooler: (weight, bias), None without a pooler."""
 
     pooler: tuple[Tensor, Tensor] | None
-    classifier: tuple[Tensor, Tensor]
+    classifier: PackedLinear
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
     def state(self, first: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class EncoderWeights:
     heads: Heads
     layers: tuple[LayerWeights, ...]
     exits: dict[int, ExitWeights]
-    plans_products: bool
+    own_rows: int
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -165,7 +165,7 @@ def derive(model: MultiExitEncoder) -> EncoderWeights:
         policy = model.exits.policies[k] if k < config.num_exits - 1 else None
         exits[layer] = ExitWeights(
             pooler=None if pooler is None else _pair(pooler),
-            classifier=_pair(model.exits.classifiers[k]),
+            classifier=PackedLinear(*effective_linear(model.exits.classifiers[k])),
             policy=None if policy is None else (*_pair(policy.dense), *_pair(policy.out)),
         )
     bias = family.relative_bias(backbone, config.max_length)
@@ -182,7 +182,7 @@ def derive(model: MultiExitEncoder) -> EncoderWeights:
         ),
         layers=tuple(layers),
         exits=exits,
-        plans_products=plans_products(model.device, model.dtype),
+        own_rows=own_rows(model.device, model.dtype),
     )
 
 

@@ -23,6 +23,7 @@ def operands(weights, biases, norms, eps=1e-6):
 
 def plain(qkv, cu_seqlens, rows, residual, num_heads, scale, part, bias, weights, biases, norms, eps=1e-6):
     """The definition, on weights that are not packed, in the dtype of qkv."""
+
     def cast(x):
         return x.to(qkv.dtype)
 
@@ -51,7 +52,9 @@ def check(lengths, num_heads, d, wide, part, with_rows=False, with_bias=False, s
 
 @pytest.mark.parametrize("part", [FIRST_TOKENS, OTHER_TOKENS, ALL_TOKENS])
 @pytest.mark.parametrize("with_rows", [False, True])
-@pytest.mark.parametrize("lengths, num_heads, d, wide", [([14], 12, 32, 1536), ([3, 1, 6, 2], 3, 7, 50), ([40] * 6, 2, 16, 33)])
+@pytest.mark.parametrize(
+    "lengths, num_heads, d, wide", [([14], 12, 32, 1536), ([3, 1, 6, 2], 3, 7, 50), ([40] * 6, 2, 16, 33)]
+)
 def test_finish_layer(lengths, num_heads, d, wide, part, with_rows):
     check(lengths, num_heads, d, wide, part, with_rows, with_bias=with_rows)
 
@@ -72,7 +75,8 @@ def test_instruction_sets(instruction_set):
 @needs_extension
 def test_threads_change_nothing():
     qkv, *weights = layer_case([30] * 8, 4, 16, 200)
-    arguments = (qkv, cu_seqlens_of([30] * 8), None, torch.randn(240, 64), 4, 0.25, ALL_TOKENS, None, *operands(*weights))
+    arguments = (qkv, cu_seqlens_of([30] * 8), None, torch.randn(240, 64), 4, 0.25, ALL_TOKENS, None)
+    arguments += operands(*weights)
     alone = finish_layer(*arguments)
     torch.set_num_threads(4)
     assert torch.equal(finish_layer(*arguments), alone)

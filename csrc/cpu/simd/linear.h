@@ -1,10 +1,11 @@
 // act(x W^T + b) on a weight packed into panels of kPanel outputs: element k * kPanel + j of panel p is
 // weight[p * kPanel + j][k]. Included like vec.h.
 //
-// Few rows are limited by the bytes of the weight, many by multiply-adds, and in between both take as long: so while the
-// rows of one panel are computed, the next panel is fetched into L2. A tile of kTileRows rows by kTilePanels panels is held in
-// registers over a block of k; k ascends within one accumulator for every output, so that a row's result does not
-// depend on the rows computed with it.
+// Few rows are limited by the bytes of the weight, many by multiply-adds, and in between both take as long: so while
+// the rows of one panel are computed, the next panel is fetched (into L1; into L2 alone is no faster). A tile of
+// kTileRows rows by kTilePanels panels is held in registers over a block of k. Each output is the sum over blocks of a
+// sum over ascending k, so that a row's result does not depend on the rows computed with it.
+// Zen 3, 2 cores, 14 rows of 384 -> 1152, weight not in any cache: 80 us, against 76 with the weight in L3.
 
 constexpr int kPanelVectors = kPanel * 4 / EE_VECTOR_BYTES;
 // Accumulators fill the registers but for the vectors of the weight and one broadcast element.
@@ -15,7 +16,7 @@ constexpr int kTileRows = (EE_REGISTERS - 3) / (kTilePanels * kPanelVectors) < 1
 // k of one block: its 24 KB of a panel stay in L1 from one tile of rows to the next.
 constexpr int64_t kBlock = 384;
 
-// What to bring into L2 meanwhile: `lines` cache lines for every 8 steps of k.
+// What to fetch meanwhile: `lines` cache lines for every 8 steps of k.
 struct Fetch {
   const char* at = nullptr;
   const char* end = nullptr;
@@ -50,7 +51,7 @@ static void linear_tile(const float* x, int64_t x_stride, int64_t count, const f
   int64_t k = 0;
   for (; k + 8 <= count; k += 8) {
     if (at < fetch.end) {
-      for (int64_t l = 0; l < fetch.lines; ++l) __builtin_prefetch(at + l * 64, 0, 2);
+      for (int64_t l = 0; l < fetch.lines; ++l) __builtin_prefetch(at + l * 64, 0, 3);
       at += fetch.lines * 64;
     }
 #pragma GCC unroll 8
@@ -126,7 +127,8 @@ static void linear_panels(const LinearArgs& args, int64_t n0, int64_t n1, int64_
       const float* x = args.x + n * args.x_stride + k;
       if (whole) {
         float* out = args.out + n * args.outputs + o;
-        linear_rows<Q>(tall, x, args.x_stride, count, weight + k * kPanel, panel_stride, out, args.outputs, k > 0, fetch);
+        linear_rows<Q>(tall, x, args.x_stride, count, weight + k * kPanel, panel_stride, out, args.outputs, k > 0,
+                       fetch);
         if (k + kBlock >= args.inputs) finish_tile(args, tall, out, args.outputs, n, o, columns);
       } else {  // outputs past the last one have nowhere to stand: each tile takes all blocks of k at once
         if (k > 0) return;
