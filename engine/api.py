@@ -17,6 +17,7 @@ from engine.criteria import Criterion, make_criterion
 from engine.executors import ExitOptions, PackedBatch, RowOutputs, executor_class
 from engine.executors.base import TokenRow
 from engine.inputs import InputReader
+from engine.kernels.linear import own_rows
 from engine.models.encoder import MultiExitEncoder
 from engine.options import OptionsReader, move_options, select_rows
 from engine.results import Classification, RunStats
@@ -111,19 +112,19 @@ class Engine:
             batch_tokens = DEFAULT_BATCH_TOKENS
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
-        with torch.inference_mode():
-            plan = _micro_batches([len(row.ids) for row in rows], batch_tokens)
-            if len(plan) == 1:
-                outputs = self._run_micro_batch(rows, options)
-            else:
-                outputs = self._run_all(rows, plan, options, progress)
+        plan = _micro_batches([len(row.ids) for row in rows], batch_tokens)
+        if len(plan) == 1:
+            outputs = self._run_micro_batch(rows, options)
+        else:
+            outputs = self._run_all(rows, plan, options, progress)
         return self._results(outputs, sum(len(row.ids) for row in rows), len(plan), started)
 
     # -- micro-batches -------------------------------------------------------------------------------------------
 
     def _run_micro_batch(self, rows: list[TokenRow], options: ExitOptions) -> RowOutputs:
-        device = self.device
-        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device)
+        weight = self._model.exits.classifiers[0].weight
+        device, exact = weight.device, own_rows(weight.device, weight.dtype)
+        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device, exact)
         if device.type != "cpu":
             options = move_options(options, device)
         return self.executor.run(batch, options)
@@ -153,7 +154,7 @@ class Engine:
 
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
         # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.
-        logits, exit_layers, exit_probs = (x.to("cpu", copy=True) for x in outputs)
+        logits, exit_layers, exit_probs = (x.clone() if x.is_cpu else x.cpu() for x in outputs)
         config, n = self.config, len(logits)
         probabilities = torch.softmax(logits, -1)
         label_ids = logits.argmax(-1)

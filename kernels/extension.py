@@ -20,6 +20,7 @@ _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
 _dll: ctypes.CDLL | None = None
 _cuda_kernels = False
+_twins_for_cuda = False  # the compiled CUDA half cannot serve
 
 
 def available() -> bool:
@@ -42,11 +43,12 @@ def cpu_kernels(name: str | None = None) -> str:
 def bind(name: str, twin: Callable) -> Callable:
     """The compiled op ``name``, or ``twin`` where the extension is absent.
 
-    Where the extension has no usable CUDA half, the twin is registered for CUDA tensors, so that callers need not ask.
+    Where the extension has no usable CUDA half, or the op none, the twin is registered for CUDA tensors, so that callers
+    need not ask.
     """
     if _dll is None:
         return twin
-    if _library is not None:
+    if _twins_for_cuda or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", "CUDA"):
         _library.impl(name, twin, "CUDA", allow_override=True)
     return getattr(torch.ops.consistentee, name).default
 
@@ -57,7 +59,7 @@ def _path() -> Path:
 
 
 def _load() -> None:
-    global _dll, _library, _cuda_kernels
+    global _dll, _library, _cuda_kernels, _twins_for_cuda
     path = _path()
     if not path.exists():
         warnings.warn("extension not built: using the torch twins; pip install -e . builds it", stacklevel=2)
@@ -73,14 +75,14 @@ def _load() -> None:
     dll.consistentee_cpu_kernels.restype = ctypes.c_char_p
     dll.consistentee_cpu_kernels.argtypes = [ctypes.c_char_p]
     _dll = dll
+    _library = torch.library.Library(_NAMESPACE, "IMPL")
     _register_fakes()
     if torch.version.cuda is None:
         return
     reason = _cuda_problem(dll)
-    _cuda_kernels = reason is None
+    _cuda_kernels, _twins_for_cuda = reason is None, reason is not None
     if reason is not None:
         warnings.warn(f"{reason}: CUDA tensors use the torch twins", stacklevel=2)
-        _library = torch.library.Library(_NAMESPACE, "IMPL")
 
 
 def _cuda_problem(dll: ctypes.CDLL) -> str | None:
@@ -171,6 +173,14 @@ def _add_layer_norm(x, residual, weight, bias, eps):
     return x.new_empty(x.shape)
 
 
+def _packed_linear(x, weight, bias, outputs, gelu):
+    return x.new_empty((x.shape[0], outputs))
+
+
+def _finish_layer(qkv, cu_seqlens, rows, residual, *rest):
+    return residual.new_empty(residual.shape)
+
+
 _FAKES: dict[str, Callable] = {
     "prefix_sum": _prefix_sum,
     "compact_rows": _compact,
@@ -183,6 +193,8 @@ _FAKES: dict[str, Callable] = {
     "exit_policy": _exit_policy,
     "embed_layer_norm": _embed_layer_norm,
     "add_layer_norm": _add_layer_norm,
+    "packed_linear": _packed_linear,
+    "finish_layer": _finish_layer,
 }
 
 _load()

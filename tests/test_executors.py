@@ -9,6 +9,7 @@ import torch
 
 import engine
 from engine.executors import packed as packed_module
+from engine.kernels import linear as linear_module
 from tests.tiny import (
     FAMILIES,
     MAX_LENGTH,
@@ -472,3 +473,16 @@ def test_reference_in_two_threads_on_a_model_in_training_mode(model, monkeypatch
     assert model.training and all(m.training for m in model.modules())
     assert_same(results["first"], want, atol=0)
     assert_same(results["second"], want, atol=0)
+
+
+@pytest.mark.parametrize("most", [0, 1, 10, 40])
+def test_products_shared_between_two_kernels(most, first_tokens_first, monkeypatch):
+    """Our own kernel for up to ``most`` rows and oneDNN above, as where AVX-512 serves: same answers, same exits."""
+    monkeypatch.setattr(linear_module, "_OWN_ROWS", dict.fromkeys(("avx2", "avx512", "baseline"), most))
+    model = tiny_model()
+    fast, oracle = both(model)
+    for size in (1, 5, 30):
+        rows = random_rows(size, seed=50 + size)
+        script = [i % 4 + 1 for i in range(size)]
+        options = dict(criterion="scripted", exit_layers=script)
+        assert_same(fast.run(padded(rows), **options), oracle.run(padded(rows), **options), **FP32)

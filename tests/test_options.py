@@ -173,11 +173,11 @@ def test_max_depth_between_exits_means_the_deepest_before_it():
 
 def test_rows_do_not_go_deeper_than_the_deepest_limit(model, monkeypatch):
     """max_depth saves the layers behind it."""
-    from engine.executors import packed
+    from engine.executors.weights import LayerWeights
 
     calls = []
-    original = packed._Pass._finish
-    monkeypatch.setattr(packed._Pass, "_finish", staticmethod(lambda *args: (calls.append(1), original(*args))[1]))
+    original = LayerWeights.finish
+    monkeypatch.setattr(LayerWeights, "finish", lambda *args: (calls.append(1), original(*args))[1])
     runner = engine.from_module(model)
     calls.clear()
     runner.run(BATCH, max_depth=1)

@@ -10,7 +10,7 @@
 namespace consistentee {
 
 // A parallel region costs a few microseconds; below this many multiply-adds one thread is done sooner.
-static constexpr int64_t kParallelWork = 400 * 1000;
+static constexpr int64_t kParallelWork = 80 * 1000;
 
 static int64_t length_of(const AttentionArgs& args, int64_t served) {
   const int64_t b = args.rows != nullptr ? args.rows[served] : served;

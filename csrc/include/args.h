@@ -112,6 +112,20 @@ struct ExitPolicyArgs {
   char* logit = nullptr;  // float32; float64 where first is float64
 };
 
+// Outputs of one panel of a packed weight, the same for every instruction set: 64 bytes, one cache line for each k.
+inline constexpr int64_t kPanel = 16;
+
+struct LinearArgs {
+  int64_t count = 0, inputs = 0, outputs = 0;
+  const float* x = nullptr;
+  int64_t x_stride = 0;  // elements from row to row
+  const float* weight = nullptr;  // [ceil(outputs / kPanel), inputs, kPanel], zeros past the last output
+  const float* bias = nullptr;    // or null
+  const float* next = nullptr;    // weight of the product that follows, to be fetched ahead, or null
+  bool gelu = false;
+  float* out = nullptr;  // contiguous [count, outputs]
+};
+
 struct NormArgs {
   int64_t count = 0, hidden = 0;
   DType dtype = DType::f32;

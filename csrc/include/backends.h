@@ -21,6 +21,7 @@ struct Cpu {
   void row_offsets(const AttentionArgs& args, int32_t* offsets) const;
   void attention(const AttentionArgs& args) const;
   void exit_policy(const ExitPolicyArgs& args) const;
+  void linear(const LinearArgs& args) const;  // the CPU's alone
   void add_layer_norm(const NormArgs& args) const;
   void embed_layer_norm(const NormArgs& args) const;
 };

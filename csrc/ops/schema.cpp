@@ -19,5 +19,12 @@ STABLE_TORCH_LIBRARY(consistentee, m) {
   m.def(
       "embed_layer_norm(Tensor input_ids, Tensor? token_type_ids, Tensor positions, Tensor word, Tensor? token_type, "
       "Tensor position, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor weight, Tensor? bias, int outputs, bool gelu) -> Tensor");
+  m.def(
+      "finish_layer(Tensor qkv, Tensor cu_seqlens, Tensor? rows, Tensor residual, int num_heads, float scale, int part, "
+      "Tensor? position_bias, Tensor attention_weight, Tensor attention_bias, Tensor attention_norm_weight, "
+      "Tensor attention_norm_bias, float attention_eps, Tensor intermediate_weight, Tensor intermediate_bias, "
+      "Tensor output_weight, Tensor output_bias, Tensor output_norm_weight, Tensor output_norm_bias, "
+      "float output_eps) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
 }

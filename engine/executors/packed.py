@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from engine.criteria import ExitReading
 from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, capacity, ladder
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
-from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS, lead_attention
-from engine.kernels.exits import add_layer_norm, embed_layer_norm, exit_policy
+from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS
+from engine.kernels.exits import embed_layer_norm, exit_policy
 from engine.kernels.packing import compact_lead
 from engine.models.encoder import MultiExitEncoder
 
 # First tokens first reads three of a layer's four weights twice. That costs as much as the products of about this many
-# more tokens (MiniLM, two cores), and saves three quarters of the work of every leaving row's other tokens.
-_SECOND_PASS_TOKENS = 48
+# more tokens, and saves three quarters of the work of every leaving row's other tokens. MiniLM on two cores (AVX2): 6
+# to 12 are the best at 4, 8, 16 and 32 rows; 48 costs 2 to 15 % there.
+_SECOND_PASS_TOKENS = 10
 
 
 def first_tokens_first(rows: int, tokens: int, leave_rate: float) -> bool:
@@ -62,6 +62,10 @@ class _Left(NamedTuple):
     rows: list[int]
     classes: Tensor
     logits: Tensor | None
+
+
+def _exit_probs(part: _Left, device: torch.device) -> Tensor:
+    return torch.ones(len(part.rows), device=device) if part.logits is None else torch.sigmoid(part.logits.float())
 
 
 class _Pass:
@@ -112,28 +116,17 @@ class _Pass:
 
     # -- layers --------------------------------------------------------------------------------------------------
 
-    def _attend(self, qkv: Tensor, rows: Tensor | None, part: int, size: int) -> Tensor:
-        """Attention of the queries of ``part`` in a buffer of ``size`` rows."""
-        width = qkv.shape[1] // 3
-        query, key, value = qkv.split(width, 1)
-        w = self.weights
-        return lead_attention(
-            query, key, value, self.cu_seqlens, rows, w.num_heads, w.scale, part, w.position_bias, size
-        )
-
-    @staticmethod
-    def _finish(weights: LayerWeights, attended: Tensor, residual: Tensor) -> Tensor:
-        """The rest of a layer, token by token: output projection, Add & Norm, MLP, Add & Norm."""
-        x = add_layer_norm(weights.attention_output(attended), residual, *weights.attention_norm)
-        return add_layer_norm(weights.output(weights.intermediate(x, gelu=True)), x, *weights.output_norm)
+    def _finish(
+        self, weights: LayerWeights, qkv: Tensor, rows: Tensor | None, residual: Tensor, part: int
+    ) -> Tensor:
+        return weights.finish(qkv, self.cu_seqlens, rows, residual, self.weights.heads, part)
 
     def _first_tokens(self, weights: LayerWeights, qkv: Tensor) -> Tensor:
-        size = ladder(self.num_rows)
-        return self._finish(weights, self._attend(qkv, None, FIRST_TOKENS, size), self.hidden[:size])
+        size = ladder(self.num_rows, self.weights.own_rows)
+        return self._finish(weights, qkv, None, self.hidden[:size], FIRST_TOKENS)
 
     def _whole_layer(self, weights: LayerWeights) -> Tensor:
-        hidden = self.hidden
-        return self._finish(weights, self._attend(weights.qkv(hidden), None, ALL_TOKENS, len(hidden)), hidden)
+        return self._finish(weights, weights.qkv(self.hidden), None, self.hidden, ALL_TOKENS)
 
     def _layer_then_exit(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         self.hidden = self._whole_layer(weights)
@@ -151,10 +144,9 @@ class _Pass:
         if kept is not None:
             residual, cu_seqlens, rows = self._compact(kept.mask)
             first = first[kept.index]
-        size = ladder(self.num_tokens - self.num_rows)
+        size = ladder(self.num_tokens - self.num_rows, self.weights.own_rows)
         if size:
-            attended = self._attend(qkv, rows, OTHER_TOKENS, size)
-            others = self._finish(weights, attended, residual[self.num_rows : self.num_rows + size])
+            others = self._finish(weights, qkv, rows, residual[self.num_rows : self.num_rows + size], OTHER_TOKENS)
             self.hidden = torch.cat([first, others, residual[self.num_rows + size :]])
         else:
             self.hidden = torch.cat([first, residual[self.num_rows :]])
@@ -175,7 +167,7 @@ class _Pass:
         else:
             state = weights.state(first)
         if criterion.needs_classifier:
-            classes = linear(state, *weights.classifier).float()
+            classes = weights.classifier(state).float()
         if criterion.may_decide(layer):
             leave = criterion.decide(ExitReading(layer, first, logits, classes), self.state)
         else:
@@ -192,9 +184,9 @@ class _Pass:
         elif logits is None:
             logits = torch.full((self.num_rows,), torch.nan, device=first.device)
         flags = leave.tolist()  # the read-back: on a CPU it costs nothing
-        leaving = [i for i, flag in enumerate(flags) if flag]
-        if not leaving:
+        if True not in flags:
             return None
+        leaving = [i for i, flag in enumerate(flags) if flag]
         if len(leaving) == len(flags):
             self._leave(layer, weights, self.active, state, logits)
             self.num_rows = 0
@@ -212,22 +204,23 @@ class _Pass:
         self, layer: int, weights: ExitWeights, rows: list[int], state: Tensor, logits: Tensor | None
     ) -> None:
         """Classify rows that leave at ``layer``. state: what the exit's classifier reads, one entry a row."""
-        self.left.append(_Left(layer, rows, linear(state, *weights.classifier), logits))
+        self.left.append(_Left(layer, rows, weights.classifier(state), logits))
 
     def _results(self) -> RowOutputs:
         """What every row left with, in the batch's order."""
+        if len(self.left) == 1:  # everybody together, in order: no tensor is joined or moved
+            part = self.left[0]
+            classes, n = part.classes.float(), len(part.rows)
+            layers = torch.full((n,), part.layer, dtype=torch.int32, device=classes.device)
+            return RowOutputs(classes, layers, _exit_probs(part, classes.device))
         classes = torch.cat([part.classes for part in self.left]).float()
         device = classes.device
         layers = [part.layer for part in self.left for _ in part.rows]
-        logits = torch.cat(
-            [
-                torch.full((len(part.rows),), torch.inf, device=device) if part.logits is None else part.logits.float()
-                for part in self.left
-            ]
+        outputs = RowOutputs(
+            classes,
+            torch.tensor(layers, dtype=torch.int32, device=device),
+            torch.cat([_exit_probs(part, device) for part in self.left]),
         )
-        outputs = RowOutputs(classes, torch.tensor(layers, dtype=torch.int32, device=device), torch.sigmoid(logits))
-        if len(self.left) == 1:
-            return outputs
         place = [0] * self.batch_rows
         for position, row in enumerate(row for part in self.left for row in part.rows):
             place[row] = position
@@ -241,4 +234,5 @@ class _Pass:
         compact, cu_seqlens, rows, _ = compact_lead(self.hidden, self.cu_seqlens, keep)
         cu_seqlens = cu_seqlens[: self.num_rows + 1]
         self.num_tokens = int(cu_seqlens[-1])
-        return compact[: capacity(self.num_rows, self.num_tokens)], cu_seqlens, rows[: self.num_rows]
+        size = capacity(self.num_rows, self.num_tokens, self.weights.own_rows)
+        return compact[:size], cu_seqlens, rows[: self.num_rows]

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.linear import PackedLinear
+from engine.kernels.attention import lead_attention
+from engine.kernels.exits import add_layer_norm
+from engine.kernels.layer import finish_layer
+from engine.kernels.linear import PackedLinear, own_rows
 from engine.models.encoder import MultiExitEncoder
+
+
+class Heads(NamedTuple):
+    """What the attention of all layers has in common. position_bias: see ``lead_attention``."""
+
+    num_heads: int
+    scale: float
+    position_bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +36,36 @@ class LayerWeights:
     output: PackedLinear
     output_norm: tuple[Tensor, Tensor, float]
 
+    @cached_property
+    def _operands(self) -> tuple | None:
+        """What ``finish_layer`` takes of this layer; None where our kernel serves none of its products."""
+        products = (self.attention_output, self.intermediate, self.output)
+        if any(product.panels is None or product.bias is None for product in products):
+            return None
+        first, second, third = ((product.panels, product.bias) for product in products)
+        return *first, *self.attention_norm, *second, *third, *self.output_norm
+
+    def finish(
+        self, qkv: Tensor, cu_seqlens: Tensor, rows: Tensor | None, residual: Tensor, heads: Heads, part: int
+    ) -> Tensor:
+        """The layer behind its qkv product, for the queries of ``part``: attention, output projection, Add & Norm, MLP,
+        Add & Norm. As many rows as ``residual`` has: those past the queries are spare."""
+        if self._operands is not None and residual.shape[0] <= self.output.rows:
+            return finish_layer(qkv, cu_seqlens, rows, residual, *heads[:2], part, heads.position_bias, *self._operands)
+        query, key, value = qkv.chunk(3, 1)
+        x = lead_attention(
+            query, key, value, cu_seqlens, rows, *heads[:2], part, heads.position_bias, residual.shape[0]
+        )
+        x = add_layer_norm(self.attention_output(x), residual, *self.attention_norm)
+        return add_layer_norm(self.output(self.intermediate(x, gelu=True)), x, *self.output_norm)
+
 
 @dataclass(frozen=True, eq=False)
 class ExitWeights:
     """One exit. policy: (w1, b1, w2, b2), None at the last layer; pooler: (weight, bias), None without a pooler."""
 
     pooler: tuple[Tensor, Tensor] | None
-    classifier: tuple[Tensor, Tensor]
+    classifier: PackedLinear
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
     def state(self, first: Tensor) -> Tensor:
@@ -44,11 +79,10 @@ class EncoderWeights:
     token_type: Tensor | None
     position: Tensor
     embedding_norm: tuple[Tensor, Tensor, float]
-    position_bias: Tensor | None
+    heads: Heads
     layers: tuple[LayerWeights, ...]
     exits: dict[int, ExitWeights]
-    num_heads: int
-    scale: float
+    own_rows: int
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -131,7 +165,7 @@ def derive(model: MultiExitEncoder) -> EncoderWeights:
         policy = model.exits.policies[k] if k < config.num_exits - 1 else None
         exits[layer] = ExitWeights(
             pooler=None if pooler is None else _pair(pooler),
-            classifier=_pair(model.exits.classifiers[k]),
+            classifier=PackedLinear(*effective_linear(model.exits.classifiers[k])),
             policy=None if policy is None else (*_pair(policy.dense), *_pair(policy.out)),
         )
     bias = family.relative_bias(backbone, config.max_length)
@@ -141,11 +175,14 @@ def derive(model: MultiExitEncoder) -> EncoderWeights:
         token_type=_table(embeddings.token_type_embeddings) if family.token_types else None,
         position=_table(embeddings.position_embeddings),
         embedding_norm=_norm(embeddings.LayerNorm),
-        position_bias=None if bias is None else bias.detach(),
+        heads=Heads(
+            hf.num_attention_heads,
+            (hf.hidden_size // hf.num_attention_heads) ** -0.5,
+            None if bias is None else bias.detach(),
+        ),
         layers=tuple(layers),
         exits=exits,
-        num_heads=hf.num_attention_heads,
-        scale=(hf.hidden_size // hf.num_attention_heads) ** -0.5,
+        own_rows=own_rows(model.device, model.dtype),
     )
 
 

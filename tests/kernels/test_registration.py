@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from engine.kernels import attention, exits, extension, packing
+from engine.kernels import attention, exits, extension, layer, linear, packing
 from tests.kernels.cases import cu_seqlens_of, needs_extension
 
 # opcheck compares eager and traced outputs, so an op whose output is undefined in part skips that comparison.
@@ -50,6 +50,14 @@ def samples(device="cpu"):
     tables = (randn(3, 8), randn(3, 8), randn(3, 8), randn(8), randn(8), 1e-5)
     yield "embed_layer_norm", (ids, ids, ids, *tables), FULL
     yield "embed_layer_norm", (ids.long(), None, ids, tables[0], None, *tables[2:]), FULL
+    panels = [linear.pack_panels(randn(n, k)) for n, k in ((8, 8), (21, 8), (8, 21))]
+    yield "packed_linear", (randn(3, 8), panels[1], randn(21), 21, True), FULL
+    yield "packed_linear", (randn(3, 9)[:, 1:], panels[1], None, 21, False), FULL
+    norm = (randn(8), randn(8), 1e-5)
+    layer_weights = (panels[0], randn(8), *norm, panels[1], randn(21), panels[2], randn(8), *norm)
+    qkv = randn(6, 24)
+    yield "finish_layer", (qkv, cu, None, randn(6, 8), 2, 0.5, 2, None, *layer_weights), FULL
+    yield "finish_layer", (qkv, cu, ints(2, 0), randn(4, 8), 2, 0.5, 1, bias, *layer_weights), FULL
     yield "add_layer_norm", (randn(4, 8), randn(4, 8), randn(8), randn(8), 1e-5), FULL
 
 
@@ -96,7 +104,7 @@ def test_opcheck(index, device):
     torch.library.opcheck(op, arguments, test_utils=checks)
 
 
-def layer(qkv, cu_seqlens, keep, residual, weight, bias, *policy):
+def some_layer(qkv, cu_seqlens, keep, residual, weight, bias, *policy):
     """A slice of an encoder: attention, residual norm, exit check, compaction."""
     size = qkv.shape[1] // 3
     attended = attention.lead_attention(
@@ -119,8 +127,8 @@ def layer_case(device):
 @needs_extension
 def test_compiles_as_one_graph(device):
     case = layer_case(device)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for ours, expected in zip(compiled(*case), layer(*case), strict=True):
+    compiled = torch.compile(some_layer, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(*case), some_layer(*case), strict=True):
         torch.testing.assert_close(ours, expected)
 
 
@@ -144,15 +152,15 @@ def test_runs_on_the_current_stream(cuda_device):
 def test_replays_in_a_graph(cuda_device):
     """A whole step is captured: nothing in it waits for the host."""
     case = layer_case(cuda_device)
-    layer(*case)
+    some_layer(*case)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = layer(*case)
+        outputs = some_layer(*case)
     case[0].normal_()
     graph.replay()
     torch.cuda.synchronize()
-    for ours, expected in zip(outputs, layer(*case), strict=True):
+    for ours, expected in zip(outputs, some_layer(*case), strict=True):
         torch.testing.assert_close(ours, expected)
 
 
@@ -180,12 +188,19 @@ def test_twins_serve_where_the_extension_is_absent():
 
 
 @needs_extension
+def test_twins_serve_cuda_for_ops_of_the_cpu_alone():
+    assert linear.packed_linear and layer.finish_layer
+    for name in ("packed_linear", "finish_layer"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"consistentee::{name}", "CUDA")
+
+
+@needs_extension
 def test_twins_serve_cuda_where_the_compiled_half_cannot():
     """As on a machine whose driver is older than the CUDA the extension was built with."""
     run("""
         import torch
         from engine.kernels import extension, packing
-        extension._library = torch.library.Library("consistentee", "IMPL")
+        extension._twins_for_cuda = True
         op = extension.bind("gather_rows", packing.gather_rows_ref)
         assert op is torch.ops.consistentee.gather_rows.default
         has = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -79,11 +79,25 @@ static void add_norm(const NormArgs& args, int64_t n0, int64_t n1, void* memory)
   }
 }
 
+// A row of a table is a few cache lines somewhere in memory, and the next one somewhere else: nothing but its number
+// tells where.
+EE_INLINE void fetch_row(const char* table, int64_t row, int64_t bytes) {
+  const char* start = table + row * bytes;
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(start + b);
+}
+
 template <class T>
 static void embed_norm(const NormArgs& args, int64_t n0, int64_t n1, void* memory) {
   const NormScratch<T> s(args, memory);
   const int64_t hidden = args.hidden;
-  for (int64_t n = n0; n < n1; ++n) {
+  const int64_t row_bytes = hidden * size_of(args.dtype);
+  constexpr int64_t kAhead = 4;
+  for (int64_t n = n0 - kAhead; n < n1; ++n) {
+    if (n + kAhead < n1) {
+      fetch_row(args.word, args.ids[n + kAhead], row_bytes);
+      fetch_row(args.position, args.positions[n + kAhead], row_bytes);
+    }
+    if (n < n0) continue;
     T* sum = s.target(args, n);
     const T* word = view_as(args.word, args.ids[n] * hidden, hidden, args.dtype, s.a);
     const int64_t place = args.positions[n] * hidden;

@@ -20,6 +20,9 @@ struct KernelTable {
   void (*pooler)(const ExitPolicyArgs&, int64_t n0, int64_t n1, int64_t o0, int64_t o1, void* scratch);
   int64_t (*policy_scratch)(const ExitPolicyArgs&, int64_t rows);
   void (*policy)(const ExitPolicyArgs&, int64_t n0, int64_t n1, void* scratch);
+  // Rows [n0, n1) by panels [p0, p1); `next`: what is worked on afterwards, to be fetched meanwhile.
+  void (*linear)(const LinearArgs&, int64_t n0, int64_t n1, int64_t p0, int64_t p1, const char* next,
+                 int64_t next_bytes);
   int64_t (*norm_scratch)(const NormArgs&);
   void (*add_norm)(const NormArgs&, int64_t n0, int64_t n1, void* scratch);
   void (*embed_norm)(const NormArgs&, int64_t n0, int64_t n1, void* scratch);
