@@ -150,7 +150,7 @@ def _load_adapter(backbone: nn.Module, folder: Path, merge: bool) -> nn.Module:
         known = {field.name for field in fields(LoraConfig)}
         unknown = sorted(key for key, value in options.items() if key not in known and value)
         if unknown:
-            raise ValueError(f"unknown keys {unknown} are set: this peft cannot follow them; upgrade peft, or unset them")
+            raise ValueError(f"keys {unknown} are set, which this peft does not know: upgrade peft, or unset them")
         lora = LoraConfig(**{key: value for key, value in options.items() if key in known})
         lora.inference_mode = merge
         lora.init_lora_weights = False  # all are overwritten, and some ways to initialise them change the backbone

@@ -43,8 +43,8 @@ def cpu_kernels(name: str | None = None) -> str:
 def bind(name: str, twin: Callable) -> Callable:
     """The compiled op ``name``, or ``twin`` where the extension is absent.
 
-    Where the extension has no usable CUDA half, or the op none, the twin is registered for CUDA tensors, so that callers
-    need not ask.
+    Where the extension has no usable CUDA half, or the op none, the twin is registered for CUDA tensors, so that
+    callers need not ask.
     """
     if _dll is None:
         return twin
