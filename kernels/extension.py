@@ -181,6 +181,16 @@ def _finish_layer(qkv, cu_seqlens, rows, residual, *rest):
     return residual.new_empty(residual.shape)
 
 
+def _run_layers(hidden_states, cu_seqlens, threshold_logit, *rest):
+    rows = threshold_logit.shape[0]
+    return (
+        hidden_states.new_empty(hidden_states.shape),
+        hidden_states.new_empty((rows, hidden_states.shape[1])),
+        hidden_states.new_empty((rows,)),
+        _ints(hidden_states, 1),
+    )
+
+
 _FAKES: dict[str, Callable] = {
     "prefix_sum": _prefix_sum,
     "compact_rows": _compact,
@@ -195,6 +205,7 @@ _FAKES: dict[str, Callable] = {
     "add_layer_norm": _add_layer_norm,
     "packed_linear": _packed_linear,
     "finish_layer": _finish_layer,
+    "run_layers": _run_layers,
 }
 
 _load()

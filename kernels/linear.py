@@ -9,10 +9,11 @@ oneDNN on a pre-packed weight (which was 2.2 times as fast as ``F.linear`` there
     384 -> 1536    114 / 172   169 / 296    341 / 542   1326 / 1654   4509 / 5647   with GELU
     1536 -> 384    115 / 167   158 / 253    329 / 430   1071 / 1300   4188 / 4218
 
-so there it serves every number of rows, and one packed copy of the weight is all that is held. With AVX-512 a copy of the kernel without bias and GELU takes 0.42 to 0.85 of oneDNN's time up to 32 rows, 0.69 to 1.04 at 64 and 0.8
-to 1.2 at 450 (one thread of a Sapphire Rapids Xeon); oneDNN is known to come within a few percent of the peak of a
-Zen 5 at many rows: up to 64 rows are ours, more are oneDNN's, for which a second packed copy is held. Without the
-extension, or without AVX2, oneDNN is the implementation of fp32 on the CPU, and ``F.linear`` of everything else.
+so there it serves every number of rows, and one packed copy of the weight is all that is held. With AVX-512 a copy of
+the kernel without bias and GELU takes 0.42 to 0.85 of oneDNN's time up to 32 rows, 0.69 to 1.04 at 64 and 0.8 to 1.2
+at 450 (one thread of a Sapphire Rapids Xeon); oneDNN is known to come within a few percent of the peak of a Zen 5 at
+many rows: up to 64 rows are ours, more are oneDNN's, for which a second packed copy is held. Without the extension, or
+without AVX2, oneDNN is the implementation of fp32 on the CPU, and ``F.linear`` of everything else.
 """
 
 from __future__ import annotations

@@ -26,5 +26,9 @@ STABLE_TORCH_LIBRARY(consistentee, m) {
       "Tensor attention_norm_bias, float attention_eps, Tensor intermediate_weight, Tensor intermediate_bias, "
       "Tensor output_weight, Tensor output_bias, Tensor output_norm_weight, Tensor output_norm_bias, "
       "float output_eps) -> Tensor");
+  m.def(
+      "run_layers(Tensor hidden_states, Tensor cu_seqlens, Tensor threshold_logit, int num_heads, float scale, "
+      "Tensor? position_bias, Tensor[] layers, float[] eps, int[] exit_tensors, Tensor[] exits) -> "
+      "(Tensor hidden_states, Tensor state, Tensor logit, Tensor ran)");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
 }

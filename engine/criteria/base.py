@@ -43,9 +43,12 @@ class Criterion(ABC):
     """When a row leaves.
 
     needs_policy, needs_classifier  what the executor must compute at every exit before ``decide``
-    stateless                       what ``decide`` says depends on nothing it saw at earlier exits: exits where no row
-                                    may leave yet are then skipped. With state, every exit is read
+    stateless                       what ``decide`` says depends on nothing it saw at earlier exits, and it writes
+                                    nothing into its state: exits where no row may leave yet are then skipped, and one
+                                    ``begin`` serves many runs. With state, every exit is read
     swept                           range and direction of ``threshold``; None where there is nothing to sweep
+    policy_threshold                name of a state entry, fp32 [n]: ``decide`` says policy_logits > that entry, at
+                                    every layer, and changes nothing. Executors may then compare for themselves
     """
 
     name: str
@@ -53,6 +56,7 @@ class Criterion(ABC):
     needs_classifier: bool = False
     stateless: bool = False
     swept: Swept | None = None
+    policy_threshold: str | None = None
 
     def may_decide(self, layer: int) -> bool:
         """Whether rows may leave at ``layer`` at all; where not, the exit is not even read."""

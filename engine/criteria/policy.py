@@ -19,6 +19,7 @@ class Policy(Criterion):
     needs_policy = True
     stateless = True
     swept = Swept(0.0, 1.0, higher_is_deeper=True)
+    policy_threshold = "threshold_logit"
 
     def begin(self, threshold: Tensor, exit_layers: Tensor | None) -> dict[str, Tensor]:
         return {"threshold_logit": torch.logit(threshold)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -126,7 +127,15 @@ class ExitOptions:
     leave_rates: Mapping[int, float]
 
     def begin(self) -> dict[str, Tensor]:
-        """The criterion's fresh per-row state. It may write into what it gets: these options serve other runs too."""
+        """The criterion's fresh per-row state. With state, it may write into what it gets: these options serve other
+        runs too. Without, one start serves all runs."""
+        return self._start if self.criterion.stateless else self._begin()
+
+    @cached_property
+    def _start(self) -> dict[str, Tensor]:
+        return self._begin()
+
+    def _begin(self) -> dict[str, Tensor]:
         script = None if self.exit_layers is None else self.exit_layers.clone()
         return self.criterion.begin(self.threshold.clone(), script)
 

@@ -94,27 +94,54 @@ class _Pass:
         self.left: list[_Left] = []
 
     def run(self) -> RowOutputs:
-        options, deepest = self.options, self.options.deepest
-        for layer, weights in enumerate(self.weights.layers[:deepest], start=1):
+        layer, deepest = 0, self.options.deepest
+        while self.num_rows and layer < deepest:
+            layer += 1
+            weights, exit_weights = self.weights.layers[layer - 1], self.weights.exits.get(layer)
             if layer == deepest:
                 # Nobody goes on: the other tokens end here.
                 qkv = weights.qkv(self.hidden)
                 first = self._first_tokens(weights, qkv)[: self.num_rows]
-                exit_weights = self.weights.exits[layer]
                 self._leave(layer, exit_weights, self.active, exit_weights.state(first), None)
                 break
-            exit_weights = self.weights.exits.get(layer)
-            if exit_weights is None or not options.reads_exit(layer):
+            reads = self._block_ahead(layer)
+            block = self.weights.run_block(self.hidden, self.cu_seqlens, self._threshold(), layer, reads)
+            if block is not None:
+                self.hidden, state, logits, ran = block
+                layer += ran - 1
+                if reads[ran - 1]:
+                    self._leave_whole(layer, self.weights.exits[layer], state, logits)
+            elif exit_weights is None or not self.options.reads_exit(layer):
                 self.hidden = self._whole_layer(weights)
-            elif first_tokens_first(self.num_rows, self.num_tokens, options.leave_rates[layer]):
+            elif self._first_tokens_first(layer):
                 self._layer_first_tokens_first(layer, weights, exit_weights)
             else:
                 self._layer_then_exit(layer, weights, exit_weights)
-            if self.num_rows == 0:
-                break
         return self._results()
 
     # -- layers --------------------------------------------------------------------------------------------------
+
+    def _first_tokens_first(self, layer: int) -> bool:
+        return first_tokens_first(self.num_rows, self.num_tokens, self.options.leave_rates[layer])
+
+    def _threshold(self) -> Tensor | None:
+        name = self.options.criterion.policy_threshold
+        return None if name is None else self.state[name]
+
+    def _block_ahead(self, layer: int) -> tuple[bool, ...]:
+        """Whether the exit is read of each layer, from this one on, that may run in one block: layers served whole,
+        with a decision that is one comparison, up to where somebody is expected to leave."""
+        options = self.options
+        compares = options.uniform and options.criterion.policy_threshold is not None
+        reads: list[bool] = []
+        for ahead in range(layer, options.deepest):
+            read = ahead in self.weights.exits and options.reads_exit(ahead)
+            if read and (not compares or ahead < options.shallowest or self._first_tokens_first(ahead)):
+                break
+            reads.append(read)
+            if read and options.leave_rates[ahead] * self.num_rows >= 0.5:
+                break
+        return tuple(reads)
 
     def _finish(
         self, weights: LayerWeights, qkv: Tensor, rows: Tensor | None, residual: Tensor, part: int
@@ -130,14 +157,18 @@ class _Pass:
 
     def _layer_then_exit(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         self.hidden = self._whole_layer(weights)
-        kept = self._exit(layer, exit_weights, self.hidden[: self.num_rows])
+        self._leave_whole(layer, exit_weights, *self._read(exit_weights, self.hidden[: self.num_rows]))
+
+    def _leave_whole(self, layer: int, weights: ExitWeights, state: Tensor, logits: Tensor | None) -> None:
+        """The exit behind a layer that all tokens have finished."""
+        kept = self._exit(layer, weights, self.hidden[: self.num_rows], state, logits)
         if kept is not None and self.num_rows:
             self.hidden, self.cu_seqlens, _ = self._compact(kept.mask)
 
     def _layer_first_tokens_first(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         qkv = weights.qkv(self.hidden)
         first = self._first_tokens(weights, qkv)[: self.num_rows]
-        kept = self._exit(layer, exit_weights, first)
+        kept = self._exit(layer, exit_weights, first, *self._read(exit_weights, first))
         if self.num_rows == 0:
             return
         rows, residual, cu_seqlens = None, self.hidden, self.cu_seqlens
@@ -154,20 +185,22 @@ class _Pass:
 
     # -- exits ---------------------------------------------------------------------------------------------------
 
-    def _exit(self, layer: int, weights: ExitWeights, first: Tensor) -> _Kept | None:
+    def _read(self, weights: ExitWeights, first: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the exit reads of the active rows' first tokens, and the policy's logits where the criterion asks."""
+        if self.options.criterion.needs_policy:
+            return exit_policy(first, *(weights.pooler or (None, None)), *weights.policy)
+        return weights.state(first), None
+
+    def _exit(
+        self, layer: int, weights: ExitWeights, first: Tensor, state: Tensor, logits: Tensor | None
+    ) -> _Kept | None:
         """Decide about the active rows and let the leaving ones go.
 
         Returns None where nobody leaves; else num_rows, active and the per-row state are those of the survivors.
         """
         options = self.options
         criterion = options.criterion
-        logits = classes = None
-        if criterion.needs_policy:
-            state, logits = exit_policy(first, *(weights.pooler or (None, None)), *weights.policy)
-        else:
-            state = weights.state(first)
-        if criterion.needs_classifier:
-            classes = weights.classifier(state).float()
+        classes = weights.classifier(state).float() if criterion.needs_classifier else None
         if criterion.may_decide(layer):
             leave = criterion.decide(ExitReading(layer, first, logits, classes), self.state)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.kernels.attention import lead_attention
 from engine.kernels.exits import add_layer_norm
-from engine.kernels.layer import finish_layer
+from engine.kernels.layer import finish_layer, run_layers
 from engine.kernels.linear import PackedLinear, own_rows
 from engine.models.encoder import MultiExitEncoder
 
@@ -44,6 +44,14 @@ class LayerWeights:
             return None
         first, second, third = ((product.panels, product.bias) for product in products)
         return *first, *self.attention_norm, *second, *third, *self.output_norm
+
+    @property
+    def block_operands(self) -> tuple[list[Tensor], list[float]] | None:
+        """Tensors and eps of this layer as ``run_layers`` takes them; None where it cannot."""
+        if self._operands is None or self.qkv.panels is None or self.qkv.bias is None:
+            return None
+        tensors = [x for x in self._operands if isinstance(x, Tensor)]
+        return [self.qkv.panels, self.qkv.bias, *tensors], [self.attention_norm[2], self.output_norm[2]]
 
     def finish(
         self, qkv: Tensor, cu_seqlens: Tensor, rows: Tensor | None, residual: Tensor, heads: Heads, part: int
@@ -83,6 +91,48 @@ class EncoderWeights:
     layers: tuple[LayerWeights, ...]
     exits: dict[int, ExitWeights]
     own_rows: int
+    _blocks: dict[tuple, tuple | None] = field(default_factory=dict)
+
+    def run_block(
+        self, hidden: Tensor, cu_seqlens: Tensor, threshold: Tensor | None, first: int, reads: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, int] | None:
+        """``run_layers`` from layer ``first`` on, one entry of ``reads`` a layer: whether its exit is read.
+
+        threshold: policy logits above it leave, fp32 [rows]; may be None where no exit is read. Returns None where the
+        layers cannot be run as one op.
+        """
+        if not reads or hidden.shape[0] > self.own_rows:
+            return None
+        key = first, reads
+        if key not in self._blocks:
+            self._blocks[key] = self._block(first, reads)
+        block = self._blocks[key]
+        if block is None:
+            return None
+        if threshold is None:
+            threshold = torch.full((len(cu_seqlens) - 1,), torch.inf)
+        return run_layers(hidden, cu_seqlens, threshold, *self.heads, *block)
+
+    def _block(self, first: int, reads: tuple[bool, ...]) -> tuple | None:
+        layers: list[Tensor] = []
+        eps: list[float] = []
+        counts: list[int] = []
+        exits: list[Tensor] = []
+        for layer, read in enumerate(reads, start=first):
+            operands = self.layers[layer - 1].block_operands
+            if operands is None:
+                return None
+            layers += operands[0]
+            eps += operands[1]
+            tensors = []
+            if read:
+                weights = self.exits[layer]
+                tensors = [*(weights.pooler or ()), *weights.policy]
+                if any(not t.is_contiguous() for t in tensors):
+                    return None
+            counts.append(len(tensors))
+            exits += tensors
+        return layers, eps, counts, exits
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

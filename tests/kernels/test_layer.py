@@ -3,7 +3,8 @@ import torch
 from torch.nn.functional import gelu, layer_norm, linear
 
 from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS, lead_attention_ref
-from engine.kernels.layer import finish_layer, finish_layer_ref
+from engine.kernels.exits import exit_policy_ref
+from engine.kernels.layer import LAYER_TENSORS, finish_layer, finish_layer_ref, run_layers, run_layers_ref
 from engine.kernels.linear import pack_panels
 from tests.kernels.cases import assert_no_worse, cu_seqlens_of, needs_extension
 
@@ -105,3 +106,112 @@ def test_messages(at, value, message):
     arguments[place] = value
     with pytest.raises(ValueError, match=message):
         finish_layer(*arguments)
+
+
+# -- layers until somebody leaves --------------------------------------------------------------------------------
+
+
+def block_case(lengths, num_heads, d, wide, reads, pooled=False, spare=0, seed=0):
+    """Arguments of run_layers but the threshold; ``reads``: which layers have an exit."""
+    torch.manual_seed(seed)
+    hidden = num_heads * d
+    layers, eps, exits = [], [], []
+    for read in reads:
+        _, weights, biases, norms = layer_case([1], num_heads, d, wide)
+        qkv = torch.randn(3 * hidden, hidden) * hidden**-0.5
+        tensors = [x for x in operands(weights, biases, norms) if isinstance(x, torch.Tensor)]
+        layers += [pack_panels(qkv), torch.randn(3 * hidden), *tensors]
+        eps += [1e-6, 1e-6]
+        if read:
+            exits += [torch.randn(hidden, hidden) * hidden**-0.5, torch.randn(hidden)] if pooled else []
+            exits += [torch.randn(5, hidden), torch.randn(5), torch.randn(1, 5), torch.randn(1)]
+    assert len(layers) == LAYER_TENSORS * len(reads)
+    counts = [(6 if pooled else 4) * read for read in reads]
+    hidden_states = torch.randn(sum(lengths) + spare, hidden)
+    return (hidden_states, cu_seqlens_of(lengths)), (num_heads, d**-0.5, None, layers, eps, counts, exits)
+
+
+def run_block(function, case, threshold):
+    return function(*case[0], threshold, *case[1])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_run_layers_is_layer_by_layer(pooled, spare):
+    lengths = [3, 1, 6]
+    case = block_case(lengths, 2, 8, 20, [0, 1, 1], pooled, spare)
+    got = run_block(run_layers, case, torch.full((3,), torch.inf))
+    x, cu_seqlens = case[0]
+    layers, eps, _, exits = case[1][3:]
+    for layer in range(3):
+        qkv_weight, qkv_bias, *rest = layers[layer * LAYER_TENSORS : (layer + 1) * LAYER_TENSORS]
+        qkv = linear(x, qkv_weight.transpose(1, 2).flatten(0, 1)[:48], qkv_bias)
+        x = finish_layer_ref(qkv, cu_seqlens, None, x, 2, 8**-0.5, ALL_TOKENS, None, *rest[:4], 1e-6, *rest[4:], 1e-6)
+    last = exits[len(exits) // 2 :]
+    state, z = exit_policy_ref(x[:3], *(last[:-4] or (None, None)), *last[-4:])
+    torch.testing.assert_close(got[0][:10], x[:10], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1], state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[2], z, rtol=1e-4, atol=1e-4)
+    assert got[3] == 3
+
+
+def test_run_layers_stops_where_the_first_row_is_above_its_threshold():
+    case = block_case([2, 4, 1, 3], 2, 8, 20, [1, 1, 0, 1])
+    z = [run_block(run_layers, (case[0], (*case[1][:3], case[1][3][: k * LAYER_TENSORS], case[1][4][: 2 * k],
+                                          case[1][5][:k], case[1][6][: sum(case[1][5][:k])])),
+                   torch.full((4,), torch.inf))[2] for k in (1, 2)]  # fmt: skip
+    high = torch.maximum(z[0], z[1]) + 1
+    for row in range(4):
+        for layer, logits in enumerate(z, start=1):
+            threshold = high.clone()
+            threshold[row] = logits[row] - 1e-3
+            expected = 1 if z[0][row] > threshold[row] else layer
+            for function in (run_layers, run_layers_ref):
+                got = run_block(function, case, threshold)
+                assert int(got[3]) == expected
+                torch.testing.assert_close(got[2], z[expected - 1], rtol=1e-4, atol=1e-4)
+    # Equal is not above; NaN never is.
+    assert run_block(run_layers, case, torch.cat([z[0][:1], high[1:]]))[3] == 4
+    assert run_block(run_layers, case, torch.full((4,), torch.nan))[3] == 4
+
+
+def test_run_layers_without_an_exit_at_the_end():
+    got = run_block(run_layers, block_case([2, 2], 2, 8, 20, [1, 0]), torch.full((2,), torch.inf))
+    assert got[3] == 2 and got[2].isnan().all()
+
+
+def test_run_layers_leaves_its_input_alone():
+    case = block_case([2, 2], 2, 8, 20, [1, 1, 1])
+    before = case[0][0].clone()
+    run_block(run_layers, case, torch.full((2,), torch.inf))
+    assert torch.equal(case[0][0], before)
+
+
+def test_run_layers_on_every_instruction_set(instruction_set):
+    case = block_case([5, 9, 1], 2, 12, 100, [1, 1])
+    got = run_block(run_layers, case, torch.full((3,), torch.inf))
+    want = run_block(run_layers_ref, case, torch.full((3,), torch.inf))
+    for a, b in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.__setitem__(0, a[0].double()), "hidden_states must be float32, got float64"),
+        (lambda a: a.__setitem__(0, a[0][:3]), r"cu_seqlens must .* end within the rows .*\(3\), got 0 and 4"),
+        (lambda a: a.__setitem__(2, torch.zeros(3)), r"threshold_logit must have shape \[2\], got \[3\]"),
+        (lambda a: a[6].pop(), "layers must hold 12 tensors, eps 2 numbers and exit_tensors 1 for each layer"),
+        (lambda a: a[8].__setitem__(0, 5), r"exit_tensors must be 0 \(no exit\), 4 \(policy\) or 6 .*, got 5"),
+        (lambda a: a[9].append(torch.zeros(1)), r"exits must hold the sum of exit_tensors \(8\) tensors, got 9"),
+        (lambda a: a[9].__setitem__(0, torch.zeros(5, 7)), r"w1 must have shape \[5, 16\], got \[5, 7\]"),
+        (lambda a: a[6].__setitem__(13, torch.zeros(7)), r"qkv_bias must have shape \[48\], got \[7\]"),
+    ],
+)
+def test_messages_of_run_layers(change, message):
+    case = block_case([2, 2], 2, 8, 20, [1, 1])
+    arguments = [*case[0], torch.zeros(2), *case[1]]
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        run_layers(*arguments)

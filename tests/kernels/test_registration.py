@@ -58,6 +58,9 @@ def samples(device="cpu"):
     qkv = randn(6, 24)
     yield "finish_layer", (qkv, cu, None, randn(6, 8), 2, 0.5, 2, None, *layer_weights), FULL
     yield "finish_layer", (qkv, cu, ints(2, 0), randn(4, 8), 2, 0.5, 1, bias, *layer_weights), FULL
+    block = [linear.pack_panels(randn(24, 8)), randn(24), *(x for x in layer_weights if isinstance(x, torch.Tensor))]
+    block = (randn(6, 8), cu, randn(3), 2, 0.5, bias, block * 2, [1e-5] * 4, [0, 4], list(policy))
+    yield "run_layers", block, FULL
     yield "add_layer_norm", (randn(4, 8), randn(4, 8), randn(8), randn(8), 1e-5), FULL
 
 
