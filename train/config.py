@@ -38,8 +38,8 @@ class InitOptions(OptimiserOptions):
     weighting         w_l = l ("layer", the paper's) or 1 ("equal")
     last_exit_epochs  the first of the epochs train the last exit alone (ours)
     exits_rate        classifiers and poolers learn at this multiple of learning_rate (ours). They start from nothing,
-                      the backbone does not: at 1 the exits of MiniLM's first two layers stay at chance on
-                      StackOverflow, at 10 (and with a teacher) they reach 87 and 90 %
+                      the backbone does not: at 1 the exits of MiniLM's first two layers reach 6 and 70 % on
+                      StackOverflow, at 10 (with early_gradient 0.5 and a teacher) 83 and 90 %
     early_gradient    what the exits before the last send into the backbone is scaled by this, 0 to 1 (ours): below 1
                       the last exit loses less accuracy to the others
     """
