@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.gpu_common import (
+    UNALIGNED,
     cdiv,
     check_apart,
     check_counts,
@@ -102,7 +103,7 @@ def varlen_attention__ref(
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@jit(do_not_specialize=["blocks", "bias_span"])
+@jit(do_not_specialize=["blocks", "bias_span"], do_not_specialize_on_alignment=UNALIGNED)
 def _attention_kernel(
     out_ptr,
     qkv_ptr,
@@ -174,7 +175,7 @@ def _attention_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(queries < length)[:, None] & in_head[None, :])
 
 
-@jit(do_not_specialize=["bias_span"])
+@jit(do_not_specialize=["bias_span"], do_not_specialize_on_alignment=UNALIGNED)
 def _first_token_kernel(
     out_ptr,
     qkv_ptr,

@@ -23,7 +23,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["FLOATS", "INTERPRETED", "ROWS", "TOKENS", "jit", "next_power_of_2", "runs_kernel", "tl", "triton"]
+__all__ = ["FLOATS", "INTERPRETED", "ROWS", "TOKENS", "UNALIGNED", "jit", "runs_kernel", "tl", "triton"]
 
 # Entries of ``counts``.
 ROWS, TOKENS = 0, 1
@@ -38,6 +38,11 @@ def jit(kernel: Callable | None = None, **options):
     if kernel is None:
         return lambda kernel: jit(kernel, **options)
     return kernel if triton is None else triton.jit(kernel, **options)
+
+
+# Pointers that are read one entry at a time. Triton compiles a kernel again where such an argument is aligned otherwise
+# than the last one; these may be slices of one buffer (a layer's counts) at any place without that.
+UNALIGNED = ("counts_ptr", "cu_seqlens_ptr")
 
 
 def runs_kernel(tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from engine.kernels.gpu_common import (
     ROWS,
+    UNALIGNED,
     check_apart,
     check_counts,
     check_device,
@@ -223,7 +224,23 @@ def _products(
     return tl.sum(total, axis=1)
 
 
-@jit(do_not_specialize=["layer"])
+@jit(
+    do_not_specialize=["layer"],
+    do_not_specialize_on_alignment=(
+        *UNALIGNED,
+        "exit_layers_ptr",
+        "exit_probs_ptr",
+        "keep_ptr",
+        "exit_logits_ptr",
+        "row_ids_ptr",
+        "min_depth_ptr",
+        "max_depth_ptr",
+        "threshold_ptr",
+        "script_ptr",
+        "index_ptr",
+        "b2_ptr",
+    ),
+)
 def _exit_kernel(
     logits_ptr,
     exit_layers_ptr,

@@ -18,6 +18,7 @@ from engine.kernels.gpu_common import (
     FLOATS,
     ROWS,
     TOKENS,
+    UNALIGNED,
     cdiv,
     check_apart,
     check_counts,
@@ -66,7 +67,12 @@ _HALF = (
     LinearConfig(16, 64, 128, 4, 4),
     LinearConfig(16, 32, 128, 4, 4),
 )
-_MORE_HALF = (LinearConfig(128, 128, 64, 4, 4), LinearConfig(64, 256, 64, 8, 3), LinearConfig(16, 32, 256, 4, 3))
+_MORE_HALF = (
+    LinearConfig(128, 128, 64, 4, 4),
+    LinearConfig(64, 256, 64, 8, 3),
+    LinearConfig(16, 32, 256, 4, 3),
+    LinearConfig(16, 16, 256, 2, 3),
+)
 _FLOAT = (
     LinearConfig(64, 64, 16, 8, 2),
     LinearConfig(32, 64, 32, 4, 2),
@@ -135,7 +141,7 @@ def linear_rows__ref(
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
 
-@jit
+@jit(do_not_specialize_on_alignment=UNALIGNED)
 def _linear_kernel(
     out_ptr,
     x_ptr,

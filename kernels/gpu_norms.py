@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from engine.kernels.gpu_common import (
     ROWS,
     TOKENS,
+    UNALIGNED,
     cdiv,
     check_apart,
     check_counts,
@@ -148,7 +149,7 @@ def _normalised(x, columns, weight_ptr, bias_ptr, eps, H: tl.constexpr):
     return centred * scale[:, None] * weight[None, :] + bias[None, :]
 
 
-@jit
+@jit(do_not_specialize_on_alignment=UNALIGNED)
 def _add_norm_kernel(
     out_ptr,
     x_ptr,
@@ -205,7 +206,7 @@ def _embedding(table_ptr, ids, size, columns, here, H: tl.constexpr):
     return tl.load(table_ptr + rows[:, None] * H + columns[None, :], mask=here, other=0.0).to(tl.float32)
 
 
-@jit(do_not_specialize=["n_word", "n_type", "n_position"])
+@jit(do_not_specialize=["n_word", "n_type", "n_position"], do_not_specialize_on_alignment=UNALIGNED)
 def _embed_norm_kernel(
     out_ptr,
     ids_ptr,

@@ -17,14 +17,6 @@ from engine.kernels.gpu_common import triton
 MODULES = (gpu_linear, gpu_attention, gpu_norms, gpu_exit)
 NUM_HEADS = 12  # of BERT-base (H 768, head_dim 64) and MiniLM (H 384, head_dim 32)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-_POINTEES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -32,35 +24,34 @@ _POINTEES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as a launcher made it: all arguments by name, launch options among them."""
+    """One launch as a launcher made it, launch options among the keyword arguments."""
 
     name: str
     kernel: Any
-    arguments: dict[str, Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class _Recorder:
-    def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any]]]):
+    def __init__(self, kernel: Any, launches: list[tuple]):
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.launches.append((self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs))
-
-        return launch
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def record(monkeypatch, call: Callable[[], None]) -> list[tuple[Any, dict[str, Any]]]:
+def record(monkeypatch, name: str, call: Callable[[], None]) -> Launch:
     """What ``call`` would launch, its CPU tensors standing for the device's."""
-    launches: list[tuple[Any, dict[str, Any]]] = []
+    launches: list[tuple] = []
     with monkeypatch.context() as patch:
         for module in MODULES:
             patch.setattr(module, "runs_kernel", lambda tensor: True)
-            for name, kernel in vars(module).items():
-                if name.endswith("_kernel") and hasattr(kernel, "arg_names"):
-                    patch.setattr(module, name, _Recorder(kernel, launches))
+            for attribute, kernel in vars(module).items():
+                if attribute.endswith("_kernel") and hasattr(kernel, "arg_names"):
+                    patch.setattr(module, attribute, _Recorder(kernel, launches))
         call()
-    return launches
+    (launch,) = launches
+    return Launch(name, *launch)
 
 
 def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -> Iterator[tuple[str, Callable]]:
@@ -128,11 +119,7 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
 
 
 def launches(monkeypatch, hidden: int, dtype: torch.dtype) -> list[Launch]:
-    found = []
-    for name, call in calls(hidden, dtype):
-        ((kernel, arguments),) = record(monkeypatch, call)
-        found.append(Launch(name, kernel, arguments))
-    return found
+    return [record(monkeypatch, name, call) for name, call in calls(hidden, dtype)]
 
 
 # --- compilation -----------------------------------------------------------------------------------------------------
@@ -148,32 +135,33 @@ class Usage:
     ptx: str
 
 
-def compile_launch(launch: Launch, arch: int) -> Usage:
-    """Compile as Triton's launcher would: integers that are 1 or multiples of 16, and aligned pointers, specialised."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class _Driver:
+    """A device of this architecture, as far as compiling asks."""
 
-    signature, constants, attributes = {}, {}, {}
-    arguments = dict(launch.arguments)
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = arguments.pop(parameter.name)
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTEES[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            aligned = isinstance(value, int) and value % 16 == 0
-        if aligned and specialised:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    assert not arguments, f"arguments that the kernel does not take: {list(arguments)}"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 1000 + self.arch  # Triton's caches are per device: none that exists
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, arch: int) -> Usage:
+    """Everything that a launch does up to the launch: arguments bound and specialised, kernel compiled."""
+    drivers = triton.runtime.driver
+    usual = drivers._active
+    drivers.set_active(_Driver(arch))
+    try:
+        compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
+    finally:
+        drivers.set_active(usual)
     registers, stack = _resources(compiled.asm["cubin"])
     return Usage(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
 
