@@ -7,7 +7,9 @@
 
 The decision stays on the device (``keep`` feeds the compaction), in fp32 and in logits. One program a row: it reads w1
 (P x H; 49 KB for 32 x 768 in 16 bit) from L2, and the classifier (C x H) only where the row leaves or the criterion
-reads it. Latency-bound at the 1 to some hundreds of rows it sees: a few dependent trips to L2, no matrix product.
+reads it. Where there are few rows and many classes, several programs decide about the same row, each for itself and
+with the same result, and share its classes. Latency-bound at the 1 to some hundreds of rows it sees: a few dependent
+trips to L2, no matrix product.
 A pooler (H x H) would take one program 13.5 us by itself: with one, ``add_layer_norm_rows_`` and
 ``linear_rows_(act="tanh")`` make the states, and ``exit_rows_`` takes them.
 """
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from engine.kernels.gpu_common import (
     ROWS,
     UNALIGNED,
+    cdiv,
     check_apart,
     check_counts,
     check_device,
@@ -282,8 +285,10 @@ def _exit_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     i = tl.program_id(0)
+    split = tl.program_id(1)  # of SPLITS that share the row's classes; the first one writes all else
     if i >= tl.load(counts_ptr):
         return
     source = i
@@ -338,7 +343,7 @@ def _exit_kernel(
                 hidden = gelu(hidden + tl.load(b1_ptr + chosen, mask=chosen < P, other=0.0).to(tl.float32))
                 z += tl.sum(hidden * tl.load(w2_ptr + chosen, mask=chosen < P, other=0.0).to(tl.float32), axis=0)
         if HAS_EXIT_LOGITS:
-            tl.store(exit_logits_ptr + i, z)
+            tl.store(exit_logits_ptr + i, z, mask=split == 0)
         # Comparisons with NaN are false: a row whose z is NaN never leaves of its own accord.
         if CRITERION == "scripted":
             leave = tl.load(script_ptr + limit) <= layer
@@ -352,12 +357,12 @@ def _exit_kernel(
             leave = leave | forced
             prob = tl.where(forced, 1.0, prob)
 
-    tl.store(keep_ptr + i, tl.where(leave, 0, 1).to(tl.int8))
+    tl.store(keep_ptr + i, tl.where(leave, 0, 1).to(tl.int8), mask=split == 0)
     if leave:
-        tl.store(exit_layers_ptr + row_id, layer)
-        tl.store(exit_probs_ptr + row_id, prob)
+        tl.store(exit_layers_ptr + row_id, layer, mask=split == 0)
+        tl.store(exit_probs_ptr + row_id, prob, mask=split == 0)
         if CRITERION != "confidence":
-            for tile in range(0, C, BLOCK_C):
+            for tile in range(split * BLOCK_C, C, SPLITS * BLOCK_C):
                 wanted = tile + classes
                 values = _products(
                     classifier_ptr, wanted, C, x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, mean, scale, H,
@@ -370,16 +375,24 @@ def _exit_kernel(
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
-def exit_block(hidden: int, neurons: int, classes: int) -> dict[str, int]:
-    """Tiles of the kernel. 8 warps hold a tile of at most 32 x 256 sums, 32 registers a thread."""
+# Programs of 8 warps that an H100 holds at once, about four a multiprocessor: up to here, deciding twice costs no time.
+_PROGRAMS = 528
+
+
+def exit_block(cap_rows: int, hidden: int, neurons: int, classes: int, criterion: str) -> dict[str, int]:
+    """Tiles of the kernel, and how many programs share a row's classes (all of them are needed to be confident). 8
+    warps hold a tile of at most 32 x 256 sums, 32 registers a thread."""
     block_k = min(256, max(16, next_power_of_2(hidden)))
     if hidden % 256 and hidden % 128 == 0:
         block_k = 128  # 384 = 3 x 128: no half-empty tile
+    block_c = min(32, max(2, next_power_of_2(classes)))
+    splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, _PROGRAMS // cap_rows))
     return {
         "BLOCK_H": next_power_of_2(hidden),
         "BLOCK_K": block_k,
         "BLOCK_P": min(32, max(8, next_power_of_2(neurons))),
-        "BLOCK_C": min(32, max(2, next_power_of_2(classes))),
+        "BLOCK_C": block_c,
+        "SPLITS": splits,
         "num_warps": 8 if hidden > 384 else 4,
         "num_stages": 1,
     }
@@ -443,9 +456,9 @@ def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, pol
     w1, b1, w2, b2 = (None,) * 4 if criterion in ("confidence", "last") else policy
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
     neurons = 1 if w1 is None else w1.shape[0]
-    classes = classifier[0].shape[0]
+    block = exit_block(cap_rows, hidden, neurons, classifier[0].shape[0], criterion)
     with on_device(x):
-        _exit_kernel[(cap_rows,)](
+        _exit_kernel[(cap_rows, block["SPLITS"])](
             out.logits,
             out.exit_layers,
             out.exit_probs,
@@ -473,7 +486,7 @@ def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, pol
             layer,
             H=hidden,
             P=neurons,
-            C=classes,
+            C=classifier[0].shape[0],
             CRITERION=criterion,
             NORM=norm is not None,
             HAS_INDEX=index is not None,
@@ -481,7 +494,7 @@ def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, pol
             HAS_MAX=limits.max_depth is not None,
             HAS_EXIT_LOGITS=out.exit_logits is not None,
             BY_ROW_ID=limits.by_row_id,
-            **exit_block(hidden, neurons, classes),
+            **block,
         )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from engine.kernels import gpu_exit
 from engine.kernels.gpu_exit import (
     ExitDestinations,
     ExitLimits,
@@ -201,6 +202,17 @@ def test_sizes(way, norm, hidden, neurons, classes, criterion):
         return
     case.run(criterion, case.limits(threshold_logit=[-math.inf] * case.live))
     case.check(criterion, [True] * case.live, floor=5e-6)
+
+
+@pytest.mark.parametrize("programs", [1, 30, 528])
+def test_programs_that_share_the_classes_of_a_row(way, monkeypatch, programs):
+    """One, three and five programs a row decide the same and write every class once."""
+    monkeypatch.setattr(gpu_exit, "_PROGRAMS", programs)
+    case = Case(way, SINGLE, norm=True, classes=150)
+    z, _ = case.read("policy", wide=True)
+    threshold = middle(z)
+    case.run("policy", case.limits(threshold_logit=[threshold] * case.live))
+    case.check("policy", (z > threshold).tolist())
 
 
 @norms
