@@ -1,9 +1,54 @@
 """Devices and instruction sets the op tests run on."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from engine.kernels import extension
+from engine.kernels.gpu_common import INTERPRETED, triton
+
+
+def pytest_collection_modifyitems(config, items):
+    """Triton's interpreter is switched on before the kernels are imported, or not at all: one process cannot do both.
+    ``TRITON_INTERPRET=1 pytest -m interpreter tests/kernels`` runs what is left out here."""
+    if not INTERPRETED:
+        left_out = [item for item in items if item.get_closest_marker("interpreter")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("interpreter")]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One implementation of a Triton op, and where its tensors stand."""
+
+    name: str
+    device: str
+
+    def __call__(self, op: Callable, twin: Callable) -> Callable:
+        return twin if self.name == "twin" else op
+
+    def skip_wrong(self, dtype: torch.dtype) -> None:
+        if self.name == "interpreter" and dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter multiplies bf16 matrices wrongly and rounds to bf16 towards zero")
+
+
+@pytest.fixture(
+    params=[
+        "twin",
+        pytest.param("interpreter", marks=pytest.mark.interpreter),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def way(request) -> Way:
+    """The torch twin, the kernel in Triton's interpreter, the kernel on a device."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if triton is None:
+            pytest.skip("triton is not installed")
+    return Way(request.param, "cuda" if request.param == "cuda" else "cpu")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,0 +1,314 @@
+"""Attention within packed sequences in the rows layout, the number of sequences read on the device.
+
+All queries: FLOPs 4 T S H for T tokens in sequences of S, on tensor cores in 16 bit; up to some hundreds of tokens a
+sequence the bytes of qkv and out (4 T H elements) and the latency of a short loop over the keys limit it instead. One
+program serves BLOCK_M queries of one head, scores never leave the chip (online softmax, Milakov and Gimelshein 2018;
+tiling of FlashAttention, Dao et al. 2022). First tokens alone: one program a (row, head), no matrix product, limited by
+the bytes of K and V (2 T H elements). Meant for head_dim 32 and 64, other sizes are padded to a power of two; 1 to 512
+tokens a sequence. Tiles come from ``attention_configs_for``, which ``bench/kernels_h100.py`` sweeps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.kernels.gpu_common import (
+    UNALIGNED,
+    cdiv,
+    check_apart,
+    check_counts,
+    check_float,
+    check_rows,
+    check_vector,
+    check_weight,
+    jit,
+    next_power_of_2,
+    on_device,
+    runs_kernel,
+    tl,
+)
+
+__all__ = ["AttentionConfig", "attention_configs_for", "varlen_attention_", "varlen_attention__ref"]
+
+
+class AttentionConfig(NamedTuple):
+    """block_m: queries of one program (first_only has one); block_n: keys of one step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_configs_for(
+    max_seqlen: int, head_dim: int, dtype: torch.dtype, first_only: bool = False
+) -> tuple[AttentionConfig, ...]:
+    """Candidates for sequences of up to ``max_seqlen`` tokens, the default first."""
+    longest = max(16, next_power_of_2(max_seqlen))
+    if first_only:
+        tall = min(longest, max(16, 4096 // next_power_of_2(head_dim)))  # 4 096 elements of K and of V a step
+        return tuple(AttentionConfig(1, n, 4 if n >= 32 else 2, 2) for n in (tall, tall // 2) if n >= 16)
+    if dtype == torch.float32 or head_dim > 128:
+        return (AttentionConfig(min(longest, 32), min(longest, 32), 4, 2), AttentionConfig(16, 16, 4, 2))
+    wide = [AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)]
+    narrow = [AttentionConfig(64, 64, 4, 3), AttentionConfig(64, 32, 4, 3), AttentionConfig(32, 32, 2, 3)]
+    if longest < 64:
+        narrow = [AttentionConfig(longest, longest, 4 if longest == 32 else 2, 2)]
+    return *narrow, *(wide if longest >= 128 else ())
+
+
+# --- torch twin ------------------------------------------------------------------------------------------------------
+
+
+def varlen_attention__ref(
+    out: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    num_heads: int,
+    scale: float,
+    max_seqlen: int,
+    position_bias: Tensor | None = None,
+    first_only: bool = False,
+    config: AttentionConfig | None = None,
+) -> None:
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    n = int(counts[0])
+    places = cu_seqlens[: n + 1].tolist()
+    for row, (start, end) in enumerate(zip(places, places[1:], strict=False)):
+        length = end - start
+        if length > max_seqlen:
+            raise ValueError(f"max_seqlen must be at least the longest length, got {max_seqlen} for {length} tokens")
+        if length <= 0:
+            continue
+        heads = qkv[start:end].to(wide).unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3)
+        query, key, value = heads[0][:, :1] if first_only else heads[0], heads[1], heads[2]
+        scores = query @ key.transpose(1, 2) * scale
+        if position_bias is not None:
+            position = torch.arange(length, device=qkv.device)
+            middle = (position_bias.shape[1] - 1) // 2
+            entries = position - position[: query.shape[1], None] + middle
+            scores = scores + position_bias.to(wide)[:, entries]
+        attended = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1).to(out.dtype)
+        if first_only:
+            out[row] = attended[0]
+        else:
+            out[start:end] = attended
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit(do_not_specialize=["blocks", "bias_span"], do_not_specialize_on_alignment=UNALIGNED)
+def _attention_kernel(
+    out_ptr,
+    qkv_ptr,
+    cu_seqlens_ptr,
+    counts_ptr,
+    bias_ptr,
+    scale_log2,
+    out_stride,
+    qkv_stride,
+    blocks,
+    bias_span,
+    HIDDEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    head = tl.program_id(1)
+    row = pid // blocks
+    if row >= tl.load(counts_ptr):
+        return
+    start = tl.load(cu_seqlens_ptr + row)
+    length = tl.load(cu_seqlens_ptr + row + 1) - start
+    first = (pid % blocks) * BLOCK_M
+    if first >= length:
+        return
+
+    queries = first + tl.arange(0, BLOCK_M)
+    keys = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < HEAD_DIM
+    sequence_ptr = qkv_ptr + start.to(tl.int64) * qkv_stride + head * HEAD_DIM
+    query = tl.load(
+        sequence_ptr + queries[:, None] * qkv_stride + d[None, :],
+        mask=(queries < length)[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    key_ptrs = sequence_ptr + HIDDEN + keys[None, :] * qkv_stride + d[:, None]
+    value_ptrs = sequence_ptr + 2 * HIDDEN + keys[:, None] * qkv_stride + d[None, :]
+    top = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+    weight_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for done in range(0, length, BLOCK_N):
+        present = keys < length - done
+        key = tl.load(key_ptrs, mask=present[None, :] & in_head[:, None], other=0.0)
+        # In units of log 2, where the hardware's exponential is.
+        scores = tl.dot(query, key, input_precision="ieee") * scale_log2
+        if HAS_BIAS:
+            # Queries beyond the sequence have no entry; nobody stores what they get.
+            entry = (done + keys)[None, :] - queries[:, None] + (bias_span - 1)
+            known = present[None, :] & (queries < length)[:, None]
+            bias = tl.load(bias_ptr + head * (2 * bias_span - 1) + entry, mask=known, other=0.0)
+            scores += bias.to(tl.float32) * 1.4426950408889634
+        scores = tl.where(present[None, :], scores, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        shrink = tl.exp2(top - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
+        value = tl.load(value_ptrs, mask=present[:, None] & in_head[None, :], other=0.0)
+        total = total * shrink[:, None]
+        total = tl.dot(weights.to(value.dtype), value, total, input_precision="ieee")
+        top = higher
+        key_ptrs += BLOCK_N * qkv_stride
+        value_ptrs += BLOCK_N * qkv_stride
+    total = total / weight_sum[:, None]
+    out_ptrs = out_ptr + (start + queries).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(queries < length)[:, None] & in_head[None, :])
+
+
+@jit(do_not_specialize=["bias_span"], do_not_specialize_on_alignment=UNALIGNED)
+def _first_token_kernel(
+    out_ptr,
+    qkv_ptr,
+    cu_seqlens_ptr,
+    counts_ptr,
+    bias_ptr,
+    scale_log2,
+    out_stride,
+    qkv_stride,
+    bias_span,
+    HIDDEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    if row >= tl.load(counts_ptr):
+        return
+    start = tl.load(cu_seqlens_ptr + row)
+    length = tl.load(cu_seqlens_ptr + row + 1) - start
+    if length <= 0:
+        return
+
+    keys = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < HEAD_DIM
+    sequence_ptr = qkv_ptr + start.to(tl.int64) * qkv_stride + head * HEAD_DIM
+    query = tl.load(sequence_ptr + d, mask=in_head, other=0.0).to(tl.float32) * scale_log2
+    key_ptrs = sequence_ptr + HIDDEN + keys[:, None] * qkv_stride + d[None, :]
+    # One running maximum for all keys; sums are kept for each key of the block and added up once, behind the loop.
+    top = -float("inf")
+    weight_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    totals = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for done in range(0, length, BLOCK_N):
+        present = keys < length - done
+        here = present[:, None] & in_head[None, :]
+        key = tl.load(key_ptrs, mask=here, other=0.0).to(tl.float32)
+        value = tl.load(key_ptrs + HIDDEN, mask=here, other=0.0).to(tl.float32)
+        scores = tl.sum(key * query[None, :], axis=1)
+        if HAS_BIAS:
+            entry = done + keys + (bias_span - 1)
+            bias = tl.load(bias_ptr + head * (2 * bias_span - 1) + entry, mask=present, other=0.0)
+            scores += bias.to(tl.float32) * 1.4426950408889634
+        scores = tl.where(present, scores, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=0))
+        shrink = tl.exp2(top - higher)
+        weights = tl.exp2(scores - higher)
+        weight_sums = weight_sums * shrink + weights
+        totals = totals * shrink + weights[:, None] * value
+        top = higher
+        key_ptrs += BLOCK_N * qkv_stride
+    total = tl.sum(totals, axis=0) / tl.sum(weight_sums, axis=0)
+    out_ptrs = out_ptr + row.to(tl.int64) * out_stride + head * HEAD_DIM + d
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=in_head)
+
+
+# --- public function -------------------------------------------------------------------------------------------------
+
+
+def varlen_attention_(
+    out: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor,
+    num_heads: int,
+    scale: float,
+    max_seqlen: int,
+    position_bias: Tensor | None = None,
+    first_only: bool = False,
+    config: AttentionConfig | None = None,
+) -> None:
+    """softmax(scale * Q K^T + bias) V within each of the counts[0] live sequences, every token seeing all of its own.
+
+    out            (cap_tokens, H), written at the live tokens; with first_only (cap_rows, H), row i for the first token
+                   of sequence i. fp16, bf16 or fp32, last dimension contiguous; shares no storage with qkv
+    qkv            (cap_tokens, 3 H) in the rows layout: queries, keys, values side by side; dtype of out
+    cu_seqlens     (cap_rows + 1,) int32; entries past counts[0] are not read
+    counts         (2,) int32: live rows, live tokens
+    num_heads      divides H; scale: of the scores
+    max_seqlen     host integer that no length exceeds (queries from there on would not be served)
+    position_bias  (num_heads, 2 * M - 1), fp32 or the dtype of out, M >= max_seqlen, or None. Entry (j - i) + M - 1 is
+                   added to the scaled score of query position i and key position j (MPNet)
+    first_only     only each sequence's first token asks
+    config         of ``attention_configs_for``; its default where None
+    Scores and sums are in fp32; in 16 bit the weights are rounded to the dtype of out before they meet V (not with
+    first_only). A row's result does not depend on the other rows.
+    """
+    check_float("out", out)
+    if out.dim() != 2:
+        raise ValueError(f"out must have shape [tokens or rows, H], got {list(out.shape)}")
+    hidden = out.shape[1]
+    if num_heads < 1 or hidden % num_heads:
+        raise ValueError(f"num_heads must divide the width of out, got {num_heads} for a width of {hidden}")
+    if max_seqlen < 1:
+        raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
+    check_vector("cu_seqlens", cu_seqlens, out, "out", torch.int32, 1)
+    cap_rows, head_dim = cu_seqlens.shape[0] - 1, hidden // num_heads
+    check_rows("qkv", qkv, out, "out", 3 * hidden)
+    check_rows("out", out, out, "out", hidden, cap_rows if first_only else qkv.shape[0])
+    check_apart(out, "qkv", qkv)
+    check_counts("counts", counts, out, "out")
+    span = 0
+    if position_bias is not None:
+        span = (position_bias.shape[-1] + 1) // 2
+        if span < max_seqlen:
+            raise ValueError(
+                f"position_bias must reach max_seqlen, [{num_heads}, 2 * M - 1] with M >= {max_seqlen}, got "
+                f"{list(position_bias.shape)}"
+            )
+        check_weight("position_bias", position_bias, out, "out", num_heads, 2 * span - 1)
+    if not runs_kernel(out):
+        varlen_attention__ref(
+            out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, position_bias, first_only
+        )
+        return
+    if cap_rows == 0 or hidden == 0:
+        return
+    config = attention_configs_for(max_seqlen, head_dim, out.dtype, first_only)[0] if config is None else config
+    pointers = (out, qkv, cu_seqlens, counts, position_bias, scale * math.log2(math.e), out.stride(0), qkv.stride(0))
+    sizes = dict(
+        HIDDEN=hidden,
+        HEAD_DIM=head_dim,
+        HAS_BIAS=position_bias is not None,
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    with on_device(out):
+        if first_only:
+            _first_token_kernel[(cap_rows, num_heads)](*pointers, span, **sizes)
+        else:
+            blocks = cdiv(max_seqlen, config.block_m)
+            _attention_kernel[(cap_rows * blocks, num_heads)](*pointers, blocks, span, BLOCK_M=config.block_m, **sizes)

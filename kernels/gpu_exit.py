@@ -1,0 +1,566 @@
+"""The exit: one launch decides about every live row, and writes what the leaving ones leave with.
+
+    h = LayerNorm(x + residual)  of the row's first token      (exit_norm_rows_; exit_rows_ takes a given state)
+    z = w2 . gelu(w1 h + b1) + b2
+    leave = max_depth <= layer, or min_depth <= layer and the criterion says so
+    leaving rows: class logits, exit layer and exit probability at their original index; all rows: keep = 0 or 1
+
+The decision stays on the device (``keep`` feeds the compaction), in fp32 and in logits. One program a row: it reads w1
+(P x H; 49 KB for 32 x 768 in 16 bit) from L2, and the classifier (C x H) only where the row leaves or the criterion
+reads it. Where there are few rows and many classes, several programs decide about the same row, each for itself and
+with the same result, and share its classes. Latency-bound at the 1 to some hundreds of rows it sees: a few dependent
+trips to L2, no matrix product.
+A pooler (H x H) would take one program 13.5 us by itself: with one, ``add_layer_norm_rows_`` and
+``linear_rows_(act="tanh")`` make the states, and ``exit_rows_`` takes them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels.gpu_common import (
+    ROWS,
+    UNALIGNED,
+    cdiv,
+    check_apart,
+    check_counts,
+    check_device,
+    check_float,
+    check_rows,
+    check_vector,
+    check_weight,
+    gelu,
+    jit,
+    next_power_of_2,
+    on_device,
+    runs_kernel,
+    tl,
+)
+from engine.kernels.gpu_norms import add_layer_norm_math
+
+__all__ = [
+    "CRITERIA",
+    "ExitDestinations",
+    "ExitLimits",
+    "exit_norm_rows_",
+    "exit_norm_rows__ref",
+    "exit_rows_",
+    "exit_rows__ref",
+]
+
+# policy: z > threshold_logit. scripted: script <= layer. confidence: the logit of the classifier's largest softmax
+# probability > threshold_logit. last: everybody leaves, nothing is asked.
+CRITERIA = ("policy", "scripted", "confidence", "last")
+
+
+class ExitDestinations(NamedTuple):
+    """What an exit writes. B rows of the original batch, cap_rows places for live ones; all contiguous.
+
+    logits       fp32 [B, C], exit_layers  int32 [B], exit_probs  fp32 [B]: of leaving rows, at their original index.
+                 exit_probs is sigmoid(z), and 1 where the row had to leave
+    keep         int8 [cap_rows]: 1 where the live row stays, 0 where it leaves
+    exit_logits  fp32 [cap_rows] or None: z of every live row (the confidence's logit with that criterion; with "last"
+                 nothing is written)
+    """
+
+    logits: Tensor
+    exit_layers: Tensor
+    exit_probs: Tensor
+    keep: Tensor
+    exit_logits: Tensor | None = None
+
+
+class ExitLimits(NamedTuple):
+    """Who the live rows are and when they may leave.
+
+    row_ids                             int32 [cap_rows]: original index of live row i, in [0, B)
+    min_depth, max_depth                int32; threshold_logit fp32; script int32, exit layers
+    by_row_id                           where the entry of live row i stands in those four: False, at i (they are
+                                        compacted with the rows); True, at row_ids[i] (they stay as the batch came)
+    The four may be None where the criterion asks for none: no min_depth is 0, no max_depth is never.
+    """
+
+    row_ids: Tensor
+    min_depth: Tensor | None = None
+    max_depth: Tensor | None = None
+    threshold_logit: Tensor | None = None
+    script: Tensor | None = None
+    by_row_id: bool = False
+
+
+# --- torch twins -----------------------------------------------------------------------------------------------------
+
+
+def policy_math(state: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """z [n] in fp32 (fp64 for fp64) of states [n, H]."""
+    wide = torch.promote_types(state.dtype, torch.float32)
+    hidden = F.gelu(F.linear(state.to(wide), w1.to(wide), b1.to(wide)))
+    return F.linear(hidden, w2.to(wide), b2.to(wide)).squeeze(1)
+
+
+def classifier_math(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Class logits [n, C] in fp32 (fp64 for fp64) of states [n, H]."""
+    wide = torch.promote_types(state.dtype, torch.float32)
+    return F.linear(state.to(wide), weight.to(wide), bias.to(wide))
+
+
+def confidence_math(logits: Tensor) -> Tensor:
+    """Logit of the largest softmax probability p: with s = 1 / p, log(p / (1 - p)) = -log(s - 1)."""
+    return -torch.log((logits - logits.amax(1, keepdim=True)).exp().sum(1) - 1)
+
+
+def exit_rows__ref(
+    out: ExitDestinations,
+    limits: ExitLimits,
+    state: Tensor,
+    counts: Tensor,
+    layer: int,
+    criterion: str,
+    policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    classifier: tuple[Tensor, Tensor],
+) -> None:
+    n = int(counts[ROWS])
+    _decide(out, limits, state[:n], layer, criterion, policy, classifier)
+
+
+def exit_norm_rows__ref(
+    out: ExitDestinations,
+    limits: ExitLimits,
+    x: Tensor,
+    residual: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    counts: Tensor,
+    layer: int,
+    criterion: str,
+    policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    classifier: tuple[Tensor, Tensor],
+    index: Tensor | None = None,
+) -> None:
+    n = int(counts[ROWS])
+    source = slice(n) if index is None else index[:n].long()
+    state = add_layer_norm_math(x[source], residual[source], *norm)
+    _decide(out, limits, state, layer, criterion, policy, classifier)
+
+
+def _decide(out, limits, state, layer, criterion, policy, classifier) -> None:
+    n = state.shape[0]
+    rows = limits.row_ids[:n].long()
+    place = rows if limits.by_row_id else slice(n)
+    if criterion == "last":
+        leave = torch.ones(n, dtype=torch.bool, device=state.device)
+        probs = torch.ones(n, dtype=out.exit_probs.dtype, device=state.device)
+    else:
+        classes = classifier_math(state, *classifier) if criterion == "confidence" else None
+        z = policy_math(state, *policy) if classes is None else confidence_math(classes)
+        if criterion == "scripted":
+            leave = limits.script[place] <= layer
+        else:
+            leave = z > limits.threshold_logit[place]
+        if limits.min_depth is not None:
+            leave = leave & (limits.min_depth[place] <= layer)
+        probs = z.sigmoid()
+        if limits.max_depth is not None:
+            forced = limits.max_depth[place] <= layer
+            leave = leave | forced
+            probs = torch.where(forced, 1.0, probs)
+        if out.exit_logits is not None:
+            out.exit_logits[:n] = z
+        if classes is not None:
+            out.logits[rows] = classes.to(out.logits.dtype)
+    out.keep[:n] = (~leave).to(torch.int8)
+    leaving = rows[leave]
+    out.exit_layers[leaving] = layer
+    out.exit_probs[leaving] = probs[leave].to(out.exit_probs.dtype)
+    if criterion != "confidence":
+        out.logits[leaving] = classifier_math(state[leave], *classifier).to(out.logits.dtype)
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _state_at(
+    x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, columns, mean, scale, H: tl.constexpr, NORM: tl.constexpr
+):
+    """The state's entries at ``columns`` in fp32, zero past H. A normed state is rounded to its dtype, as a stored one
+    would have been: both variants, and every executor, then decide on the same numbers."""
+    in_row = columns < H
+    x = tl.load(x_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    if NORM:
+        x += tl.load(residual_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+        weight = tl.load(norm_weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+        bias = tl.load(norm_bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+        x = (x - mean) * scale * weight + bias
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+        x = tl.where(in_row, x, 0.0)
+    return x
+
+
+@jit
+def _products(
+    matrix_ptr,
+    rows,
+    row_count: tl.constexpr,
+    x_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    scale,
+    H: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """matrix[rows] . state, (BLOCK_ROWS,) fp32; 0 for rows from row_count on."""
+    total = tl.zeros((BLOCK_ROWS, BLOCK_K), dtype=tl.float32)
+    for start in tl.static_range(0, H, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        state = _state_at(x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, columns, mean, scale, H, NORM)
+        here = (rows < row_count)[:, None] & (columns < H)[None, :]
+        matrix = tl.load(matrix_ptr + rows[:, None] * H + columns[None, :], mask=here, other=0.0)
+        total += matrix.to(tl.float32) * state[None, :]
+    return tl.sum(total, axis=1)
+
+
+@jit(
+    do_not_specialize=["layer"],
+    do_not_specialize_on_alignment=(
+        *UNALIGNED,
+        "exit_layers_ptr",
+        "exit_probs_ptr",
+        "keep_ptr",
+        "exit_logits_ptr",
+        "row_ids_ptr",
+        "min_depth_ptr",
+        "max_depth_ptr",
+        "threshold_ptr",
+        "script_ptr",
+        "index_ptr",
+        "b2_ptr",
+    ),
+)
+def _exit_kernel(
+    logits_ptr,
+    exit_layers_ptr,
+    exit_probs_ptr,
+    keep_ptr,
+    exit_logits_ptr,
+    row_ids_ptr,
+    min_depth_ptr,
+    max_depth_ptr,
+    threshold_ptr,
+    script_ptr,
+    x_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
+    index_ptr,
+    counts_ptr,
+    w1_ptr,
+    b1_ptr,
+    w2_ptr,
+    b2_ptr,
+    classifier_ptr,
+    classifier_bias_ptr,
+    x_stride,
+    residual_stride,
+    layer,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    CRITERION: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
+    HAS_EXIT_LOGITS: tl.constexpr,
+    BY_ROW_ID: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    i = tl.program_id(0)
+    split = tl.program_id(1)  # of SPLITS that share the row's classes; the first one writes all else
+    if i >= tl.load(counts_ptr):
+        return
+    source = i
+    if HAS_INDEX:
+        source = tl.load(index_ptr + i)
+    x_ptr += source.to(tl.int64) * x_stride
+    mean = 0.0
+    scale = 1.0
+    if NORM:
+        residual_ptr += source.to(tl.int64) * residual_stride
+        columns = tl.arange(0, BLOCK_H)
+        row = tl.load(x_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
+        row += tl.load(residual_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
+        mean = tl.sum(row, axis=0) / H
+        centred = tl.where(columns < H, row - mean, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / H + eps)
+
+    row_id = tl.load(row_ids_ptr + i).to(tl.int64)
+    limit = row_id if BY_ROW_ID else i.to(tl.int64)
+    classes = tl.arange(0, BLOCK_C)
+    leave = i >= 0
+    prob = 1.0
+    # No name of this half may come up again below: there it would be set anew inside a run-time branch.
+    if CRITERION != "last":
+        if CRITERION == "confidence":
+            # Running maximum and sum of exp over tiles of classes. Logits of a row that stays are written too: the
+            # exit that it leaves through writes them again.
+            top = -float("inf")
+            size = 0.0
+            for first in range(0, C, BLOCK_C):
+                chosen = first + classes
+                values = _products(
+                    classifier_ptr, chosen, C, x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, mean, scale, H,
+                    NORM, BLOCK_C, BLOCK_K,
+                )  # fmt: skip
+                values += tl.load(classifier_bias_ptr + chosen, mask=chosen < C, other=0.0).to(tl.float32)
+                tl.store(logits_ptr + row_id * C + chosen, values, mask=chosen < C)
+                values = tl.where(chosen < C, values, -float("inf"))
+                higher = tl.maximum(top, tl.max(values, axis=0))
+                size = size * tl.exp(top - higher) + tl.sum(tl.exp(values - higher), axis=0)
+                top = higher
+            z = -tl.log(size - 1.0)
+        else:
+            z = tl.load(b2_ptr).to(tl.float32)
+            neurons = tl.arange(0, BLOCK_P)
+            for neuron in tl.static_range(0, P, BLOCK_P):
+                chosen = neuron + neurons
+                hidden = _products(
+                    w1_ptr, chosen, P, x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, mean, scale, H,
+                    NORM, BLOCK_P, BLOCK_K,
+                )  # fmt: skip
+                hidden = gelu(hidden + tl.load(b1_ptr + chosen, mask=chosen < P, other=0.0).to(tl.float32))
+                z += tl.sum(hidden * tl.load(w2_ptr + chosen, mask=chosen < P, other=0.0).to(tl.float32), axis=0)
+        if HAS_EXIT_LOGITS:
+            tl.store(exit_logits_ptr + i, z, mask=split == 0)
+        # Comparisons with NaN are false: a row whose z is NaN never leaves of its own accord.
+        if CRITERION == "scripted":
+            leave = tl.load(script_ptr + limit) <= layer
+        else:
+            leave = z > tl.load(threshold_ptr + limit)
+        if HAS_MIN:
+            leave = leave & (tl.load(min_depth_ptr + limit) <= layer)
+        prob = 1.0 / (1.0 + tl.exp(-z))
+        if HAS_MAX:
+            forced = tl.load(max_depth_ptr + limit) <= layer
+            leave = leave | forced
+            prob = tl.where(forced, 1.0, prob)
+
+    tl.store(keep_ptr + i, tl.where(leave, 0, 1).to(tl.int8), mask=split == 0)
+    if leave:
+        tl.store(exit_layers_ptr + row_id, layer, mask=split == 0)
+        tl.store(exit_probs_ptr + row_id, prob, mask=split == 0)
+        if CRITERION != "confidence":
+            for tile in range(split * BLOCK_C, C, SPLITS * BLOCK_C):
+                wanted = tile + classes
+                values = _products(
+                    classifier_ptr, wanted, C, x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, mean, scale, H,
+                    NORM, BLOCK_C, BLOCK_K,
+                )  # fmt: skip
+                values += tl.load(classifier_bias_ptr + wanted, mask=wanted < C, other=0.0).to(tl.float32)
+                tl.store(logits_ptr + row_id * C + wanted, values, mask=wanted < C)
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+# Programs of 8 warps that an H100 holds at once, about four a multiprocessor: up to here, deciding twice costs no time.
+_PROGRAMS = 528
+
+
+def exit_block(cap_rows: int, hidden: int, neurons: int, classes: int, criterion: str) -> dict[str, int]:
+    """Tiles of the kernel, and how many programs share a row's classes (all of them are needed to be confident). 8
+    warps hold a tile of at most 32 x 256 sums, 32 registers a thread."""
+    block_k = min(256, max(16, next_power_of_2(hidden)))
+    if hidden % 256 and hidden % 128 == 0:
+        block_k = 128  # 384 = 3 x 128: no half-empty tile
+    block_c = min(32, max(2, next_power_of_2(classes)))
+    splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, _PROGRAMS // cap_rows))
+    return {
+        "BLOCK_H": next_power_of_2(hidden),
+        "BLOCK_K": block_k,
+        "BLOCK_P": min(32, max(8, next_power_of_2(neurons))),
+        "BLOCK_C": block_c,
+        "SPLITS": splits,
+        "num_warps": 8 if hidden > 384 else 4,
+        "num_stages": 1,
+    }
+
+
+def _check(out: ExitDestinations, limits: ExitLimits, x: Tensor, counts, layer, criterion, policy, classifier) -> None:
+    check_float("the state", x)
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise ValueError(f"the state must have shape [rows, H], got {list(x.shape)}")
+    hidden = x.shape[1]
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    if layer < 1:
+        raise ValueError(f"layer must be at least 1, the layers that have run, got {layer}")
+    check_counts("counts", counts, x, "the state")
+    cap_rows, batch = limits.row_ids.shape[0], out.exit_layers.shape[0]
+    check_vector("row_ids", limits.row_ids, x, "the state", torch.int32, 0)
+    check_vector("keep", out.keep, x, "the state", torch.int8, cap_rows)
+    check_vector("exit_layers", out.exit_layers, x, "the state", torch.int32, 0)
+    check_vector("exit_probs", out.exit_probs, x, "the state", torch.float32, batch)
+    if out.exit_logits is not None:
+        check_vector("exit_logits", out.exit_logits, x, "the state", torch.float32, cap_rows)
+    weight, bias = classifier
+    classes = weight.shape[0]
+    check_weight("the classifier's weight", weight, x, "the state", classes, hidden)
+    check_weight("the classifier's bias", bias, x, "the state", classes)
+    logits = out.logits
+    if logits.dtype != torch.float32 or tuple(logits.shape) != (batch, classes) or not logits.is_contiguous():
+        raise ValueError(
+            f"logits must be contiguous float32 of shape [{batch}, {classes}], got {logits.dtype} {list(logits.shape)} "
+            f"with strides {logits.stride()}"
+        )
+    check_device("logits", logits, x, "the state")
+    if criterion == "last":
+        return
+    entries = batch if limits.by_row_id else cap_rows
+    asked = {"threshold_logit": criterion != "scripted", "script": criterion == "scripted"}
+    for name in ("min_depth", "max_depth", "threshold_logit", "script"):
+        tensor = getattr(limits, name)
+        if tensor is not None:
+            dtype = torch.float32 if name == "threshold_logit" else torch.int32
+            check_vector(name, tensor, x, "the state", dtype, entries)
+        elif asked.get(name):
+            raise ValueError(f"the {criterion} criterion needs {name} for every row, got None")
+    if criterion == "confidence":
+        return
+    if policy is None:
+        raise ValueError(f"the {criterion} criterion needs policy, (w1, b1, w2, b2), got None")
+    w1, b1, w2, b2 = policy
+    neurons = w1.shape[0]
+    check_weight("w1", w1, x, "the state", neurons, hidden)
+    check_weight("b1", b1, x, "the state", neurons)
+    check_weight("w2", w2, x, "the state", 1, neurons)
+    check_weight("b2", b2, x, "the state", 1)
+
+
+def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier) -> None:
+    cap_rows, hidden = limits.row_ids.shape[0], x.shape[1]
+    if cap_rows == 0:
+        return
+    w1, b1, w2, b2 = (None,) * 4 if criterion in ("confidence", "last") else policy
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
+    neurons = 1 if w1 is None else w1.shape[0]
+    block = exit_block(cap_rows, hidden, neurons, classifier[0].shape[0], criterion)
+    with on_device(x):
+        _exit_kernel[(cap_rows, block["SPLITS"])](
+            out.logits,
+            out.exit_layers,
+            out.exit_probs,
+            out.keep,
+            out.exit_logits,
+            limits.row_ids,
+            limits.min_depth,
+            limits.max_depth,
+            limits.threshold_logit,
+            limits.script,
+            x,
+            residual,
+            norm_weight,
+            norm_bias,
+            eps,
+            index,
+            counts,
+            w1,
+            b1,
+            w2,
+            b2,
+            *classifier,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            layer,
+            H=hidden,
+            P=neurons,
+            C=classifier[0].shape[0],
+            CRITERION=criterion,
+            NORM=norm is not None,
+            HAS_INDEX=index is not None,
+            HAS_MIN=limits.min_depth is not None,
+            HAS_MAX=limits.max_depth is not None,
+            HAS_EXIT_LOGITS=out.exit_logits is not None,
+            BY_ROW_ID=limits.by_row_id,
+            **block,
+        )
+
+
+def exit_rows_(
+    out: ExitDestinations,
+    limits: ExitLimits,
+    state: Tensor,
+    counts: Tensor,
+    layer: int,
+    criterion: str,
+    policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    classifier: tuple[Tensor, Tensor],
+) -> None:
+    """The exit check of the counts[0] live rows on given states (behind a pooler), one a row.
+
+    out         written: see ExitDestinations; entries of rows that stay, and past the live count, are left alone (but
+                "confidence" writes the logits of every live row)
+    limits      see ExitLimits; cap_rows is the size of its row_ids
+    state       (cap_rows or more, H), fp16, bf16 or fp32, last dimension contiguous
+    counts      (2,) int32: live rows, live tokens
+    layer       layers that have run, from 1 on
+    criterion   "policy", "scripted" (the policy is computed all the same), "confidence" or "last"
+    policy      (w1 (P, H), b1 (P,), w2 (1, P), b2 (1,)), each fp32 or the dtype of state, contiguous; unused with
+                "confidence" and "last", where it may be None
+    classifier  (weight (C, H), bias (C,)), the same
+    Everything is computed in fp32 from the state as stored. A row's result does not depend on the other rows.
+    """
+    _check(out, limits, state, counts, layer, criterion, policy, classifier)
+    check_rows("state", state, state, "state", state.shape[1], limits.row_ids.shape[0])
+    check_apart(out.logits, "state", state)
+    if not runs_kernel(state):
+        exit_rows__ref(out, limits, state, counts, layer, criterion, policy, classifier)
+        return
+    _launch(out, limits, state, None, None, None, counts, layer, criterion, policy, classifier)
+
+
+def exit_norm_rows_(
+    out: ExitDestinations,
+    limits: ExitLimits,
+    x: Tensor,
+    residual: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    counts: Tensor,
+    layer: int,
+    criterion: str,
+    policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    classifier: tuple[Tensor, Tensor],
+    index: Tensor | None = None,
+) -> None:
+    """``exit_rows_`` on LayerNorm(x + residual) of each live row's first token, where there is no pooler.
+
+    x, residual  (rows, H), one dtype, last dimension contiguous; the normed state is rounded to that dtype
+    norm         (weight (H,), bias (H,), eps), fp32 or the dtype of x
+    index        (cap_rows or more,) int32 or None: row i reads x[index[i]] and residual[index[i]] (cu_seqlens: first
+                 tokens of the rows layout); None: both are compact, row i reads row i
+    The norm is not stored: ``add_layer_norm_compact_`` computes it again for the tokens that stay.
+    """
+    _check(out, limits, x, counts, layer, criterion, policy, classifier)
+    hidden, cap_rows = x.shape[1], limits.row_ids.shape[0]
+    for name, rows in (("x", x), ("residual", residual)):
+        check_rows(name, rows, x, "x", hidden, cap_rows if index is None else 0)
+    check_weight("the norm's weight", norm[0], x, "x", hidden)
+    check_weight("the norm's bias", norm[1], x, "x", hidden)
+    if index is not None:
+        check_vector("index", index, x, "x", torch.int32, cap_rows)
+    if not runs_kernel(x):
+        exit_norm_rows__ref(out, limits, x, residual, norm, counts, layer, criterion, policy, classifier, index)
+        return
+    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier)

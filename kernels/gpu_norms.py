@@ -1,0 +1,447 @@
+"""LayerNorm of sums of rows, over the live rows of a buffer: embeddings, residuals, and residuals on the move.
+
+Limited by bytes: two rows in (three for embeddings, from tables that L2 mostly holds), one out, 6 H bytes a row in 16
+bit. A program holds one to four whole rows in registers, so mean and variance (two passes over registers) cost no
+further reads. H up to 8 192; meant for 384, 768 and 1 024. ``add_layer_norm_compact_`` writes every surviving token
+straight to its place after an exit: the compaction costs no pass of its own, and what leaves is not even loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels.gpu_common import (
+    ROWS,
+    TOKENS,
+    UNALIGNED,
+    cdiv,
+    check_apart,
+    check_counts,
+    check_float,
+    check_rows,
+    check_vector,
+    check_weight,
+    check_which,
+    jit,
+    next_power_of_2,
+    on_device,
+    runs_kernel,
+    tl,
+)
+
+__all__ = [
+    "ROWS",
+    "TOKENS",
+    "add_layer_norm_compact_",
+    "add_layer_norm_compact__ref",
+    "add_layer_norm_rows_",
+    "add_layer_norm_rows__ref",
+    "embed_layer_norm_rows_",
+    "embed_layer_norm_rows__ref",
+]
+
+_WIDEST = 8192
+_INDEX = (torch.int32, torch.int64)
+
+
+# --- torch twins -----------------------------------------------------------------------------------------------------
+
+
+def layer_norm_math(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x in fp32 or wider -> its norm in ``dtype``."""
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
+
+
+def add_layer_norm_math(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The formula alone, for rows that are all live."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return layer_norm_math(x.to(wide) + residual.to(wide), weight, bias, eps, x.dtype)
+
+
+def embed_layer_norm_math(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    positions: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """The formula alone, for tokens that are all live."""
+    wide = torch.promote_types(word.dtype, torch.float32)
+    total = word[input_ids.long()].to(wide) + position[positions.long()].to(wide)
+    if token_type is not None:
+        types = token_type[0] if token_type_ids is None else token_type[token_type_ids.long()]
+        total = total + types.to(wide)
+    return layer_norm_math(total, weight, bias, eps, word.dtype)
+
+
+def embed_layer_norm_rows__ref(
+    out: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    positions: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    counts: Tensor,
+) -> None:
+    n = int(counts[TOKENS])
+    types = None if token_type_ids is None else token_type_ids[:n]
+    out[:n] = embed_layer_norm_math(
+        input_ids[:n], types, positions[:n], word, token_type, position, weight, bias, eps
+    )
+
+
+def add_layer_norm_rows__ref(
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    counts: Tensor,
+    which: int,
+    residual_index: Tensor | None = None,
+    x_index: Tensor | None = None,
+) -> None:
+    n = int(counts[which])
+    rows = x[:n] if x_index is None else x[x_index[:n].long()]
+    others = residual[:n] if residual_index is None else residual[residual_index[:n].long()]
+    out[:n] = add_layer_norm_math(rows, others, weight, bias, eps)
+
+
+def add_layer_norm_compact__ref(
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    counts_before: Tensor,
+    token_dest: Tensor,
+) -> None:
+    dest = token_dest[: int(counts_before[TOKENS])].long()
+    stay = (dest >= 0).nonzero().squeeze(1)
+    out[dest[stay]] = add_layer_norm_math(x[stay], residual[stay], weight, bias, eps)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _normalised(x, columns, weight_ptr, bias_ptr, eps, H: tl.constexpr):
+    """x [rows, BLOCK_H] fp32, zeros from column H on."""
+    in_row = columns < H
+    mean = tl.sum(x, axis=1) / H
+    centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / H
+    scale = 1.0 / tl.sqrt(variance + eps)
+    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    return centred * scale[:, None] * weight[None, :] + bias[None, :]
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _add_norm_kernel(
+    out_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    counts_ptr,
+    x_index_ptr,
+    residual_index_ptr,
+    dest_ptr,
+    eps,
+    out_stride,
+    x_stride,
+    residual_stride,
+    H: tl.constexpr,
+    WHICH: tl.constexpr,
+    HAS_X_INDEX: tl.constexpr,
+    HAS_RESIDUAL_INDEX: tl.constexpr,
+    HAS_DEST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_ROWS
+    live = tl.load(counts_ptr + WHICH)
+    if first >= live:
+        return
+    rows = first + tl.arange(0, BLOCK_ROWS)
+    present = rows < live
+    dest = rows
+    if HAS_DEST:
+        dest = tl.load(dest_ptr + rows, mask=present, other=-1)
+        present = dest >= 0
+    x_rows = rows
+    if HAS_X_INDEX:
+        x_rows = tl.load(x_index_ptr + rows, mask=present, other=0)
+    residual_rows = rows
+    if HAS_RESIDUAL_INDEX:
+        residual_rows = tl.load(residual_index_ptr + rows, mask=present, other=0)
+    columns = tl.arange(0, BLOCK_H)
+    here = present[:, None] & (columns < H)[None, :]
+    x = tl.load(x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :], mask=here, other=0.0)
+    residual = tl.load(
+        residual_ptr + residual_rows.to(tl.int64)[:, None] * residual_stride + columns[None, :], mask=here, other=0.0
+    )
+    y = _normalised(x.to(tl.float32) + residual.to(tl.float32), columns, weight_ptr, bias_ptr, eps, H)
+    out_ptrs = out_ptr + dest.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@jit
+def _embedding(table_ptr, ids, size, columns, here, H: tl.constexpr):
+    # An id out of range reads row 0 rather than foreign memory; the host has checked what it could.
+    rows = tl.where((ids >= 0) & (ids < size), ids, 0).to(tl.int64)
+    return tl.load(table_ptr + rows[:, None] * H + columns[None, :], mask=here, other=0.0).to(tl.float32)
+
+
+@jit(do_not_specialize=["n_word", "n_type", "n_position"], do_not_specialize_on_alignment=UNALIGNED)
+def _embed_norm_kernel(
+    out_ptr,
+    ids_ptr,
+    types_ptr,
+    positions_ptr,
+    word_ptr,
+    token_type_ptr,
+    position_ptr,
+    weight_ptr,
+    bias_ptr,
+    counts_ptr,
+    eps,
+    out_stride,
+    n_word,
+    n_type,
+    n_position,
+    H: tl.constexpr,
+    HAS_TYPES: tl.constexpr,
+    HAS_TYPE_TABLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_ROWS
+    live = tl.load(counts_ptr + 1)
+    if first >= live:
+        return
+    rows = first + tl.arange(0, BLOCK_ROWS)
+    present = rows < live
+    columns = tl.arange(0, BLOCK_H)
+    here = present[:, None] & (columns < H)[None, :]
+    ids = tl.load(ids_ptr + rows, mask=present, other=0)
+    total = _embedding(word_ptr, ids, n_word, columns, here, H)
+    places = tl.load(positions_ptr + rows, mask=present, other=0)
+    total += _embedding(position_ptr, places, n_position, columns, here, H)
+    if HAS_TYPE_TABLE:
+        if HAS_TYPES:
+            types = tl.load(types_ptr + rows, mask=present, other=0)
+            total += _embedding(token_type_ptr, types, n_type, columns, here, H)
+        else:
+            one = tl.load(token_type_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
+            total += tl.where(here, one[None, :], 0.0)
+    y = _normalised(total, columns, weight_ptr, bias_ptr, eps, H)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=here)
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def _block(capacity: int, hidden: int) -> dict[str, int]:
+    """Four rows a program once that leaves several programs a multiprocessor: a warp then has a row to itself."""
+    rows = 4 if capacity >= 4096 and hidden <= 1024 else 1
+    return {
+        "BLOCK_ROWS": rows,
+        "BLOCK_H": next_power_of_2(hidden),
+        "num_warps": 4 if rows * hidden <= 4096 else 8,
+        "num_stages": 1,
+    }
+
+
+def _check_norm(out: Tensor, weight: Tensor, bias: Tensor) -> int:
+    check_float("out", out)
+    if out.dim() != 2 or not 1 <= out.shape[1] <= _WIDEST:
+        raise ValueError(f"out must have shape [capacity, H] with H from 1 to {_WIDEST}, got {list(out.shape)}")
+    check_rows("out", out, out, "out", out.shape[1])
+    check_weight("weight", weight, out, "out", out.shape[1])
+    check_weight("bias", bias, out, "out", out.shape[1])
+    return out.shape[1]
+
+
+def embed_layer_norm_rows_(
+    out: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    positions: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    counts: Tensor,
+) -> None:
+    """``out[:n] = LayerNorm(word[input_ids] + token_type[token_type_ids] + position[positions])``, n = counts[1].
+
+    out                                   (cap_tokens, H), written; fp16, bf16 or fp32, last dimension contiguous
+    input_ids, token_type_ids, positions  (cap_tokens or more,) int32 or int64; token_type_ids None: type 0 throughout
+    word, token_type, position            (vocabulary, H), (types, H) or None, (positions, H), dtype of out, contiguous
+    weight, bias                          (H,), fp32 or the dtype of out
+    counts                                (2,) int32: live rows, live tokens
+    Sum and norm are in fp32. Ids out of range read row 0 on the device, and are an IndexError in the twin.
+    """
+    hidden = _check_norm(out, weight, bias)
+    capacity = out.shape[0]
+    check_vector("input_ids", input_ids, out, "out", _INDEX, capacity)
+    check_vector("positions", positions, out, "out", _INDEX, capacity)
+    if token_type_ids is not None:
+        check_vector("token_type_ids", token_type_ids, out, "out", _INDEX, capacity)
+        if token_type is None:
+            raise ValueError("token_type must be given where token_type_ids is, got None")
+    for name, table in (("word", word), ("token_type", token_type), ("position", position)):
+        if table is not None:
+            check_rows(name, table, out, "out", hidden, 1)
+            if not table.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {table.stride()}: call contiguous()")
+    check_counts("counts", counts, out, "out")
+    if not runs_kernel(out):
+        embed_layer_norm_rows__ref(
+            out, input_ids, token_type_ids, positions, word, token_type, position, weight, bias, eps, counts
+        )
+        return
+    if capacity == 0:
+        return
+    block = _block(capacity, hidden)
+    with on_device(out):
+        _embed_norm_kernel[(cdiv(capacity, block["BLOCK_ROWS"]),)](
+            out,
+            input_ids,
+            token_type_ids,
+            positions,
+            word,
+            token_type,
+            position,
+            weight,
+            bias,
+            counts,
+            eps,
+            out.stride(0),
+            word.shape[0],
+            0 if token_type is None else token_type.shape[0],
+            position.shape[0],
+            H=hidden,
+            HAS_TYPES=token_type_ids is not None,
+            HAS_TYPE_TABLE=token_type is not None,
+            **block,
+        )
+
+
+def _launch_add_norm(out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, dest):
+    block = _block(capacity, out.shape[1])
+    with on_device(out):
+        _add_norm_kernel[(cdiv(capacity, block["BLOCK_ROWS"]),)](
+            out,
+            x,
+            residual,
+            weight,
+            bias,
+            counts,
+            x_index,
+            residual_index,
+            dest,
+            eps,
+            out.stride(0),
+            x.stride(0),
+            residual.stride(0),
+            H=out.shape[1],
+            WHICH=which,
+            HAS_X_INDEX=x_index is not None,
+            HAS_RESIDUAL_INDEX=residual_index is not None,
+            HAS_DEST=dest is not None,
+            **block,
+        )
+
+
+def add_layer_norm_rows_(
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    counts: Tensor,
+    which: int,
+    residual_index: Tensor | None = None,
+    x_index: Tensor | None = None,
+) -> None:
+    """``out[:n] = LayerNorm(x[:n] + residual[:n])`` with n = counts[which]; rows of out from n on are left alone.
+
+    out             (capacity, H), written; fp16, bf16 or fp32, last dimension contiguous. May be x or residual itself
+                    where that one is read without an index
+    x, residual     (capacity or more, H), dtype of out, last dimension contiguous
+    weight, bias    (H,), fp32 or the dtype of out
+    counts          (2,) int32: live rows, live tokens; which: ROWS (0) or TOKENS (1)
+    residual_index  (capacity or more,) int32 or None: row i takes residual[residual_index[i]] (cu_seqlens: first
+                    tokens)
+    x_index         the same for x
+    Sum and norm are in fp32.
+    """
+    hidden = _check_norm(out, weight, bias)
+    capacity = out.shape[0]
+    for name, rows, index in (("x", x, x_index), ("residual", residual, residual_index)):
+        check_rows(name, rows, out, "out", hidden, capacity if index is None else 0)
+        if index is not None:
+            check_vector(f"{name}_index", index, out, "out", torch.int32, capacity)
+            check_apart(out, name, rows)
+    check_counts("counts", counts, out, "out")
+    check_which(which)
+    if not runs_kernel(out):
+        add_layer_norm_rows__ref(out, x, residual, weight, bias, eps, counts, which, residual_index, x_index)
+    elif capacity:
+        _launch_add_norm(out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, None)
+
+
+def add_layer_norm_compact_(
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    counts_before: Tensor,
+    token_dest: Tensor,
+) -> None:
+    """``out[token_dest[t]] = LayerNorm(x[t] + residual[t])`` for the tokens t < counts_before[1] that stay.
+
+    out            (cap_tokens, H), written at the destinations alone; fp16, bf16 or fp32; overlaps neither x nor
+                   residual
+    x, residual    (cap_tokens, H), dtype of out, last dimension contiguous: one size, which is also the grid's
+    weight, bias   (H,), fp32 or the dtype of out
+    counts_before  (2,) int32: live rows and tokens *before* the exit
+    token_dest     (cap_tokens or more,) int32: a row of out, each at most once, or -1 for a token that leaves: it is
+                   not loaded
+    Sum and norm are in fp32.
+    """
+    hidden = _check_norm(out, weight, bias)
+    capacity = x.shape[0]
+    check_rows("x", x, out, "out", hidden)
+    check_rows("residual", residual, out, "out", hidden, capacity)
+    check_vector("token_dest", token_dest, out, "out", torch.int32, capacity)
+    check_counts("counts_before", counts_before, out, "out")
+    check_apart(out, "x", x)
+    check_apart(out, "residual", residual)
+    if not runs_kernel(out):
+        add_layer_norm_compact__ref(out, x, residual, weight, bias, eps, counts_before, token_dest)
+    elif capacity:
+        _launch_add_norm(
+            out, x, residual, weight, bias, eps, counts_before, TOKENS, capacity, None, None, token_dest
+        )

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+
+from engine.bench import kernels_h100 as bench
+
+
+def test_arguments(capsys):
+    options = bench.parse(["--device", "cpu", "--models", "tiny", "--ops", "exit", "--no-sweep"])
+    assert options.tokens == [128, 1024, 4096, 16384] and options.compile and not options.sweep
+    for wrong, message in (
+        (["--models", "gpt"], "invalid choice: 'gpt'"),
+        (["--device", "cpu", "--tokens", "0"], "must be at least 1"),
+        (["--device", "cpu", "--seqlen", "1024"], "seqlen must be at most 512"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.parse(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_every_op_agrees_with_plain_torch():
+    """Full buffers, at shapes small enough for the twins: every competitor that computes all of it, and every tile."""
+    names = []
+    for tokens in (6, 24):
+        for op in bench.ops_for(bench.SHAPES["tiny"], tokens, 6, torch.float32, "cpu", bench.OPS):
+            tensors = op.make()
+            bench.check(op, tensors, torch.float32, [name for name in op.runs if name.startswith("cuBLAS")])
+            expected = op.runs[bench.PLAIN](tensors)
+            torch.testing.assert_close(op.math(tensors), expected)
+            for run in op.configs.values():
+                torch.testing.assert_close(run(tensors), expected, rtol=1e-4, atol=1e-4)
+            for name in op.runs:
+                assert isinstance(op.runs[name](tensors), torch.Tensor)
+            assert op.bytes > 0 and bench.KERNEL in op.runs
+            names.append(op.name)
+    assert len(set(names)) == 13 and len(names) == 26
+
+
+def test_who_computes_something_else_is_refused():
+    (op,) = bench.attention_ops(bench._Maker(bench.SHAPES["tiny"], 12, 6, torch.float32, "cpu"))[:1]
+    wrong = dict(op.runs, **{bench.KERNEL: lambda t: op.runs[bench.PLAIN](t) + 0.01})
+    with pytest.raises(RuntimeError, match="attention: kernel differs from plain torch by 0.01, allowed"):
+        bench.check(bench.Op("attention", "attention", op.make, wrong, op.math, 0.0, 1), op.make(), torch.float32)
+
+
+def test_copies_fill_the_cache_twice():
+    one = {"x": torch.zeros(256), "pair": (torch.zeros(256), torch.zeros(256)), "nothing": None}
+    assert bench.copies_for(one, 3072) == 2 and bench.copies_for(one, 15360) == 10
+    assert bench.copies_for(one, 1) == 2 and bench.copies_for(one, 1 << 30) == 64
+
+
+def test_rows_are_written(tmp_path, capsys):
+    path = tmp_path / "kernels.json"
+    bench.main(["--device", "cpu", "--models", "tiny", "--tokens", "12", "--seqlen", "4", "--dtypes", "fp32",
+                "--repeats", "1", "--no-compile", "--output", str(path)])  # fmt: skip
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["group"] for row in rows} == set(bench.OPS)
+    kernels = [row for row in rows if row["competitor"] == bench.KERNEL]
+    assert any(row["config"] for row in kernels) and all(row["median_us"] > 0 for row in rows)
+    assert all((row["gbps"] is None) == ("live" in row["competitor"]) for row in rows)
+    assert all(row["tflops"] is not None for row in kernels if row["group"] == "linear")
+    shown = capsys.readouterr().out
+    assert "tiny, 12 tokens, float32" in shown and "linear up + gelu" in shown

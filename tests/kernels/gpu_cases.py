@@ -1,0 +1,198 @@
+"""What the launchers of the Triton kernels launch at realistic shapes, and how to compile it without a device."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.kernels import gpu_attention, gpu_exit, gpu_linear, gpu_norms
+from engine.kernels.gpu_common import triton
+
+MODULES = (gpu_linear, gpu_attention, gpu_norms, gpu_exit)
+NUM_HEADS = 12  # of BERT-base (H 768, head_dim 64) and MiniLM (H 384, head_dim 32)
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a launcher made it, launch options among the keyword arguments."""
+
+    name: str
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[tuple]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record(monkeypatch, name: str, call: Callable[[], None]) -> Launch:
+    """What ``call`` would launch, its CPU tensors standing for the device's."""
+    launches: list[tuple] = []
+    with monkeypatch.context() as patch:
+        for module in MODULES:
+            patch.setattr(module, "runs_kernel", lambda tensor: True)
+            for attribute, kernel in vars(module).items():
+                if attribute.endswith("_kernel") and hasattr(kernel, "arg_names"):
+                    patch.setattr(module, attribute, _Recorder(kernel, launches))
+        call()
+    (launch,) = launches
+    return Launch(name, *launch)
+
+
+def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -> Iterator[tuple[str, Callable]]:
+    """One call of every op and of each of its forms, in the shapes of an encoder of this width."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    int32, floats = torch.int32, torch.float32
+    counts, cu_seqlens = empty(2, dtype=int32), empty(rows + 1, dtype=int32)
+    x, weight, bias = empty(tokens, hidden), empty(hidden), empty(hidden)
+    wide, qkv = empty(tokens, 4 * hidden), empty(tokens, 3 * hidden)
+
+    def linear(out_features: int, capacity: int, act: str, index: torch.Tensor | None = None):
+        source = x[:capacity] if index is None else x
+        arguments = (empty(capacity, out_features), source, empty(out_features, hidden), empty(out_features), counts)
+        return lambda: gpu_linear.linear_rows_(*arguments, 0 if index is not None else 1, act, index)
+
+    yield "linear qkv", linear(3 * hidden, tokens, "none")
+    yield "linear gelu", linear(4 * hidden, tokens, "gelu")
+    yield "linear pooler", linear(hidden, rows, "tanh", cu_seqlens)
+    yield "linear small", linear(hidden, 16, "none")
+    down = (empty(tokens, hidden), wide, empty(hidden, 4 * hidden), bias, counts, 1)
+    yield "linear down", lambda: gpu_linear.linear_rows_(*down)
+
+    scale = 0.125
+    table = empty(NUM_HEADS, 2 * 512 - 1, dtype=floats)
+    for max_seqlen in (128, 32):
+        attend = (empty(tokens, hidden), qkv, cu_seqlens, counts, NUM_HEADS, scale, max_seqlen)
+        yield f"attention {max_seqlen}", lambda a=attend: gpu_attention.varlen_attention_(*a)
+        yield f"attention {max_seqlen} bias", lambda a=attend: gpu_attention.varlen_attention_(*a, table)
+        first = (empty(rows, hidden), *attend[1:])
+        yield f"first tokens {max_seqlen}", lambda a=first: gpu_attention.varlen_attention_(*a, None, True)
+    yield "first tokens bias", lambda a=first: gpu_attention.varlen_attention_(*a, table, True)
+
+    norm = (weight, bias, 1e-12)
+    other, out = empty(tokens, hidden), empty(tokens, hidden)
+    ids = empty(tokens, dtype=torch.int64)
+    tables = (empty(30522, hidden), empty(2, hidden), empty(512, hidden))
+    embed = (ids, ids, ids, *tables, *norm, counts)
+    yield "embed", lambda: gpu_norms.embed_layer_norm_rows_(out, *embed)
+    yield "norm", lambda: gpu_norms.add_layer_norm_rows_(out, x, other, *norm, counts, 1)
+    yield "norm first", lambda: gpu_norms.add_layer_norm_rows_(
+        empty(rows, hidden), x, other, *norm, counts, 0, cu_seqlens, cu_seqlens
+    )
+    dest = empty(tokens, dtype=int32)
+    yield "norm compact", lambda: gpu_norms.add_layer_norm_compact_(out, x, other, *norm, counts, dest)
+
+    classes = 150
+    policy = (empty(32, hidden), empty(32), empty(1, 32), empty(1))
+    classifier = (empty(classes, hidden), empty(classes))
+    per_row = empty(rows, dtype=int32)
+    limits = gpu_exit.ExitLimits(per_row, per_row, per_row, empty(rows, dtype=floats), per_row)
+    exits = gpu_exit.ExitDestinations(
+        empty(rows, classes, dtype=floats), per_row, empty(rows, dtype=floats), empty(rows, dtype=torch.int8)
+    )
+    for criterion in ("policy", "confidence", "last"):
+        rest = (counts, 3, criterion, policy, classifier)
+        yield f"exit norm {criterion}", lambda r=rest: gpu_exit.exit_norm_rows_(
+            exits, limits, x, other, norm, *r, cu_seqlens
+        )
+    for criterion in ("policy", "scripted"):
+        rest = (counts, 3, criterion, policy, classifier)
+        yield f"exit state {criterion}", lambda r=rest: gpu_exit.exit_rows_(exits, limits, x[:rows], *r)
+
+
+def launches(monkeypatch, hidden: int, dtype: torch.dtype) -> list[Launch]:
+    return [record(monkeypatch, name, call) for name, call in calls(hidden, dtype)]
+
+
+# --- compilation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas gave one kernel. stack_bytes: where spilled registers go, 0 without spills."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    ptx: str
+
+
+class _Driver:
+    """A device of this architecture, as far as compiling asks."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 1000 + self.arch  # Triton's caches are per device: none that exists
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, arch: int) -> Usage:
+    """Everything that a launch does up to the launch: arguments bound and specialised, kernel compiled."""
+    drivers = triton.runtime.driver
+    usual = drivers._active
+    drivers.set_active(_Driver(arch))
+    try:
+        compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
+    finally:
+        drivers.set_active(usual)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Usage(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    """Print what every form takes in every dtype on both architectures. Minutes."""
+    import pytest
+
+    for hidden in (768, 384):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for launch in launches(pytest.MonkeyPatch(), hidden, dtype):
+                for arch in SHARED_BYTES:
+                    usage = compile_launch(launch, arch)
+                    print(
+                        f"H {hidden}  {str(dtype).removeprefix('torch.'):8}  {launch.name:20}  sm_{arch}  "
+                        f"{usage.registers:3} registers  {usage.stack_bytes} B spilled  "
+                        f"{usage.shared_bytes / 1024:6.1f} KB shared",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

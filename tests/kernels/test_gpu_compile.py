@@ -1,0 +1,74 @@
+"""Every Triton kernel compiles for sm_80 and sm_90, fits their shared memory and spills no register: no device needed.
+
+Here a cover of the forms; ``python -m tests.kernels.gpu_cases`` compiles all of them in all dtypes and prints what each
+one takes.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from engine.kernels.gpu_common import INTERPRETED, triton
+from engine.kernels.gpu_linear import configs_for
+from tests.kernels import gpu_cases
+
+VERSION = "3.6.0"
+pytestmark = [
+    pytest.mark.skipif(triton is None, reason="triton is not installed"),
+    pytest.mark.skipif(
+        triton is not None and triton.__version__ != VERSION, reason=f"register counts are those of triton {VERSION}"
+    ),
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+    pytest.mark.slow,
+]
+
+BERT, MINILM = 768, 384
+# One form of every kernel, the one that takes most.
+CORE = ("linear qkv", "attention 128 bias", "first tokens bias", "embed", "norm compact", "exit norm policy")
+ALL = (*CORE, "linear gelu", "linear pooler", "linear small", "attention 128", "exit norm confidence",
+       "exit norm last", "exit state scripted")  # fmt: skip
+
+
+@functools.cache
+def launches(hidden, dtype):
+    return {launch.name: launch for launch in gpu_cases.launches(pytest.MonkeyPatch(), hidden, dtype)}
+
+
+def check(hidden, dtype, name, arch):
+    usage = gpu_cases.compile_launch(launches(hidden, dtype)[name], arch)
+    assert usage.stack_bytes == 0, "registers are spilled"
+    assert usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
+    return usage
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_on_hopper(name):
+    usage = check(BERT, torch.float16, name, 90)
+    if name in ("linear qkv", "linear gelu", "attention 128"):
+        # Tensor cores fed by asynchronous copies: the early return has not stopped the pipeline.
+        assert "wgmma.mma_async" in usage.ptx and "cp.async" in usage.ptx
+
+
+@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize(
+    "dtype, arch",
+    [(torch.float16, 80), (torch.bfloat16, 80), (torch.bfloat16, 90), (torch.float32, 80), (torch.float32, 90)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_dtypes_and_devices(name, dtype, arch):
+    check(BERT, dtype, name, arch)
+
+
+@pytest.mark.parametrize("name", CORE[:3] + CORE[4:])
+def test_minilm(name):
+    check(MINILM, torch.float16, name, 90)
+
+
+def test_tiles_fit():
+    """Shared memory of every tile that is offered: num_stages tiles of x and of W."""
+    for dtype in (torch.float16, torch.float32):
+        for rows in (16, 128, 4096):
+            for config in configs_for(rows, BERT, BERT, dtype):
+                stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
+                assert stage * config.num_stages <= gpu_cases.SHARED_BYTES[80]

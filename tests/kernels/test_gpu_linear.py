@@ -1,0 +1,162 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.kernels.gpu_linear import ACTIVATIONS, ROWS, TOKENS, configs_for, linear_rows_, linear_rows__ref
+from tests.kernels.cases import assert_no_worse, doubled
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+POISON = 7.0
+
+
+def plain(x, weight, bias, act):
+    y = x @ weight.t() if bias is None else x @ weight.t() + bias.to(x.dtype)
+    return {"none": lambda y: y, "gelu": F.gelu, "tanh": torch.tanh}[act](y)
+
+
+def case(rows, features, width, dtype, device, bias_dtype=None):
+    x = torch.randn(rows, width).to(dtype).to(device)
+    weight = (torch.randn(features, width) * width**-0.5).to(dtype).to(device)
+    return x, weight, torch.randn(features).to(bias_dtype or dtype).to(device)
+
+
+def poisoned(rows, features, dtype, device):
+    return torch.full((rows, features), POISON, dtype=dtype, device=device)
+
+
+def counts_of(rows, tokens, device):
+    return torch.tensor([rows, tokens], dtype=torch.int32, device=device)
+
+
+def check(out, n, x, weight, bias, act):
+    """The first n rows against fp64, the others untouched."""
+    exact = plain(*doubled(x, weight, bias), act)
+    assert_no_worse(out[:n], plain(x, weight, bias, act), exact)
+    assert bool((out[n:] == POISON).all())
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("capacity, live, features, width", [(1, 1, 16, 32), (37, 21, 33, 40), (70, 70, 130, 136)])
+def test_products(way, dtype, act, capacity, live, features, width):
+    way.skip_wrong(dtype)
+    x, weight, bias = case(capacity, features, width, dtype, way.device)
+    x[live:] = float("nan")  # nobody may look
+    out = poisoned(capacity, features, dtype, way.device)
+    way(linear_rows_, linear_rows__ref)(out, x, weight, bias, counts_of(0, live, way.device), TOKENS, act)
+    check(out, live, x[:live], weight, bias, act)
+
+
+@pytest.mark.parametrize("live", [0, 3, 5])
+def test_gathered_rows(way, live):
+    """Row i from x[index[i]]: the rows' first tokens. No live row at all writes nothing."""
+    x, weight, bias = case(30, 24, 48, HALF, way.device, bias_dtype=SINGLE)
+    index = torch.tensor([0, 7, 8, 20, 29, 30], dtype=torch.int32, device=way.device)
+    out = poisoned(5, 24, HALF, way.device)
+    way(linear_rows_, linear_rows__ref)(out, x, weight, bias, counts_of(live, 30, way.device), ROWS, "tanh", index)
+    check(out, live, x[index[:live].long()], weight, bias, "tanh")
+
+
+def test_without_bias_and_in_column_slices(way):
+    x, weight, _ = case(9, 20, 24, SINGLE, way.device)
+    wide_x, wide_out = torch.randn(9, 64, device=way.device), poisoned(9, 64, SINGLE, way.device)
+    wide_x[:, 8:32] = x
+    way(linear_rows_, linear_rows__ref)(
+        wide_out[:, 10:30], wide_x[:, 8:32], weight, None, counts_of(9, 9, way.device), TOKENS
+    )
+    check(wide_out[:, 10:30], 9, x, weight, None, "none")
+    assert bool((wide_out[:, :10] == POISON).all() and (wide_out[:, 30:] == POISON).all())
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_all_tiles_compute_the_same(way, dtype):
+    x, weight, bias = case(200, 70, 72, dtype, way.device)
+    for config in configs_for(200, 70, 72, dtype):
+        out = poisoned(200, 70, dtype, way.device)
+        way(linear_rows_, linear_rows__ref)(
+            out, x, weight, bias, counts_of(1, 195, way.device), TOKENS, "gelu", config=config
+        )
+        check(out, 195, x[:195], weight, bias, "gelu")
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_a_row_does_not_depend_on_the_others(way, dtype):
+    if way.name == "twin":
+        pytest.skip("a torch product may choose its order by the number of rows")
+    x, weight, bias = case(40, 48, 64, dtype, way.device)
+    outs = []
+    for live in (40, 3):
+        out = poisoned(40, 48, dtype, way.device)
+        linear_rows_(out, x, weight, bias, counts_of(0, live, way.device), TOKENS, "gelu")
+        outs.append(out[:3])
+    assert torch.equal(*outs)
+
+
+def test_nan_stays_in_its_row(way):
+    x, weight, bias = case(4, 16, 32, SINGLE, way.device)
+    x[1, 5] = float("nan")
+    for act in ACTIVATIONS:
+        out = poisoned(4, 16, SINGLE, way.device)
+        way(linear_rows_, linear_rows__ref)(out, x, weight, bias, counts_of(4, 4, way.device), TOKENS, act)
+        assert out.isnan().all(1).tolist() == [False, True, False, False] and int(out.isnan().sum()) == 16
+
+
+@pytest.mark.gpu
+def test_a_graph_reads_the_count_at_every_replay():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, weight, bias = case(300, 384, 768, HALF, "cuda")
+    counts, out = counts_of(0, 300, "cuda"), poisoned(300, 384, HALF, "cuda")
+    linear_rows_(out, x, weight, bias, counts, TOKENS, "gelu")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        linear_rows_(out, x, weight, bias, counts, TOKENS, "gelu")
+    for live in (300, 17, 0):
+        out.fill_(POISON)
+        counts[1] = live
+        graph.replay()
+        check(out, live, x[:live], weight, bias, "gelu")
+
+
+def test_the_table_of_tiles():
+    """Enough programs for the device wherever the product has them, at every capacity; the default is a candidate."""
+    for dtype in (HALF, BRAIN, SINGLE):
+        for rows in (0, 1, 16, 128, 1024, 4096, 16384):
+            for features, width in ((2304, 768), (768, 768), (768, 3072), (1152, 384), (384, 384)):
+                for act in ACTIVATIONS:
+                    configs = configs_for(rows, features, width, dtype, act)
+                    assert len(set(configs)) == len(configs)
+                    programs = [-(-rows // c.block_m) * -(-features // c.block_n) for c in configs]
+                    smallest = min(c.block_m * c.block_n for c in configs_for(16, features, width, dtype)[:1])
+                    assert programs[0] >= 132 or configs[0].block_m * configs[0].block_n == smallest
+    assert configs_for(128, 768, 768, HALF)[0].block_m <= 32
+    assert configs_for(16384, 2304, 768, HALF)[0][:3] == (128, 256, 64)
+    assert configs_for(16384, 3072, 768, HALF, "gelu")[0][:3] == (128, 128, 64)
+    with pytest.raises(ValueError, match="dtype must be float16, bfloat16 or float32, got torch.float64"):
+        configs_for(1, 1, 1, torch.float64)
+    with pytest.raises(ValueError, match="needs sizes of at least 1 .0 rows are allowed., got 4, 0, 8"):
+        configs_for(4, 0, 8, HALF)
+
+
+OUT, X, W, B, N = torch.zeros(4, 6), torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(6), counts_of(2, 4, "cpu")
+MESSAGES = [
+    ((OUT.double(), X, W, B, N, 1), "out must be float16, bfloat16 or float32, got float64"),
+    ((OUT, X, W[:5], B, N, 1), r"weight must have shape \[6, K\], got \[5, 8\]"),
+    ((OUT, X[:3], W, B, N, 1), r"x must have shape \[4 or more, 8\], got \[3, 8\]"),
+    ((OUT, X.half(), W, B, N, 1), r"x must have the dtype of out .float32., got float16"),
+    ((OUT, X, torch.zeros(8, 6).t(), B, N, 1), r"weight must be contiguous along its rows"),
+    ((OUT, X, W, B[:5], N, 1), r"bias must have shape \[6\], got \[5\]"),
+    ((OUT, X, W, B.half(), N, 1), "bias must be float32, got float16"),
+    ((OUT, X, W, B, N.long(), 1), r"counts must be int32 of shape \[2\], the live rows and tokens, got int64 \[2\]"),
+    ((OUT, X, W, B, N, 2), r"which must be 0 .rows. or 1 .tokens., .* got 2"),
+    ((OUT, X, W, B, N, 1, "relu"), "act must be one of none, gelu, tanh, got 'relu'"),
+    ((OUT, X, W, B, N, 0, "none", N), r"index must have shape \[4 or more\], got \[2\]"),
+    ((X[:, :6], X, W, B, N, 1), "out must not overlap x in memory"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", MESSAGES)
+def test_messages(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        linear_rows_(*arguments)
