@@ -131,6 +131,10 @@ def _scatter_rows_(out, src, index):
     return None
 
 
+def _survivors_(keep, cu_seqlens, counts, state, out_cu_seqlens, token_dest, out_counts, out_state):
+    return None
+
+
 def _unknown_size() -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
@@ -177,6 +181,7 @@ _FAKES: dict[str, Callable] = {
     "compact_lead": _compact,
     "gather_rows": _gather_rows,
     "scatter_rows_": _scatter_rows_,
+    "survivors_": _survivors_,
     "pack_lead": _pack_lead,
     "unpack_lead": _unpack_lead,
     "lead_attention": _lead_attention,
