@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "bind", "cpu_kernels", "cuda_kernels"]
+__all__ = ["available", "bind", "cpu_kernels", "cuda_kernels", "library"]
 
 _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
@@ -25,6 +25,11 @@ _cuda_kernels = False
 def available() -> bool:
     """Whether the compiled ops are loaded."""
     return _dll is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """The extension's plain C functions, or None where it is absent."""
+    return _dll
 
 
 def cuda_kernels() -> bool:
