@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "bind", "cpu_kernels", "cuda_kernels"]
+__all__ = ["available", "bind", "cpu_kernels", "cuda_kernels", "library"]
 
 _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
@@ -26,6 +26,11 @@ _twins_for_cuda = False  # the compiled CUDA half cannot serve
 def available() -> bool:
     """Whether the compiled ops are loaded."""
     return _dll is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """The extension's plain C functions, or None where it is absent."""
+    return _dll
 
 
 def cuda_kernels() -> bool:
@@ -133,6 +138,10 @@ def _scatter_rows_(out, src, index):
     return None
 
 
+def _survivors_(keep, cu_seqlens, counts, state, out_cu_seqlens, token_dest, out_counts, out_state):
+    return None
+
+
 def _unknown_size() -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
@@ -197,6 +206,7 @@ _FAKES: dict[str, Callable] = {
     "compact_lead": _compact,
     "gather_rows": _gather_rows,
     "scatter_rows_": _scatter_rows_,
+    "survivors_": _survivors_,
     "pack_lead": _pack_lead,
     "unpack_lead": _unpack_lead,
     "lead_attention": _lead_attention,

@@ -109,6 +109,9 @@ def test_library_loads_without_cuda():
     for line in dynamic("-D").splitlines():
         if "aoti_torch_get_current_cuda_stream" in line:
             assert " w " in line, "this symbol exists in CUDA builds of torch alone and must stay weak"
+        # The runtime is linked statically; cudaXxx and cuXxx are its and the driver's names.
+        name = line.split()[-1]
+        assert not (" U " in line and name.startswith("cu")), f"{name} would have to come from CUDA at load"
 
 
 # --- setup.py ------------------------------------------------------------------------------------------------------

@@ -70,6 +70,29 @@ struct LeadArgs {
   int64_t total = 0;
 };
 
+// One value of every row: a state array of survivors_. Items are 4 or 8 bytes wide and are moved, never looked at.
+struct RowState {
+  const char* in = nullptr;
+  char* out = nullptr;
+  int32_t bytes = 4;
+};
+
+constexpr int64_t kMaxStates = 32;  // travels to the kernel by value
+
+// Rows layout with fixed capacities; counts = {live rows, live tokens} is a value on the device.
+struct SurvivorsArgs {
+  const uint8_t* keep = nullptr;
+  const int32_t* cu_seqlens = nullptr;
+  const int32_t* counts = nullptr;
+  int64_t cap_rows = 0;
+  int64_t cap_tokens = 0;
+  int32_t* out_cu_seqlens = nullptr;
+  int32_t* token_dest = nullptr;
+  int32_t* out_counts = nullptr;
+  int32_t n_states = 0;
+  RowState states[kMaxStates];
+};
+
 enum Part : int32_t { kFirst = 0, kOthers = 1, kAll = 2 };
 
 struct AttentionArgs {

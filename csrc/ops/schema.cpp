@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(consistentee, m) {
   m.def("compact_lead(Tensor hidden_states, Tensor cu_seqlens, Tensor keep) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gather_rows(Tensor x, Tensor index) -> Tensor");
   m.def("scatter_rows_(Tensor(a!) out, Tensor src, Tensor index) -> ()");
+  m.def(
+      "survivors_(Tensor keep, Tensor cu_seqlens, Tensor counts, Tensor[] state, Tensor(a!) out_cu_seqlens, "
+      "Tensor(b!) token_dest, Tensor(c!) out_counts, Tensor(d!)[] out_state) -> ()");
   m.def("pack_lead(Tensor padded, Tensor lengths, int? total_tokens=None) -> Tensor");
   m.def("unpack_lead(Tensor packed, Tensor cu_seqlens, int max_seqlen) -> Tensor");
   m.def(

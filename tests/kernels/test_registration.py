@@ -37,6 +37,10 @@ def samples(device="cpu"):
     yield "gather_rows", (randn(6, 2, 3), ints(5, 0)), FULL
     yield "gather_rows", (randn(6, 8)[:, 2:5], ints(5, 0, dtype=torch.int64)), FULL
     yield "scatter_rows_", (randn(6, 4), randn(2, 4), ints(5, 0)), FULL
+    for keep in (all_kept, some_kept, some_kept.to(torch.int8)):
+        state, out_state = [ints(4, 5, 6), randn(3)], [ints(0, 0, 0), randn(3)]
+        outs = ints(*[7] * 4), ints(*[7] * 8), ints(7, 7)
+        yield "survivors_", (keep, cu, ints(3, 6), state, *outs, out_state), FULL
     yield "pack_lead", (randn(3, 4, 5), lengths, 6), FULL
     yield "pack_lead", (randn(3, 4, 5), lengths, None), FULL
     yield "unpack_lead", (randn(6, 5), cu, 4), FULL

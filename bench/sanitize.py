@@ -1,0 +1,173 @@
+"""Every compiled CUDA op once over awkward shapes, for a sanitizer to watch. Results are not compared: tests do that.
+
+    compute-sanitizer --tool memcheck  python -m engine.bench.sanitize
+    compute-sanitizer --tool racecheck python -m engine.bench.sanitize
+    compute-sanitizer --tool initcheck python -m engine.bench.sanitize
+    compute-sanitizer --tool synccheck python -m engine.bench.sanitize
+
+torch's caching allocator hides overruns inside its blocks from memcheck: set PYTORCH_NO_CUDA_MEMORY_CACHING=1 there.
+Only what the ops define is read back, so that initcheck has nothing to say about spare capacity.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from engine.kernels import attention, exits, extension, graphs, packing
+from engine.kernels.survivors import survivors_
+
+LENGTHS = ([1], [3, 1, 5, 2, 7], [2] * 40, [1, 31, 32, 33, 64, 65, 150], [130] * 9)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SCAN_ROWS = (0, 1, 31, 33, 255, 256, 257, 1023, 1025, 2500)  # around warp, block and round of the scans
+
+
+def _ints(values, device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def run_packing(device: str) -> None:
+    for lengths in LENGTHS:
+        sizes = _ints(lengths, device)
+        cu_seqlens, total, width = packing.prefix_sum(sizes), sum(lengths), max(lengths) + 2
+        for dtype in DTYPES:
+            for columns in (1, 7, 384):
+                padded = torch.ones(len(lengths), width, columns, device=device).to(dtype)
+                x = packing.pack_lead(padded, sizes, total)
+                packing.unpack_lead(x, cu_seqlens, width)
+                for share in (0.0, 0.5, 1.0):
+                    keep = torch.rand(len(lengths), device=device) < share
+                    packing.compact_rows(x, cu_seqlens, keep)
+                    packing.compact_lead(x, cu_seqlens, keep)
+                index = torch.randint(0, total, (2 * total,), device=device)
+                packing.scatter_rows_(torch.zeros_like(x), packing.gather_rows(x, index)[:total], index[:total])
+    for rows in SCAN_ROWS:
+        packing.prefix_sum(torch.ones(rows, dtype=torch.int32, device=device))
+
+
+def run_survivors(device: str) -> None:
+    for rows in SCAN_ROWS:
+        for spare in (0, 100):
+            for share in (0.0, 0.5, 1.0):
+                lengths = torch.randint(0, 9, (rows,)).tolist()
+                cap_rows, cap_tokens = rows + spare, sum(lengths) + 7 * spare
+                cu_seqlens = packing.prefix_sum(_ints(lengths + [0] * spare, device))
+                keep = torch.rand(cap_rows, device=device) < share
+                state = [torch.zeros(cap_rows, dtype=dtype, device=device) for dtype in (torch.int32, torch.float64)]
+                survivors_(
+                    keep,
+                    cu_seqlens,
+                    _ints([rows, sum(lengths)], device),
+                    state,
+                    torch.empty_like(cu_seqlens),
+                    torch.empty(cap_tokens, dtype=torch.int32, device=device),
+                    _ints([0, 0], device),
+                    [torch.empty_like(s) for s in state],
+                )
+
+
+def run_attention(device: str) -> None:
+    parts = (attention.FIRST_TOKENS, attention.OTHER_TOKENS, attention.ALL_TOKENS)
+    for lengths in LENGTHS:
+        cu_seqlens, total = packing.prefix_sum(_ints(lengths, device)), sum(lengths)
+        for dtype in DTYPES:
+            for heads, d in ((2, 32), (3, 12), (1, 200)):
+                query, key, value = torch.randn(total, 3 * heads * d, device=device).to(dtype).split(heads * d, 1)
+                bias = torch.randn(heads, 2 * max(lengths) - 1, device=device)
+                for part in parts:
+                    for rows in (None, _ints([len(lengths) - 1, 0], device)):
+                        attention.lead_attention(query, key, value, cu_seqlens, rows, heads, 0.3, part)
+                        attention.lead_attention(query, key, value, cu_seqlens, rows, heads, 0.3, part, bias)
+
+
+def run_exits(device: str) -> None:
+    for dtype in DTYPES:
+        for n, hidden, width in ((0, 8, 4), (1, 384, 32), (3, 33, 5), (70, 64, 32), (5, 1, 1)):
+
+            def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(shape, device=device).to(dtype)
+
+            first, square, row = made(n, hidden), made(hidden, hidden), made(hidden)
+            policy = (made(width, hidden), made(width), made(1, width), made(1))
+            exits.exit_policy(first, None, None, *policy)
+            exits.exit_policy(first, square, row, *policy)
+            exits.add_layer_norm(first, first, row, row, 1e-5)
+            ids = torch.arange(n, device=device) % hidden
+            exits.embed_layer_norm(ids, None, ids, square, None, square, row, row, 1e-5)
+            exits.embed_layer_norm(ids, ids, ids, square, square, square, row, row, 1e-5)
+
+
+def run_graph(device: str) -> None:
+    """Nested conditional nodes and a switch, replayed with every value. The CPU rehearses."""
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    builder = graphs.GraphBuilder()
+    flags, x = _ints([1, 1, 0], device), torch.zeros(4, device=device)
+
+    def record() -> None:
+        with builder.when(flags[:1]):
+            x[0:1].add_(1)
+            with builder.when(flags[1:2]):
+                x[1:2].add_(1)
+            with builder.choose(flags[2:], 2) as cases:
+                for k in range(2):
+                    with cases.case(k):
+                        x[2 + k : 3 + k].add_(1)
+
+    if stream is None:
+        with builder.rehearse():
+            record()
+        return
+    torch.cuda.synchronize()
+    with builder.capture(stream):
+        record()
+    graph = builder.instantiate()
+    for values in ([1, 1, 0], [1, 0, 1], [0, 1, 0], [1, 1, 9]):
+        flags.copy_(_ints(values, device))
+        torch.cuda.synchronize()
+        graph.launch(stream)
+    torch.cuda.synchronize()
+
+
+RUNS: dict[str, Callable[[str], None]] = {
+    "packing": run_packing,
+    "survivors": run_survivors,
+    "attention": run_attention,
+    "exits and norms": run_exits,
+    "graph": run_graph,
+}
+
+
+def problems(device: str) -> Iterator[str]:
+    if not extension.available():
+        yield "the extension is not built"
+    elif device == "cuda" and not (torch.cuda.is_available() and extension.cuda_kernels()):
+        yield "no CUDA device that the extension can use"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: does this script run at all")
+    parser.add_argument("--only", choices=tuple(RUNS), help="one group of ops")
+    chosen = parser.parse_args(arguments)
+    for problem in problems(chosen.device):
+        raise SystemExit(f"nothing to sanitize: {problem}")
+    torch.manual_seed(0)
+    for name, run in RUNS.items():
+        if chosen.only not in (None, name):
+            continue
+        if name == "graph":
+            needed = graphs.conditional_nodes_problem if chosen.device == "cuda" else graphs.builder_problem
+            if (reason := needed()) is not None:
+                print(f"{name}: left out, {reason}")
+                continue
+        run(chosen.device)
+        if chosen.device == "cuda":
+            torch.cuda.synchronize()
+        print(f"{name}: ran", flush=True)
+
+
+if __name__ == "__main__":
+    main()
