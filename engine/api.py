@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from engine.executors.base import TokenRow
 from engine.inputs import InputReader
 from engine.kernels.linear import own_rows
 from engine.models.encoder import MultiExitEncoder
-from engine.options import OptionsReader, move_options, select_rows
+from engine.options import OptionsReader, select_rows
 from engine.results import Classification, RunStats
 
 # Tokens per micro-batch: activations of one layer stay near the last-level cache of a small machine.
@@ -114,20 +114,36 @@ class Engine:
             raise ValueError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
         plan = _micro_batches([len(row.ids) for row in rows], batch_tokens)
         if len(plan) == 1:
-            outputs = self._run_micro_batch(rows, options)
+            outputs = self._start(rows, options)()
         else:
             outputs = self._run_all(rows, plan, options, progress)
         return self._results(outputs, sum(len(row.ids) for row in rows), len(plan), started)
 
     # -- micro-batches -------------------------------------------------------------------------------------------
 
-    def _run_micro_batch(self, rows: list[TokenRow], options: ExitOptions) -> RowOutputs:
+    def _start(self, rows: list[TokenRow], options: ExitOptions) -> Callable[[], RowOutputs]:
+        """Start one micro-batch; calling what comes back waits for its results. Too large for memory: in halves."""
         weight = self._model.exits.classifiers[0].weight
         device, exact = weight.device, own_rows(weight.device, weight.dtype)
-        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device, exact)
-        if device.type != "cpu":
-            options = move_options(options, device)
-        return self.executor.run(batch, options)
+        if self.executor.batch_layout == "rows":  # it stages batches itself
+            device = torch.device("cpu")
+        first = self._model.family.first_position
+        try:
+            batch = PackedBatch.from_rows(rows, first, device, exact, self.executor.batch_layout)
+            return self.executor.submit(batch, options.to(device))
+        except torch.OutOfMemoryError as error:
+            tokens = sum(len(row.ids) for row in rows)
+            if len(rows) == 1:
+                raise RuntimeError(
+                    f"out of memory on {weight.device} for a single row of {tokens} tokens ({error}): free memory, or "
+                    "load the model in a smaller dtype"
+                ) from error
+        torch.cuda.empty_cache()
+        middle = len(rows) // 2
+        parts = [(rows[:middle], range(middle)), (rows[middle:], range(middle, len(rows)))]
+        halves = [self._start(half, select_rows(options, list(indices)))() for half, indices in parts]
+        outputs = RowOutputs(*(torch.cat(column) for column in zip(*halves, strict=True)))
+        return lambda: outputs
 
     def _run_all(
         self, rows: list[TokenRow], plan: list[list[int]], options: ExitOptions, progress: bool | None
@@ -144,9 +160,16 @@ class Engine:
             delay=_PROGRESS_AFTER_S if progress is None else 0,
         )
         with bar:
+            waiting: Callable[[], RowOutputs] | None = None
             for indices in plan:
-                parts.append(self._run_micro_batch([rows[i] for i in indices], select_rows(options, indices)))
-                bar.update(len(indices))
+                # The next one is packed, and on its way, while the device works on this one.
+                started = self._start([rows[i] for i in indices], select_rows(options, indices))
+                if waiting is not None:
+                    parts.append(waiting())
+                    bar.update(len(parts[-1].logits))
+                waiting = started
+            parts.append(waiting())
+            bar.update(len(parts[-1].logits))
         order = torch.tensor([i for indices in plan for i in indices])
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))

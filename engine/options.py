@@ -154,14 +154,3 @@ def select_rows(options: ExitOptions, indices: list[int]) -> ExitOptions:
         shallowest=int(least.min()),
         deepest=int(most.max()),
     )
-
-
-def move_options(options: ExitOptions, device: torch.device) -> ExitOptions:
-    script = options.exit_layers
-    return replace(
-        options,
-        threshold=options.threshold.to(device),
-        min_depth=options.min_depth.to(device),
-        max_depth=options.max_depth.to(device),
-        exit_layers=None if script is None else script.to(device),
-    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -50,6 +50,17 @@ def _integers(values: list[int], dtype: torch.dtype, device: torch.device) -> Te
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
+class AtOnce:
+    """For executors that are done with a batch when ``run`` returns. batch_layout: how they want it."""
+
+    batch_layout = "lead"
+
+    def submit(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
+        """Start a batch; calling what comes back waits for its results: here they are already there."""
+        outputs = self.run(batch, options)
+        return lambda: outputs
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """B rows of n_1 ... n_B tokens (T in all) without padding, in the *lead layout*, in buffers of R >= T rows.
@@ -58,6 +69,9 @@ class PackedBatch:
     B + (cu_seqlens[i] - i) ... B + (cu_seqlens[i+1] - i - 1). First tokens decide and are classified, the others only
     serve them: each group is one contiguous slice, so that serving the first tokens first costs no gather. Rows from T
     on are spare (``capacity``): they are computed and never read.
+
+    With layout "rows" the tokens of each row stand end to end instead, row i at cu_seqlens[i] ... cu_seqlens[i+1] - 1,
+    and there are no spare rows.
 
     input_ids       int64 [R]
     token_type_ids  int64 [R], None where all are 0
@@ -71,34 +85,49 @@ class PackedBatch:
     positions: Tensor
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
+    layout: str = "lead"
 
     @classmethod
     def from_rows(
-        cls, rows: list[TokenRow], first_position: int, device: torch.device, exact: int = 0
+        cls, rows: list[TokenRow], first_position: int, device: torch.device, exact: int = 0, layout: str = "lead"
     ) -> PackedBatch:
         """rows: one or more, none of them empty. exact: see ``ladder``."""
         sequences = [row.ids for row in rows]
         lengths = tuple(map(len, sequences))
         tokens = sum(lengths)
-        spare = capacity(len(rows), tokens, exact) - tokens
+        lead = layout == "lead"
+        spare = capacity(len(rows), tokens, exact) - tokens if lead else 0
         count = list(range(first_position, first_position + max(lengths)))
 
-        def lead(sequences: list[list[int]], filler: int) -> Tensor:
-            packed = [s[0] for s in sequences]
+        def pack(sequences: list[list[int]], filler: int) -> Tensor:
+            packed = [s[0] for s in sequences] if lead else []
             for s in sequences:
-                packed += s[1:]
+                packed += s[1:] if lead else s
             return _integers(packed + [filler] * spare, torch.int64, device)
 
         types = None
         if any(row.types is not None for row in rows):
-            types = lead([row.types or [0] * len(row.ids) for row in rows], 0)
+            types = pack([row.types or [0] * len(row.ids) for row in rows], 0)
         return cls(
-            input_ids=lead(sequences, sequences[0][0]),
+            input_ids=pack(sequences, sequences[0][0]),
             token_type_ids=types,
-            positions=lead([count[:n] for n in lengths], first_position),
+            positions=pack([count[:n] for n in lengths], first_position),
             cu_seqlens=_integers([0, *accumulate(lengths)], torch.int32, device),
             lengths=lengths,
+            layout=layout,
         )
+
+    def to_lead(self, device: torch.device) -> PackedBatch:
+        """This batch in lead layout on ``device``, without spare rows."""
+        if self.layout == "lead":
+            return self
+        starts = self.cu_seqlens[:-1].long()
+        others = torch.ones(sum(self.lengths), dtype=torch.bool)
+        others[starts] = False
+        order = torch.cat([starts, others.nonzero()[:, 0]])
+        fields = (self.input_ids, self.token_type_ids, self.positions)
+        ids, types, positions = (None if x is None else x[order].to(device) for x in fields)
+        return PackedBatch(ids, types, positions, self.cu_seqlens.to(device), self.lengths)
 
 
 @dataclass(frozen=True)
@@ -138,6 +167,19 @@ class ExitOptions:
     def _begin(self) -> dict[str, Tensor]:
         script = None if self.exit_layers is None else self.exit_layers.clone()
         return self.criterion.begin(self.threshold.clone(), script)
+
+    def to(self, device: torch.device) -> ExitOptions:
+        """The same on ``device``."""
+        if device == self.threshold.device:
+            return self
+        script = self.exit_layers
+        return replace(
+            self,
+            threshold=self.threshold.to(device),
+            min_depth=self.min_depth.to(device),
+            max_depth=self.max_depth.to(device),
+            exit_layers=None if script is None else script.to(device),
+        )
 
     def reads_exit(self, layer: int) -> bool:
         """Whether the exit at ``layer`` matters to any row: to decide, or because a row's max_depth may end there."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.criteria import ExitReading
-from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, capacity, ladder
+from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs, capacity, ladder
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
 from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS
 from engine.kernels.exits import embed_layer_norm, exit_policy
@@ -26,7 +26,7 @@ def first_tokens_first(rows: int, tokens: int, leave_rate: float) -> bool:
     return 0.75 * leave_rate * (tokens - rows) > _SECOND_PASS_TOKENS
 
 
-class PackedExecutor:
+class PackedExecutor(AtOnce):
     """Runs a MultiExitEncoder on packed rows, on the device and in the dtype of its weights."""
 
     name = "packed"

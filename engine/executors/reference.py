@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.criteria import ExitReading
-from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
+from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs
 from engine.kernels.packing import unpack_lead
 from engine.models.encoder import MultiExitEncoder
 
@@ -32,7 +32,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-class ReferenceExecutor:
+class ReferenceExecutor(AtOnce):
     """Same meaning as every other executor, none of the speed."""
 
     name = "reference"

@@ -25,9 +25,20 @@ class Heads(NamedTuple):
     position_bias: Tensor | None
 
 
+class PlainLinear(NamedTuple):
+    """A product as it stands: weight [N, K] as in nn.Linear, bias [N]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One layer. qkv: the three projections as one product [3 H, H]; norms as (weight, bias, eps)."""
+    """One layer. qkv: the three projections as one product [3 H, H]; norms as (weight, bias, eps).
+
+    Products are PackedLinear, or PlainLinear for who multiplies with kernels of its own and asks for ``derive(...,
+    PlainLinear)``: then ``finish`` and the blocks have nothing to call.
+    """
 
     qkv: PackedLinear
     attention_output: PackedLinear
@@ -191,8 +202,13 @@ def _pair(linear: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def derive(model: MultiExitEncoder) -> EncoderWeights:
-    """Pack all weights of ``model``. Layers' products are copies, everything else is the module's own storage."""
+def derive(model: MultiExitEncoder, product: type[PackedLinear] | type[PlainLinear] = PackedLinear) -> EncoderWeights:
+    """Pack all weights of ``model``. Layers' packed products are copies, and so is every qkv; everything else is the
+    module's own storage."""
+
+    def linear(module: nn.Module) -> PackedLinear | PlainLinear:
+        return product(*_pair(module))
+
     backbone, family, config = model.encoder_backbone, model.family, model.config
     embeddings = backbone.embeddings
     layers = []
@@ -201,11 +217,11 @@ def derive(model: MultiExitEncoder) -> EncoderWeights:
         projections = [effective_linear(m) for m in (parts.query, parts.key, parts.value)]
         layers.append(
             LayerWeights(
-                qkv=PackedLinear(torch.cat([w for w, _ in projections]), torch.cat([b for _, b in projections])),
-                attention_output=PackedLinear(*effective_linear(parts.attention_output)),
+                qkv=product(torch.cat([w for w, _ in projections]), torch.cat([b for _, b in projections])),
+                attention_output=linear(parts.attention_output),
                 attention_norm=_norm(parts.attention_norm),
-                intermediate=PackedLinear(*effective_linear(parts.intermediate)),
-                output=PackedLinear(*effective_linear(parts.output)),
+                intermediate=linear(parts.intermediate),
+                output=linear(parts.output),
                 output_norm=_norm(parts.output_norm),
             )
         )
@@ -215,7 +231,7 @@ def derive(model: MultiExitEncoder) -> EncoderWeights:
         policy = model.exits.policies[k] if k < config.num_exits - 1 else None
         exits[layer] = ExitWeights(
             pooler=None if pooler is None else _pair(pooler),
-            classifier=PackedLinear(*effective_linear(model.exits.classifiers[k])),
+            classifier=linear(model.exits.classifiers[k]),
             policy=None if policy is None else (*_pair(policy.dense), *_pair(policy.out)),
         )
     bias = family.relative_bias(backbone, config.max_length)
@@ -247,9 +263,12 @@ class WatchedWeights:
     The look costs one read of the weights: 3 ms for 10 M parameters.
     """
 
-    def __init__(self, model: MultiExitEncoder, watching: bool):
+    def __init__(
+        self, model: MultiExitEncoder, watching: bool, product: type[PackedLinear] | type[PlainLinear] = PackedLinear
+    ):
         self.model = model
         self.watching = watching
+        self._product = product
         self._lock = threading.Lock()
         self._held: tuple[EncoderWeights, tuple | None] | None = None  # weights, and the state they were derived from
         self._listing: tuple[list, list, list] = ([], [], [])
@@ -266,7 +285,7 @@ class WatchedWeights:
         with self._lock:
             self._listing = self._list()
             state = self._read_state()
-            weights = derive(self.model)
+            weights = derive(self.model, self._product)
             self._held = weights, state
             return weights
 

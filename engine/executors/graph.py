@@ -1,0 +1,448 @@
+"""A whole pass as one CUDA graph launch: decisions stay on the device, rows that leave are removed, nothing waits.
+
+The only file that knows CUDA graphs. A *program* is the fixed sequence of kernels for one capacity (rows, tokens, longest
+row); the live counts are values on the device that every kernel reads (``engine.kernels.gpu_*``), so one graph serves any
+batch up to its capacity and whatever is left of it behind each exit. Conditional nodes stand at stages: behind one at
+which no row is left, the rest of the pass is skipped; between two, empty kernels return at once.
+
+Where there is no CUDA device the same program runs step by step through the kernels' torch twins: what the tests hold
+against the other executors.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
+from engine.executors.packed import PackedExecutor
+from engine.executors.weights import EncoderWeights, ExitWeights, PlainLinear, WatchedWeights
+from engine.kernels.gpu_attention import varlen_attention_
+from engine.kernels.gpu_exit import ExitDestinations, ExitLimits, exit_norm_rows_, exit_rows_
+from engine.kernels.gpu_linear import linear_rows_
+from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
+from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
+from engine.kernels.survivors import survivors_
+from engine.models.encoder import MultiExitEncoder
+
+_ROWS, _TOKENS = 0, 1  # what ``counts`` holds, in this order
+
+# A nested IF costs 6.8 us where it is taken; a layer of empty kernels about 9. Measured on probes, not yet on this pass.
+_STAGE_LAYERS = 3
+_MAX_PROGRAMS = 64
+
+
+class Capacity(NamedTuple):
+    """What a program has room for."""
+
+    rows: int
+    tokens: int
+    longest: int
+
+
+def capacity_for(rows: int, tokens: int, longest: int, max_length: int) -> Capacity:
+    """The program that serves a batch: rows and tokens on a ladder of powers of two and their halves between (a step of at
+    most 1.5; what is too much costs programs that return at once), the longest row on powers of two from 32."""
+    return Capacity(_up(rows, 1), _up(tokens, 64), min(_power(longest, 32), max(max_length, longest)))
+
+
+def _power(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _up(n: int, least: int) -> int:
+    power = _power(n, least)
+    between = power // 4 * 3
+    return between if n <= between and between >= least else power
+
+
+class Steps(NamedTuple):
+    """What a program does, beside its capacity. reads: layers whose exit is read; criterion: of ``exit_rows_``."""
+
+    criterion: str
+    reads: tuple[int, ...]
+    deepest: int
+    token_types: bool
+
+
+class _Slot:
+    """Host memory of one batch in flight, both ways."""
+
+    def __init__(self, words: int, results: int, pinned: bool):
+        self.given = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
+        self.results = torch.zeros(results, dtype=torch.int32, pin_memory=pinned)
+        self.done = torch.cuda.Event() if pinned else None
+
+
+class _Always:
+    """Stands for a GraphBuilder where nothing is captured: every body runs, and finds no rows where there are none."""
+
+    @contextmanager
+    def when(self, flag: Tensor) -> Iterator[None]:
+        yield
+
+
+class _Arena:
+    """Activations of up to ``tokens`` tokens. One pass at a time uses them, so all programs share the largest made."""
+
+    def __init__(self, tokens: int, hidden: int, wide: int, like: Tensor):
+        def rows(width: int) -> Tensor:
+            return torch.zeros(tokens, width, dtype=like.dtype, device=like.device)
+
+        self.tokens = tokens
+        self.hidden, self.attended, self.x, self.projected = (rows(hidden) for _ in range(4))
+        self.qkv, self.inner = rows(3 * hidden), rows(wide)
+
+
+class _Program:
+    """The pass for one capacity: buffers that never move, and the graph that works on them."""
+
+    def __init__(self, weights: EncoderWeights, arena: _Arena, capacity: Capacity, steps: Steps, num_labels: int):
+        self.weights, self.arena, self.capacity, self.steps = weights, arena, capacity, steps
+        device, rows, tokens = weights.word.device, capacity.rows, capacity.tokens
+        self.device, self.num_labels = device, num_labels
+        self.graph: Graph | None = None
+        self._free: list[_Slot] = []
+        # What the host gives, in one piece: a segment a field, each at a multiple of 16 bytes.
+        sizes = {"counts": 2, "cu_seqlens": rows + 1, "row_ids": rows, "min_depth": rows, "max_depth": rows,
+                 "threshold_logit": rows, "script": rows, "input_ids": tokens, "positions": tokens,
+                 "token_type_ids": tokens}  # fmt: skip
+        self._segments: dict[str, slice] = {}
+        end = 0
+        for name, size in sizes.items():
+            self._segments[name] = slice(end, end + size)
+            end += -(-size // 4) * 4
+        self._given = torch.zeros(end, dtype=torch.int32, device=device)
+        given = {name: self._given[segment] for name, segment in self._segments.items()}
+        self._given_fields = given
+
+        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # Two of everything that an exit rewrites.
+        self._counts = (given["counts"], ints(2))
+        self._cu_seqlens = (given["cu_seqlens"], ints(rows + 1))
+        self._row_ids = (given["row_ids"], ints(rows))
+        self._token_dest = ints(tokens)
+        self._first, self._state = (torch.zeros_like(arena.hidden[:1]).repeat(rows, 1) for _ in range(2))
+        self._results = ints(rows * (num_labels + 2))
+        logits, layers, probs = self._results.split([rows * num_labels, rows, rows])
+        self._out = ExitDestinations(
+            logits=logits.view(torch.float32).view(rows, num_labels),
+            exit_layers=layers,
+            exit_probs=probs.view(torch.float32),
+            keep=ints(rows, dtype=torch.int8),
+        )
+
+    # -- the pass ------------------------------------------------------------------------------------------------
+
+    def record(self, builder: GraphBuilder | _Always) -> None:
+        """Everything between a batch's ids and its results, launched in order on the current stream."""
+        w, a, steps, given = self.weights, self.arena, self.steps, self._given_fields
+        tokens = self.capacity.tokens
+        hidden = a.hidden[:tokens]
+        now, left_behind = 0, False  # which of two buffers is live; whether rows can have left since the last stage
+        embed_layer_norm_rows_(
+            hidden,
+            given["input_ids"],
+            given["token_type_ids"] if steps.token_types else None,
+            given["positions"],
+            w.word,
+            w.token_type,
+            w.position,
+            *w.embedding_norm,
+            self._counts[now],
+        )
+        with ExitStack() as stages:
+            since = 0
+            for layer in range(1, steps.deepest + 1):
+                if left_behind and since >= _STAGE_LAYERS:
+                    stages.enter_context(builder.when(self._counts[now][:1]))
+                    since, left_behind = 0, False
+                since += 1
+                if layer == steps.deepest:
+                    self._last_layer(layer, now)
+                    break
+                x, projected = self._layer(layer, now)
+                norm = w.layers[layer - 1].output_norm
+                if layer not in steps.reads:
+                    add_layer_norm_rows_(hidden, projected, x, *norm, self._counts[now], _TOKENS)
+                    continue
+                self._exit(layer, now, x, projected, norm)
+                after = 1 - now
+                survivors_(
+                    self._out.keep,
+                    self._cu_seqlens[now],
+                    self._counts[now],
+                    [self._row_ids[now]],
+                    self._cu_seqlens[after],
+                    self._token_dest,
+                    self._counts[after],
+                    [self._row_ids[after]],
+                )
+                add_layer_norm_compact_(hidden, projected, x, *norm, self._counts[now], self._token_dest)
+                now, left_behind = after, True
+
+    def _layer(self, layer: int, now: int) -> tuple[Tensor, Tensor]:
+        """A layer up to its last Add & Norm: (x, projected), whose normed sum is its result."""
+        w, a, tokens = self.weights.layers[layer - 1], self.arena, self.capacity.tokens
+        counts = self._counts[now]
+        hidden, x, projected, inner = a.hidden[:tokens], a.x[:tokens], a.projected[:tokens], a.inner[:tokens]
+        attended = a.attended[:tokens]
+        self._attend(w.qkv, attended, now, first_only=False)
+        linear_rows_(projected, attended, *w.attention_output, counts, _TOKENS)
+        add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, counts, _TOKENS)
+        linear_rows_(inner, x, *w.intermediate, counts, _TOKENS, act="gelu")
+        linear_rows_(projected, inner, *w.output, counts, _TOKENS)
+        return x, projected
+
+    def _last_layer(self, layer: int, now: int) -> None:
+        """Nobody goes on: behind keys and values, first tokens alone, one a row."""
+        w, a, rows = self.weights.layers[layer - 1], self.arena, self.capacity.rows
+        counts = self._counts[now]
+        attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
+        self._attend(w.qkv, attended, now, first_only=True)
+        linear_rows_(projected, attended, *w.attention_output, counts, _ROWS)
+        add_layer_norm_rows_(
+            x, projected, a.hidden, *w.attention_norm, counts, _ROWS, residual_index=self._cu_seqlens[now]
+        )
+        linear_rows_(inner, x, *w.intermediate, counts, _ROWS, act="gelu")
+        linear_rows_(projected, inner, *w.output, counts, _ROWS)
+        self._exit(layer, now, x, projected, w.output_norm, compact=True)
+
+    def _attend(self, qkv: PlainLinear, attended: Tensor, now: int, first_only: bool) -> None:
+        a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
+        linear_rows_(a.qkv[:tokens], a.hidden[:tokens], *qkv, self._counts[now], _TOKENS)
+        varlen_attention_(
+            attended,
+            a.qkv[:tokens],
+            self._cu_seqlens[now],
+            self._counts[now],
+            heads.num_heads,
+            heads.scale,
+            self.capacity.longest,
+            heads.position_bias,
+            first_only,
+        )
+
+    def _exit(self, layer: int, now: int, x: Tensor, projected: Tensor, norm: tuple, compact: bool = False) -> None:
+        """The exit behind ``layer``, on each row's first token; compact: x and projected hold one row a row."""
+        exit_weights: ExitWeights = self.weights.exits[layer]
+        criterion = "last" if compact else self.steps.criterion
+        given, counts = self._given_fields, self._counts[now]
+        limits = ExitLimits(
+            self._row_ids[now],
+            given["min_depth"],
+            given["max_depth"],
+            given["threshold_logit"].view(torch.float32),
+            given["script"],
+            by_row_id=True,
+        )
+        index = None if compact else self._cu_seqlens[now]
+        decision = counts, layer, criterion, exit_weights.policy, tuple(exit_weights.classifier)
+        if exit_weights.pooler is None:
+            exit_norm_rows_(self._out, limits, projected, x, norm, *decision, index=index)
+            return
+        add_layer_norm_rows_(self._first, projected, x, *norm, counts, _ROWS, residual_index=index, x_index=index)
+        linear_rows_(self._state, self._first, *exit_weights.pooler, counts, _ROWS, act="tanh")
+        exit_rows_(self._out, limits, self._state, *decision)
+
+    # -- running it ----------------------------------------------------------------------------------------------
+
+    def capture(self, stream: torch.cuda.Stream) -> None:
+        """Rehearse (compiles what is not compiled, on no rows), then capture: inside, nothing may allocate."""
+        builder = GraphBuilder()
+        try:
+            with builder.rehearse(stream):
+                self.record(builder)
+            stream.synchronize()
+            with no_allocation(self.device), builder.capture(stream):
+                self.record(builder)
+            self.graph = builder.instantiate()
+            self.graph.upload(stream)
+        finally:
+            builder.close()
+
+    def submit(self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
+        """Put one batch on the stream. Calling what comes back waits for it and returns its RowOutputs."""
+        pinned = stream is not None
+        try:
+            slot = self._free.pop()
+        except IndexError:
+            slot = _Slot(self._given.shape[0], self._results.shape[0], pinned)
+        self._fill(slot.given, batch, options)
+        self._given.copy_(slot.given, non_blocking=True)
+        if self.graph is not None:
+            self.graph.launch(stream)
+        else:
+            self.record(_Always())
+        slot.results.copy_(self._results, non_blocking=True)
+        if slot.done is not None:
+            slot.done.record(stream)
+        n = len(batch.lengths)
+
+        def outputs() -> RowOutputs:
+            if slot.done is not None:
+                slot.done.synchronize()
+            rows = self.capacity.rows
+            logits, layers, probs = slot.results.split([rows * self.num_labels, rows, rows])
+            found = RowOutputs(
+                logits.view(torch.float32).view(rows, -1)[:n].clone(),
+                layers[:n].clone(),
+                probs.view(torch.float32)[:n].clone(),
+            )
+            self._free.append(slot)
+            return found
+
+        return outputs
+
+    def _fill(self, given: Tensor, batch: PackedBatch, options: ExitOptions) -> None:
+        n, tokens = len(batch.lengths), sum(batch.lengths)
+
+        def put(name: str, values: Tensor) -> None:
+            start = self._segments[name].start
+            given[start : start + len(values)] = values
+
+        put("counts", torch.tensor([n, tokens], dtype=torch.int32))
+        put("cu_seqlens", batch.cu_seqlens)
+        put("row_ids", torch.arange(n, dtype=torch.int32))
+        put("min_depth", options.min_depth)
+        put("max_depth", options.max_depth)
+        if options.exit_layers is not None:
+            put("script", options.exit_layers)
+        name = options.criterion.policy_threshold
+        if name is not None:
+            put("threshold_logit", options.begin()[name].view(torch.int32))
+        put("input_ids", batch.input_ids[:tokens])
+        put("positions", batch.positions[:tokens])
+        if batch.token_type_ids is not None:
+            put("token_type_ids", batch.token_type_ids[:tokens])
+
+
+class GraphExecutor:
+    """Runs a MultiExitEncoder whose device is a GPU, in fp16, bf16 or fp32. Batches and options stay on the host.
+
+    Falls back to ``packed``, with one warning that says why, where graphs cannot serve: no conditional nodes, a capture
+    that failed, a criterion that is neither a policy threshold nor a script, float64.
+    """
+
+    name = "graph"
+    batch_layout = "rows"
+
+    def __init__(self, model: MultiExitEncoder, watching: bool = True):
+        self._model = model
+        self.weights = WatchedWeights(model, watching, PlainLinear)
+        self._packed: PackedExecutor | None = None
+        self._problem: str | None = None
+        self._lock = threading.Lock()
+        self._held: EncoderWeights | None = None  # what the programs were made of
+        self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
+        self._arena: _Arena | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if model.device.type == "cuda":
+            self._problem = conditional_nodes_problem(model.device)
+            self._stream = torch.cuda.Stream(model.device)
+
+    def watch(self) -> None:
+        """From now on somebody else may change the module: look before every run."""
+        self.weights.watching = True
+        if self._packed is not None:
+            self._packed.watch()
+
+    def refresh(self) -> None:
+        """Read the module's weights again now; graphs are captured anew."""
+        self.weights.refresh()
+        if self._packed is not None:
+            self._packed.refresh()
+
+    def run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
+        """Exit layer, exit probability and class logits of every row, on the host. Waits once, for the results."""
+        return self.submit(batch, options)()
+
+    def submit(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
+        """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
+        with torch.inference_mode(), self._lock:
+            problem = self._problem or _unserved(self._model, options)
+            if problem is None:
+                try:
+                    program = self._program(batch, options)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    if self._stream is None:
+                        raise
+                    self._problem = problem = f"a capture failed ({error})"
+                else:
+                    return self._started(program, batch, options)
+        return self._fall_back(problem, batch, options)
+
+    def warmup(self, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool = False) -> None:
+        """Make the program of a batch of that size ready."""
+        with torch.inference_mode(), self._lock:
+            if (self._problem or _unserved(self._model, options)) is None:
+                self._program_of(rows, tokens, longest, options, token_types)
+
+    def _started(self, program: _Program, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
+        if self._stream is None:
+            return program.submit(batch, options, None)
+        with torch.cuda.stream(self._stream):
+            return program.submit(batch, options, self._stream)
+
+    def _program(self, batch: PackedBatch, options: ExitOptions) -> _Program:
+        longest = max(batch.lengths)
+        types = batch.token_type_ids is not None
+        return self._program_of(len(batch.lengths), sum(batch.lengths), longest, options, types)
+
+    def _program_of(
+        self, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool
+    ) -> _Program:
+        weights = self.weights.current()
+        if weights is not self._held:
+            self._programs.clear()
+            self._held = weights
+        config = self._model.config
+        capacity = capacity_for(rows, tokens, longest, config.max_length)
+        reads = tuple(k for k in config.exit_layers if k < options.deepest and options.reads_exit(k))
+        criterion = "policy" if options.criterion.policy_threshold is not None else "scripted"
+        steps = Steps(criterion, reads, options.deepest, token_types)
+        key = capacity, steps
+        program = self._programs.get(key)
+        if program is None:
+            program = _Program(weights, self._room(capacity, weights), capacity, steps, config.num_labels)
+            if self._stream is not None:
+                program.capture(self._stream)
+            self._programs[key] = program
+            while len(self._programs) > _MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return program
+
+    def _room(self, capacity: Capacity, weights: EncoderWeights) -> _Arena:
+        tokens = max(capacity.tokens, capacity.rows)
+        if self._arena is None or self._arena.tokens < tokens or self._arena.hidden.dtype != weights.word.dtype:
+            wide = weights.layers[0].intermediate.weight.shape[0]
+            self._arena = _Arena(tokens, weights.word.shape[1], wide, weights.word)
+        return self._arena
+
+    def _fall_back(self, problem: str, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
+        if self._packed is None:
+            warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=4)
+            self._packed = PackedExecutor(self._model, self.weights.watching)
+        device = self._model.device
+        outputs = self._packed.run(batch.to_lead(device), options.to(device))
+        return lambda: outputs
+
+
+def _unserved(model: MultiExitEncoder, options: ExitOptions) -> str | None:
+    if model.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernels take float16, bfloat16 and float32, not {str(model.dtype).removeprefix('torch.')}"
+    if options.criterion.policy_threshold is None and options.criterion.name != "scripted":
+        return f"criterion {options.criterion.name!r} is neither a threshold on the policy nor a script"
+    return None
