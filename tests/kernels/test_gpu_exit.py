@@ -204,7 +204,7 @@ def test_sizes(way, norm, hidden, neurons, classes, criterion):
     case.check(criterion, [True] * case.live, floor=5e-6)
 
 
-@pytest.mark.parametrize("programs", [1, 30, 528])
+@pytest.mark.parametrize("programs", [1, 30, 264])
 def test_programs_that_share_the_classes_of_a_row(way, monkeypatch, programs):
     """One, three and five programs a row decide the same and write every class once."""
     monkeypatch.setattr(gpu_exit, "_PROGRAMS", programs)
