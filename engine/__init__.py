@@ -40,7 +40,8 @@ def load(
 
     device    "auto" (the CPU: this release's executors are tuned there), or any torch device
     dtype     "auto" (float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
-    executor  "auto" (packed), "packed", or "reference"
+    executor  "auto" (packed), "packed", "reference", or "graph" (one CUDA graph a pass; written and tested step by step
+              on the CPU, not measured on a GPU yet)
     Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
     ValueError that names the file, tensor or key that is wrong.
     """

@@ -1,9 +1,9 @@
 """A whole pass as one CUDA graph launch: decisions stay on the device, rows that leave are removed, nothing waits.
 
-The only file that knows CUDA graphs. A *program* is the fixed sequence of kernels for one capacity (rows, tokens, longest
-row); the live counts are values on the device that every kernel reads (``engine.kernels.gpu_*``), so one graph serves any
-batch up to its capacity and whatever is left of it behind each exit. Conditional nodes stand at stages: behind one at
-which no row is left, the rest of the pass is skipped; between two, empty kernels return at once.
+The only file that knows CUDA graphs. A *program* is the fixed sequence of kernels for one capacity (rows, tokens,
+longest row); the live counts are values on the device that every kernel reads (``engine.kernels.gpu_*``), so one graph
+serves any batch up to its capacity and whatever is left of it behind each exit. Conditional nodes stand at stages:
+behind one at which no row is left, the rest of the pass is skipped; between two, empty kernels return at once.
 
 Where there is no CUDA device the same program runs step by step through the kernels' torch twins: what the tests hold
 against the other executors.
@@ -25,6 +25,7 @@ from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, ExitWeights, PlainLinear, WatchedWeights
 from engine.kernels.gpu_attention import varlen_attention_
+from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.gpu_exit import ExitDestinations, ExitLimits, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import linear_rows_
 from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
@@ -32,9 +33,7 @@ from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem
 from engine.kernels.survivors import survivors_
 from engine.models.encoder import MultiExitEncoder
 
-_ROWS, _TOKENS = 0, 1  # what ``counts`` holds, in this order
-
-# A nested IF costs 6.8 us where it is taken; a layer of empty kernels about 9. Measured on probes, not yet on this pass.
+# A nested IF costs 6.8 us where it is taken, a layer of empty kernels about 9: from probes, not yet from this pass.
 _STAGE_LAYERS = 3
 _MAX_PROGRAMS = 64
 
@@ -48,8 +47,8 @@ class Capacity(NamedTuple):
 
 
 def capacity_for(rows: int, tokens: int, longest: int, max_length: int) -> Capacity:
-    """The program that serves a batch: rows and tokens on a ladder of powers of two and their halves between (a step of at
-    most 1.5; what is too much costs programs that return at once), the longest row on powers of two from 32."""
+    """The program that serves a batch: rows and tokens on a ladder of powers of two and what stands halfway between (a
+    step of at most 1.5; what is too much costs programs that return at once), the longest row on powers of two."""
     return Capacity(_up(rows, 1), _up(tokens, 64), min(_power(longest, 32), max(max_length, longest)))
 
 
@@ -173,7 +172,7 @@ class _Program:
                 x, projected = self._layer(layer, now)
                 norm = w.layers[layer - 1].output_norm
                 if layer not in steps.reads:
-                    add_layer_norm_rows_(hidden, projected, x, *norm, self._counts[now], _TOKENS)
+                    add_layer_norm_rows_(hidden, projected, x, *norm, self._counts[now], TOKENS)
                     continue
                 self._exit(layer, now, x, projected, norm)
                 after = 1 - now
@@ -197,10 +196,10 @@ class _Program:
         hidden, x, projected, inner = a.hidden[:tokens], a.x[:tokens], a.projected[:tokens], a.inner[:tokens]
         attended = a.attended[:tokens]
         self._attend(w.qkv, attended, now, first_only=False)
-        linear_rows_(projected, attended, *w.attention_output, counts, _TOKENS)
-        add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, counts, _TOKENS)
-        linear_rows_(inner, x, *w.intermediate, counts, _TOKENS, act="gelu")
-        linear_rows_(projected, inner, *w.output, counts, _TOKENS)
+        linear_rows_(projected, attended, *w.attention_output, counts, TOKENS)
+        add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, counts, TOKENS)
+        linear_rows_(inner, x, *w.intermediate, counts, TOKENS, act="gelu")
+        linear_rows_(projected, inner, *w.output, counts, TOKENS)
         return x, projected
 
     def _last_layer(self, layer: int, now: int) -> None:
@@ -209,17 +208,17 @@ class _Program:
         counts = self._counts[now]
         attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
         self._attend(w.qkv, attended, now, first_only=True)
-        linear_rows_(projected, attended, *w.attention_output, counts, _ROWS)
+        linear_rows_(projected, attended, *w.attention_output, counts, ROWS)
         add_layer_norm_rows_(
-            x, projected, a.hidden, *w.attention_norm, counts, _ROWS, residual_index=self._cu_seqlens[now]
+            x, projected, a.hidden, *w.attention_norm, counts, ROWS, residual_index=self._cu_seqlens[now]
         )
-        linear_rows_(inner, x, *w.intermediate, counts, _ROWS, act="gelu")
-        linear_rows_(projected, inner, *w.output, counts, _ROWS)
+        linear_rows_(inner, x, *w.intermediate, counts, ROWS, act="gelu")
+        linear_rows_(projected, inner, *w.output, counts, ROWS)
         self._exit(layer, now, x, projected, w.output_norm, compact=True)
 
     def _attend(self, qkv: PlainLinear, attended: Tensor, now: int, first_only: bool) -> None:
         a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
-        linear_rows_(a.qkv[:tokens], a.hidden[:tokens], *qkv, self._counts[now], _TOKENS)
+        linear_rows_(a.qkv[:tokens], a.hidden[:tokens], *qkv, self._counts[now], TOKENS)
         varlen_attention_(
             attended,
             a.qkv[:tokens],
@@ -250,8 +249,8 @@ class _Program:
         if exit_weights.pooler is None:
             exit_norm_rows_(self._out, limits, projected, x, norm, *decision, index=index)
             return
-        add_layer_norm_rows_(self._first, projected, x, *norm, counts, _ROWS, residual_index=index, x_index=index)
-        linear_rows_(self._state, self._first, *exit_weights.pooler, counts, _ROWS, act="tanh")
+        add_layer_norm_rows_(self._first, projected, x, *norm, counts, ROWS, residual_index=index, x_index=index)
+        linear_rows_(self._state, self._first, *exit_weights.pooler, counts, ROWS, act="tanh")
         exit_rows_(self._out, limits, self._state, *decision)
 
     # -- running it ----------------------------------------------------------------------------------------------

@@ -1,0 +1,316 @@
+"""The graph executor's pass against the other executors: step by step on the CPU, captured where there is a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import engine
+from engine.criteria import Policy
+from engine.executors import graph as graph_module
+from engine.executors.graph import Capacity, capacity_for
+from tests.test_executors import FP32, compare, random_options
+from tests.tiny import FAMILIES, MAX_LENGTH, POOLERS, assert_same, padded, random_rows, tiny_model
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        from engine.kernels.graphs import conditional_nodes_problem
+
+        if reason := conditional_nodes_problem():
+            pytest.skip(reason)
+    return request.param
+
+
+def both(model):
+    return engine.from_module(model, executor="graph"), engine.from_module(model, executor="reference")
+
+
+# -- the same answers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exits", [None, (2, 4)], ids=["all exits", "exits 2 and 4"])
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_equals_reference(family, pooler, exits, device):
+    model = tiny_model(family, pooler, exits).to(device)
+    fast, oracle = both(model)
+    borderline = total = 0
+    seen = set()
+    for seed, size in enumerate((1, 2, 9, 60)):
+        rows = random_rows(size, seed=seed)
+        for kind in ("plain", "threshold", "depths", "scripted"):
+            options = random_options(kind, size, model.config.exit_layers, seed)
+            want = oracle.run(padded(rows), **options)
+            got = fast.run(padded(rows), batch_tokens=10**6, **options)
+            borderline += compare(model, got, want, rows, options, FP32)
+            total += size
+            seen |= set(got.exit_layers.tolist())
+    assert seen == set(model.config.exit_layers)
+    assert borderline <= max(1, total // 200)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_errs_no_more_than_hugging_face(dtype, device):
+    model = tiny_model().to(device)
+    rows = random_rows(60, seed=3)
+    options = random_options("scripted", 60, model.config.exit_layers, 4)
+    fast, oracle = both(model)
+    exact = oracle.run(padded(rows), **options)
+    model.to(dtype)
+    plain, got = oracle.run(padded(rows), **options), fast.run(padded(rows), **options)
+    assert torch.equal(got.exit_layers, exact.exit_layers)
+    error, allowed = ((x.logits - exact.logits).abs() for x in (got, plain))
+    assert float(allowed.max()) > 0, "the model ran in full precision"
+    assert float(error.max()) <= 3 * float(allowed.max()) + 1e-3
+
+
+@pytest.mark.parametrize("layer", [1, 4], ids=["all leave at once", "nobody leaves"])
+def test_extremes(layer, device):
+    fast, oracle = both(tiny_model().to(device))
+    rows = random_rows(20)
+    options = dict(criterion="scripted", exit_layers=layer)
+    got = fast.run(padded(rows), **options)
+    assert got.exit_layers.tolist() == [layer] * 20
+    torch.testing.assert_close(got.logits, oracle.run(padded(rows), **options).logits, **FP32)
+
+
+def test_a_row_says_the_same_in_any_batch(device):
+    fast = engine.from_module(tiny_model().to(device), executor="graph")
+    rows = random_rows(40)
+    whole = fast.run(padded(rows), batch_tokens=10**6)
+    for tokens in (1, 50, 200):
+        cut = fast.run(padded(rows), batch_tokens=tokens)
+        assert torch.equal(cut.exit_layers, whole.exit_layers)
+        torch.testing.assert_close(cut.logits, whole.logits, **FP32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13])
+def test_every_capacity_boundary(rows, device):
+    fast, oracle = both(tiny_model().to(device))
+    for tokens in (63, 64, 65, 96, 97, 128, 129):
+        lengths = [max(1, tokens // rows)] * rows
+        lengths[0] += max(0, tokens - sum(lengths))
+        if max(lengths) > MAX_LENGTH:
+            continue
+        generator = torch.Generator().manual_seed(tokens)
+        batch = [torch.randint(5, 60, (n,), generator=generator).tolist() for n in lengths]
+        got, want = (e.run(padded(batch), batch_tokens=10**6) for e in (fast, oracle))
+        assert torch.equal(got.exit_layers, want.exit_layers)
+        torch.testing.assert_close(got.logits, want.logits, **FP32)
+
+
+# -- programs ----------------------------------------------------------------------------------------------------
+
+
+def test_capacities():
+    assert capacity_for(1, 5, 5, 512) == Capacity(1, 64, 32)
+    assert capacity_for(5, 97, 33, 512) == Capacity(6, 128, 64)
+    assert capacity_for(32, 4096, 128, 512) == Capacity(32, 4096, 128)
+    assert capacity_for(33, 4097, 129, 200) == Capacity(48, 6144, 200)
+    for n in range(1, 3000):
+        for least in (1, 64):
+            found = graph_module._up(n, least)
+            assert n <= found <= max(least, 1.5 * n + 1)
+
+
+def test_a_capacity_is_made_once(device, monkeypatch):
+    fast = engine.from_module(tiny_model().to(device), executor="graph")
+    fast.executor.weights.watching = False
+    made = []
+    original = graph_module._Program.__init__
+    monkeypatch.setattr(graph_module._Program, "__init__", lambda *a, **k: (made.append(1), original(*a, **k))[1])
+    for size in (5, 6, 5, 6, 5):
+        fast.run(padded(random_rows(size, seed=size)), threshold=0.9)
+    first = len(made)
+    for size in (5, 6):
+        fast.run(padded(random_rows(size, seed=size)), threshold=0.1)  # a threshold is a value, not a program
+    assert 1 <= first <= 2 and len(made) == first
+
+
+def test_old_programs_go(device, monkeypatch):
+    monkeypatch.setattr(graph_module, "_MAX_PROGRAMS", 2)
+    fast, oracle = both(tiny_model().to(device))
+    for size in (1, 9, 30, 1, 9):
+        rows = random_rows(size, seed=size)
+        got, want = fast.run(padded(rows), batch_tokens=10**6), oracle.run(padded(rows), batch_tokens=10**6)
+        assert torch.equal(got.exit_layers, want.exit_layers)
+        assert len(fast.executor._programs) <= 2
+
+
+def test_weights_changed_in_place_and_replaced_are_seen(device):
+    model = tiny_model().to(device)
+    fast, oracle = both(model)
+    rows = random_rows(12)
+    fast.run(padded(rows))
+    with torch.no_grad():
+        model.encoder_backbone.encoder.layer[1].intermediate.dense.weight.mul_(1.5)
+        model.exits.classifiers[0].weight.mul_(-1.0)
+    torch.testing.assert_close(fast.run(padded(rows)).logits, oracle.run(padded(rows)).logits, **FP32)
+    model.load_state_dict({k: v.clone() for k, v in tiny_model(seed=9).to(device).state_dict().items()}, assign=True)
+    torch.testing.assert_close(fast.run(padded(rows)).logits, oracle.run(padded(rows)).logits, **FP32)
+
+
+# -- batches in flight -------------------------------------------------------------------------------------------
+
+
+def test_results_of_a_batch_outlive_the_next(device):
+    fast = engine.from_module(tiny_model().to(device), executor="graph")
+    batches = [random_rows(7, seed=s) for s in range(3)]
+    alone = [fast.run(padded(b)) for b in batches]
+    waiting = []
+    for rows in batches:
+        read = fast._reader.read(padded(rows), False)
+        options = fast._options_reader.options(fast.config, 7, Policy(), None, None, None, None)
+        waiting.append(fast._start(read, options))
+    for found, want in zip(reversed([w() for w in reversed(waiting)]), alone, strict=True):
+        assert torch.equal(found.exit_layers, want.exit_layers)
+        torch.testing.assert_close(found.logits, want.logits)
+
+
+def test_threads(device):
+    fast = engine.from_module(tiny_model().to(device), executor="graph")
+    batches = [random_rows(5 + s, seed=s) for s in range(4)]
+    alone = [fast.run(padded(b)) for b in batches]
+    wrong = []
+
+    def work(k: int) -> None:
+        for _ in range(5):
+            got = fast.run(padded(batches[k]))
+            same = torch.equal(got.exit_layers, alone[k].exit_layers)
+            if not same or not torch.allclose(got.logits, alone[k].logits):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_too_large_for_memory_runs_in_halves(device, monkeypatch):
+    fast = engine.from_module(tiny_model().to(device), executor="graph")
+    rows = random_rows(20)
+    whole = fast.run(padded(rows), batch_tokens=10**6)
+    original, sizes = fast.executor.submit, []
+
+    def small_only(batch, options):
+        sizes.append(len(batch.lengths))
+        if len(batch.lengths) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(batch, options)
+
+    monkeypatch.setattr(fast.executor, "submit", small_only)
+    limit = 6
+    got = fast.run(padded(rows), batch_tokens=10**6)
+    assert sizes == [20, 10, 5, 5, 10, 5, 5]
+    assert torch.equal(got.exit_layers, whole.exit_layers)
+    torch.testing.assert_close(got.logits, whole.logits, **FP32)
+    limit = 0
+    with pytest.raises(RuntimeError, match="out of memory on .* a single row of .* tokens .*smaller dtype"):
+        fast.run(padded(rows), batch_tokens=10**6)
+
+
+# -- where graphs cannot serve -----------------------------------------------------------------------------------
+
+
+class Half(Policy):
+    """A threshold that an executor cannot compare for itself."""
+
+    name = "half"
+    policy_threshold = None
+
+
+def test_what_it_cannot_serve_is_packed_with_one_warning(device):
+    model = tiny_model().to(device)
+    fast, oracle = both(model)
+    rows = random_rows(12)
+    with pytest.warns(UserWarning, match="graph executor cannot serve .*'half' is neither .*packed serves instead"):
+        got = fast.run(padded(rows), criterion=Half())
+    assert_same(got, oracle.run(padded(rows), criterion=Half()), rtol=1e-4, atol=3e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast.run(padded(rows), criterion=Half(), min_depth=[1, 2] * 6)
+        fast.run(padded(rows))
+
+
+def test_float64_is_packed(device):
+    fast, oracle = both(tiny_model().double().to(device))
+    with pytest.warns(UserWarning, match="float16, bfloat16 and float32, not float64"):
+        got = fast.run(padded(random_rows(5)))
+    assert_same(got, oracle.run(padded(random_rows(5))), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_a_failing_capture_falls_back(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+    def fail(self, stream):
+        raise RuntimeError("CUDA: no luck")
+
+    monkeypatch.setattr(graph_module._Program, "capture", fail)
+    fast, oracle = both(tiny_model().cuda())
+    rows = random_rows(9)
+    with pytest.warns(UserWarning, match="a capture failed .*no luck.*packed serves instead"):
+        got = fast.run(padded(rows))
+    assert torch.equal(got.exit_layers, oracle.run(padded(rows)).exit_layers)
+
+
+@pytest.mark.gpu
+def test_a_pass_is_one_launch_without_host_synchronisation():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    fast = engine.from_module(tiny_model().cuda(), executor="graph")
+    fast.executor.weights.watching = False
+    rows = random_rows(9)
+    fast.run(padded(rows))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+            fast.run(padded(rows))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    launches = [event for event in profile.events() if event.name == "cudaGraphLaunch"]
+    assert len(launches) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_ten_thousand_batches_without_a_mismatch_or_growth():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    fast, oracle = both(tiny_model().cuda())
+    fast.executor.weights.watching = False
+    kinds = [(random_rows(size, seed=size), kind) for size in (1, 3, 8, 21, 60) for kind in ("plain", "scripted")]
+    cases = []
+    for rows, kind in kinds:
+        options = random_options(kind, len(rows), (1, 2, 3, 4), len(rows))
+        cases.append((padded(rows), options, oracle.run(padded(rows), **options)))
+        fast.run(cases[-1][0], **options)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    order = torch.randint(len(cases), (10_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    for k in order:
+        batch, options, want = cases[k]
+        got = fast.run(batch, **options)
+        assert torch.equal(got.exit_layers, want.exit_layers)
+        assert torch.allclose(got.logits, want.logits, rtol=1e-3, atol=1e-3)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_who_does_not_ask_for_graphs_imports_none_of_it():
+    code = "import sys, engine; assert not [m for m in sys.modules if 'executors.graph' in m or 'kernels.gpu_' in m]"
+    subprocess.run([sys.executable, "-c", code], check=True)
