@@ -123,7 +123,7 @@ def test_text_is_never_markup_nor_control(checkpoint):
         (["--pair", "one"], None, "two by two, got 1"),
         (["--threshold", "1.5", "text"], None, r"threshold must lie in [0, 1]"),
         (["--min-depth", "9", "text"], None, "between 1 and 4, got 9"),
-        (["--executor", "fast", "text"], None, "auto, packed, reference, got 'fast'"),
+        (["--executor", "fast", "text"], None, "auto, packed, reference, graph, got 'fast'"),
         (["--batch-tokens", "0", "text"], None, "positive integer, got 0"),
         ([" "], None, "row 0 is an empty string"),
         ([], b"fine\n\xff\xfe\n", "stdin, line 2: not UTF-8"),

@@ -593,7 +593,7 @@ def test_hub_ids(checkpoint, monkeypatch):
         (dict(dtype=torch.int64), ["dtype", "float32", "int64"]),
         (dict(dtype=[torch.float32]), ["dtype", "float32"]),
         (dict(dtype=None), ["dtype", "float32", "None"]),
-        (dict(executor="graph"), ["executor", "packed", "graph"]),
+        (dict(executor="fast"), ["executor", "packed", "graph", "fast"]),
         (dict(device="gpu"), ["device", "gpu"]),
         (dict(device="meta"), ["device", "meta"]),
         (dict(threshold=0.5), ["threshold"]),

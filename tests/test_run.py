@@ -137,7 +137,7 @@ def test_from_module_wants_a_multi_exit_model(model):
     for wrong in (tiny_backbone(), torch.nn.Linear(2, 2), None, "bert"):
         with pytest.raises(TypeError, match=f"MultiExitEncoder, got {type(wrong).__name__}"):
             engine.from_module(wrong)
-    for executor in ("graph", "", None, 3):
+    for executor in ("fast", "", None, 3):
         with pytest.raises((ValueError, TypeError), match="auto, packed, reference"):
             engine.from_module(model, executor=executor)
 
