@@ -85,9 +85,12 @@ def out_of_fold(
     """Log-probabilities [N, C] of every row from a full-depth model that was fine-tuned without it.
 
     The rows are cut at random into ``options.folds`` parts; ``restart`` gives ``model`` its initial weights again,
-    which every part's training starts from. Leaves the model trained for the last part.
+    which every part's training starts from. Leaves the model trained for the last part. ValueError for fewer rows than
+    parts.
     """
     config, n = model.config, len(data)
+    if n < options.folds:
+        raise ValueError(f"teacher.folds is {options.folds}, but there are only {n} training rows: choose fewer folds")
     part_of = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % options.folds
     alone = InitOptions(options.epochs, options.batch_size, options.learning_rate, last_exit_epochs=options.epochs)
     log_probs = torch.empty(n, config.num_labels)

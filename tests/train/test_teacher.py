@@ -62,6 +62,12 @@ def test_soft_labels_of_a_row_never_saw_its_label():
     assert not torch.equal(before[~own], after[~own])
 
 
+def test_more_folds_than_rows():
+    with pytest.raises(ValueError, match="teacher.folds is 5, but there are only 4 training rows"):
+        soft_labels(make(4), folds=5)
+    assert soft_labels(make(5), folds=5).shape == (5, 3)
+
+
 def test_soft_labels_stand_at_their_rows():
     """Each fold starts anew and its predictions land where its rows are: checked against a fold trained by hand."""
     data, model = make(), tiny_model()
