@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from engine.bench.record import RESULTS, write_result
 from engine.bench.timer import Timing, interleave
 from engine.console import show_table
+from engine.kernels.exits import add_layer_norm_ref, embed_layer_norm_ref
 from engine.kernels.gpu_attention import attention_configs_for, varlen_attention_
 from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.gpu_exit import (
@@ -44,9 +45,7 @@ from engine.kernels.gpu_exit import (
 from engine.kernels.gpu_linear import configs_for, linear_math, linear_rows_
 from engine.kernels.gpu_norms import (
     add_layer_norm_compact_,
-    add_layer_norm_math,
     add_layer_norm_rows_,
-    embed_layer_norm_math,
     embed_layer_norm_rows_,
 )
 
@@ -293,13 +292,13 @@ def norm_ops(m: _Maker) -> list[Op]:
 
     def plain_compact(t) -> Tensor:
         stay = t["stay"]
-        return add_layer_norm_math(t["x"][stay], t["residual"][stay], t["weight"], t["bias"], _EPS)
+        return add_layer_norm_ref(t["x"][stay], t["residual"][stay], t["weight"], t["bias"], _EPS)
 
     def plain_embed(t) -> Tensor:
-        return embed_layer_norm_math(*embed(t))
+        return embed_layer_norm_ref(*embed(t))
 
     def plain_norm(t) -> Tensor:
-        return add_layer_norm_math(*norm(t))
+        return add_layer_norm_ref(*norm(t))
 
     kept = (m.rows + 1) // 2 * m.seqlen
     row = hidden * size
@@ -346,7 +345,7 @@ def exit_ops(m: _Maker) -> list[Op]:
 
     def plain_norm(t) -> Tensor:
         first = t["first"]
-        return read(t, add_layer_norm_math(t["x"][first], t["residual"][first], t["weight"], t["bias"], _EPS))
+        return read(t, add_layer_norm_ref(t["x"][first], t["residual"][first], t["weight"], t["bias"], _EPS))
 
     def plain_state(t) -> Tensor:
         return read(t, t["state"])

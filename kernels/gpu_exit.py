@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.kernels.exits import add_layer_norm_ref
 from engine.kernels.gpu_common import (
     ROWS,
     UNALIGNED,
@@ -40,7 +41,6 @@ from engine.kernels.gpu_common import (
     runs_kernel,
     tl,
 )
-from engine.kernels.gpu_norms import add_layer_norm_math
 
 __all__ = [
     "CRITERIA",
@@ -142,7 +142,7 @@ def exit_norm_rows__ref(
 ) -> None:
     n = int(counts[ROWS])
     source = slice(n) if index is None else index[:n].long()
-    state = add_layer_norm_math(x[source], residual[source], *norm)
+    state = add_layer_norm_ref(x[source], residual[source], *norm)
     _decide(out, limits, state, layer, criterion, policy, classifier)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from engine.kernels.exits import add_layer_norm_ref, embed_layer_norm_ref
 from engine.kernels.gpu_common import (
     ROWS,
     TOKENS,
@@ -49,37 +49,6 @@ _INDEX = (torch.int32, torch.int64)
 # --- torch twins -----------------------------------------------------------------------------------------------------
 
 
-def layer_norm_math(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x in fp32 or wider -> its norm in ``dtype``."""
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
-
-
-def add_layer_norm_math(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The formula alone, for rows that are all live."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return layer_norm_math(x.to(wide) + residual.to(wide), weight, bias, eps, x.dtype)
-
-
-def embed_layer_norm_math(
-    input_ids: Tensor,
-    token_type_ids: Tensor | None,
-    positions: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> Tensor:
-    """The formula alone, for tokens that are all live."""
-    wide = torch.promote_types(word.dtype, torch.float32)
-    total = word[input_ids.long()].to(wide) + position[positions.long()].to(wide)
-    if token_type is not None:
-        types = token_type[0] if token_type_ids is None else token_type[token_type_ids.long()]
-        total = total + types.to(wide)
-    return layer_norm_math(total, weight, bias, eps, word.dtype)
-
-
 def embed_layer_norm_rows__ref(
     out: Tensor,
     input_ids: Tensor,
@@ -95,7 +64,7 @@ def embed_layer_norm_rows__ref(
 ) -> None:
     n = int(counts[TOKENS])
     types = None if token_type_ids is None else token_type_ids[:n]
-    out[:n] = embed_layer_norm_math(
+    out[:n] = embed_layer_norm_ref(
         input_ids[:n], types, positions[:n], word, token_type, position, weight, bias, eps
     )
 
@@ -115,7 +84,7 @@ def add_layer_norm_rows__ref(
     n = int(counts[which])
     rows = x[:n] if x_index is None else x[x_index[:n].long()]
     others = residual[:n] if residual_index is None else residual[residual_index[:n].long()]
-    out[:n] = add_layer_norm_math(rows, others, weight, bias, eps)
+    out[:n] = add_layer_norm_ref(rows, others, weight, bias, eps)
 
 
 def add_layer_norm_compact__ref(
@@ -130,7 +99,7 @@ def add_layer_norm_compact__ref(
 ) -> None:
     dest = token_dest[: int(counts_before[TOKENS])].long()
     stay = (dest >= 0).nonzero().squeeze(1)
-    out[dest[stay]] = add_layer_norm_math(x[stay], residual[stay], weight, bias, eps)
+    out[dest[stay]] = add_layer_norm_ref(x[stay], residual[stay], weight, bias, eps)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

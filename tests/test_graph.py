@@ -14,7 +14,7 @@ import engine
 from engine.criteria import Policy
 from engine.executors import graph as graph_module
 from engine.executors.graph import Capacity, capacity_for
-from tests.test_executors import FP32, compare, random_options
+from tests.test_executors import FP32, assert_equals_reference, random_options
 from tests.tiny import FAMILIES, MAX_LENGTH, POOLERS, assert_same, padded, random_rows, tiny_model
 
 
@@ -42,20 +42,7 @@ def both(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graph_equals_reference(family, pooler, exits, device):
     model = tiny_model(family, pooler, exits).to(device)
-    fast, oracle = both(model)
-    borderline = total = 0
-    seen = set()
-    for seed, size in enumerate((1, 2, 9, 60)):
-        rows = random_rows(size, seed=seed)
-        for kind in ("plain", "threshold", "depths", "scripted"):
-            options = random_options(kind, size, model.config.exit_layers, seed)
-            want = oracle.run(padded(rows), **options)
-            got = fast.run(padded(rows), batch_tokens=10**6, **options)
-            borderline += compare(model, got, want, rows, options, FP32)
-            total += size
-            seen |= set(got.exit_layers.tolist())
-    assert seen == set(model.config.exit_layers)
-    assert borderline <= max(1, total // 200)
+    assert_equals_reference(model, *both(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -132,6 +132,8 @@ class _Pass:
         """Whether the exit is read of each layer, from this one on, that may run in one block: layers served whole,
         with a decision that is one comparison, up to where somebody is expected to leave."""
         options = self.options
+        if self.hidden.shape[0] > self.weights.own_rows:
+            return ()
         compares = options.uniform and options.criterion.policy_threshold is not None
         reads: list[bool] = []
         for ahead in range(layer, options.deepest):

@@ -109,10 +109,10 @@ class EncoderWeights:
     ) -> tuple[Tensor, Tensor, Tensor, int] | None:
         """``run_layers`` from layer ``first`` on, one entry of ``reads`` a layer: whether its exit is read.
 
-        threshold: policy logits above it leave, fp32 [rows]; may be None where no exit is read. Returns None where the
-        layers cannot be run as one op.
+        hidden: no more than own_rows rows. threshold: policy logits above it leave, fp32 [rows]; may be None where no
+        exit is read. Returns None where the layers cannot be run as one op.
         """
-        if not reads or hidden.shape[0] > self.own_rows:
+        if not reads:
             return None
         key = first, reads
         if key not in self._blocks:
