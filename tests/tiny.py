@@ -168,7 +168,7 @@ def padded(
 def every_exit(model: engine.MultiExitEncoder, rows: Sequence[Sequence[int]]):
     """ExitOutputs of ``rows``, by the module's own padded forward."""
     training = model.training
-    out = model.eval()(**padded(rows))
+    out = model.eval()(**{name: ids.to(model.device) for name, ids in padded(rows).items()})
     model.train(training)
     return out
 
