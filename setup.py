@@ -35,6 +35,8 @@ CUDA_ARCHS = (
     "-gencode=arch=compute_90,code=sm_90",
     "-gencode=arch=compute_90,code=compute_90",  # PTX for what comes after
 )
+# Files named so use instructions that one architecture alone has; who calls them asks for the device first.
+ARCH_SPECIFIC = {"sm90a": ("-gencode=arch=compute_90a,code=sm_90a",)}
 NO_TORCH = "torch is not installed in this environment; pip install torch==2.13.0 first"
 
 
@@ -168,7 +170,8 @@ class BuildExtension(build_ext):
                 return None
             host = ["-ccbin", cxx()] if os.environ.get("CXX") else []
             host.append("-Xcompiler=-fPIC,-fvisibility=hidden")
-            return Step(source, target, [cuda.nvcc, *common, *CUDA_ARCHS, *host, *output])
+            archs = ARCH_SPECIFIC.get(source.stem.rpartition("_")[2], CUDA_ARCHS)
+            return Step(source, target, [cuda.nvcc, *common, *archs, *host, *output])
         flags = ["-fPIC", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         flags += [f"-I{CSRC / 'cpu'}", f"-isystem{torch / 'include'}"]
         flags += [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, torch.parent)]  # no paths of this machine inside

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.kernels.gpu_common import (
     UNALIGNED,
+    begin,
     cdiv,
     check_apart,
     check_counts,
@@ -25,6 +26,7 @@ from engine.kernels.gpu_common import (
     check_rows,
     check_vector,
     check_weight,
+    early,
     jit,
     next_power_of_2,
     on_device,
@@ -121,7 +123,9 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     pid = tl.program_id(0)
     head = tl.program_id(1)
     row = pid // blocks
@@ -191,7 +195,9 @@ def _first_token_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     if row >= tl.load(counts_ptr):
@@ -305,6 +311,7 @@ def varlen_attention_(
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early(out),
     )
     with on_device(out):
         if first_only:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    import triton.language.extra.cuda  # noqa: F401  tl.extra.cuda, which ``begin`` names
 except ImportError:
     triton = tl = None
 
@@ -55,6 +57,20 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+@lru_cache
+def early_launches(index: int) -> bool:
+    """Whether kernels on that device may start while the one in front of them ends (programmatic dependent launch):
+    each then waits for that one's results itself, before its first load."""
+    return torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def early(tensor: Tensor) -> dict[str, bool]:
+    """Launch options of a Triton kernel that calls ``begin(EARLY)``."""
+    if tensor.is_cuda and early_launches(tensor.get_device()):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -64,6 +80,14 @@ def cdiv(a: int, b: int) -> int:
 
 
 # --- device functions ------------------------------------------------------------------------------------------------
+
+
+@jit
+def begin(EARLY: tl.constexpr):
+    """First of all: with EARLY, wait for the kernel in front, and let the one behind start as soon as there is room."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit

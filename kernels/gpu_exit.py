@@ -26,6 +26,7 @@ from engine.kernels.exits import add_layer_norm_ref
 from engine.kernels.gpu_common import (
     ROWS,
     UNALIGNED,
+    begin,
     cdiv,
     check_apart,
     check_counts,
@@ -34,6 +35,7 @@ from engine.kernels.gpu_common import (
     check_rows,
     check_vector,
     check_weight,
+    early,
     gelu,
     jit,
     next_power_of_2,
@@ -286,7 +288,9 @@ def _exit_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     i = tl.program_id(0)
     split = tl.program_id(1)  # of SPLITS that share the row's classes; the first one writes all else
     if i >= tl.load(counts_ptr):
@@ -496,6 +500,7 @@ def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, pol
             HAS_EXIT_LOGITS=out.exit_logits is not None,
             BY_ROW_ID=limits.by_row_id,
             **block,
+            **early(x),
         )
 
 

@@ -19,6 +19,7 @@ from engine.kernels.gpu_common import (
     ROWS,
     TOKENS,
     UNALIGNED,
+    begin,
     cdiv,
     check_apart,
     check_counts,
@@ -27,6 +28,7 @@ from engine.kernels.gpu_common import (
     check_vector,
     check_weight,
     check_which,
+    early,
     gelu,
     jit,
     on_device,
@@ -34,6 +36,7 @@ from engine.kernels.gpu_common import (
     tanh,
     tl,
 )
+from engine.kernels.products import hopper_product, product_problem
 
 __all__ = ["ACTIVATIONS", "LinearConfig", "ROWS", "TOKENS", "configs_for", "linear_rows_", "linear_rows__ref"]
 
@@ -162,7 +165,9 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     pid = tl.program_id(0)
     live = tl.load(counts_ptr + WHICH)
     blocks_m = tl.cdiv(live, BLOCK_M)
@@ -222,6 +227,7 @@ def linear_rows_(
     act: str = "none",
     index: Tensor | None = None,
     config: LinearConfig | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """``out[:n] = act(x[:n] @ weight^T + bias)`` with n = counts[which]; rows of out from n on are left alone.
 
@@ -233,8 +239,12 @@ def linear_rows_(
     counts  (2,) int32: live rows, live tokens, neither above the capacity; which: ROWS (0) or TOKENS (1)
     act     "none", "gelu" (erf form) or "tanh"; acts on the fp32 sum before it is rounded
     index   (capacity or more,) int32 or None: row i comes from x[index[i]] (cu_seqlens: the rows' first tokens)
-    config  a tile of ``configs_for``; its default where None
-    Sums are in fp32, fp32 products exact (no TF32). A row's result does not depend on the other rows of the buffer.
+    config  a tile of ``configs_for`` for the Triton kernel. None: the Hopper kernel of ``products`` where it serves,
+            else the Triton kernel with its default
+    workspace  of ``product_workspace``: lets the Hopper kernel share few rows' sums among programs. No two launches
+            that may run at once may have the same
+    Sums are in fp32, fp32 products exact (no TF32). A row's result does not depend on the values of the other rows; on
+    their number only by the order of a sum, where the Hopper kernel shares it.
     """
     check_float("out", out)
     if out.dim() != 2:
@@ -258,6 +268,9 @@ def linear_rows_(
         linear_rows__ref(out, x, weight, bias, counts, which, act, index)
         return
     if capacity == 0 or features == 0:
+        return
+    if config is None and index is None and product_problem(out, x, weight, bias, act) is None:
+        hopper_product(out, x, weight, bias, counts[which:], act == "gelu", workspace)
         return
     config = configs_for(capacity, features, width, out.dtype, act)[0] if config is None else config
     grid = (cdiv(capacity, config.block_m) * cdiv(features, config.block_n),)
@@ -284,4 +297,5 @@ def linear_rows_(
             GROUP_M=config.group_m,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **early(out),
         )

@@ -16,6 +16,7 @@ from engine.kernels.gpu_common import (
     ROWS,
     TOKENS,
     UNALIGNED,
+    begin,
     cdiv,
     check_apart,
     check_counts,
@@ -24,6 +25,7 @@ from engine.kernels.gpu_common import (
     check_vector,
     check_weight,
     check_which,
+    early,
     jit,
     next_power_of_2,
     on_device,
@@ -140,7 +142,9 @@ def _add_norm_kernel(
     HAS_DEST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     first = tl.program_id(0) * BLOCK_ROWS
     live = tl.load(counts_ptr + WHICH)
     if first >= live:
@@ -197,7 +201,9 @@ def _embed_norm_kernel(
     HAS_TYPE_TABLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     first = tl.program_id(0) * BLOCK_ROWS
     live = tl.load(counts_ptr + 1)
     if first >= live:
@@ -311,6 +317,7 @@ def embed_layer_norm_rows_(
             HAS_TYPES=token_type_ids is not None,
             HAS_TYPE_TABLE=token_type is not None,
             **block,
+            **early(out),
         )
 
 
@@ -337,6 +344,7 @@ def _launch_add_norm(out, x, residual, weight, bias, eps, counts, which, capacit
             HAS_RESIDUAL_INDEX=residual_index is not None,
             HAS_DEST=dest is not None,
             **block,
+            **early(out),
         )
 
 

@@ -104,6 +104,7 @@ __device__ void move_state(const SurvivorsArgs& args, const RowState& state, int
 
 __global__ void __launch_bounds__(kThreads) mark_survivors_kernel(const __grid_constant__ SurvivorsArgs args,
                                                                   int64_t token_blocks) {
+  wait_for_kernel_in_front();
   const int32_t rows = live_count(args.counts[0], args.cap_rows);
   const int32_t tokens = live_count(args.counts[1], args.cap_tokens);
   const int64_t block = blockIdx.x;
@@ -124,8 +125,7 @@ __global__ void __launch_bounds__(kThreads) mark_survivors_kernel(const __grid_c
 const char* survivors(const SurvivorsArgs& args, void* stream) {
   const int64_t token_blocks = blocks_for(args.cap_tokens, kTokens);
   const unsigned blocks = static_cast<unsigned>(token_blocks + 1 + args.n_states);
-  mark_survivors_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(args, token_blocks);
-  return launch_error();
+  return launch_early(mark_survivors_kernel, blocks, kThreads, 0, stream, args, token_blocks);
 }
 
 }  // namespace cuda

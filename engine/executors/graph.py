@@ -30,6 +30,7 @@ from engine.kernels.gpu_exit import ExitDestinations, ExitLimits, exit_norm_rows
 from engine.kernels.gpu_linear import linear_rows_
 from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
+from engine.kernels.products import product_workspace
 from engine.kernels.survivors import survivors_
 from engine.models.encoder import MultiExitEncoder
 
@@ -98,6 +99,7 @@ class _Arena:
         self.tokens = tokens
         self.hidden, self.attended, self.x, self.projected = (rows(hidden) for _ in range(4))
         self.qkv, self.inner = rows(3 * hidden), rows(wide)
+        self.workspace = product_workspace(like.device)
 
 
 class _Program:
@@ -196,10 +198,10 @@ class _Program:
         hidden, x, projected, inner = a.hidden[:tokens], a.x[:tokens], a.projected[:tokens], a.inner[:tokens]
         attended = a.attended[:tokens]
         self._attend(w.qkv, attended, now, first_only=False)
-        linear_rows_(projected, attended, *w.attention_output, counts, TOKENS)
+        self._multiply(projected, attended, w.attention_output, counts, TOKENS)
         add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, counts, TOKENS)
-        linear_rows_(inner, x, *w.intermediate, counts, TOKENS, act="gelu")
-        linear_rows_(projected, inner, *w.output, counts, TOKENS)
+        self._multiply(inner, x, w.intermediate, counts, TOKENS, "gelu")
+        self._multiply(projected, inner, w.output, counts, TOKENS)
         return x, projected
 
     def _last_layer(self, layer: int, now: int) -> None:
@@ -208,17 +210,22 @@ class _Program:
         counts = self._counts[now]
         attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
         self._attend(w.qkv, attended, now, first_only=True)
-        linear_rows_(projected, attended, *w.attention_output, counts, ROWS)
+        self._multiply(projected, attended, w.attention_output, counts, ROWS)
         add_layer_norm_rows_(
             x, projected, a.hidden, *w.attention_norm, counts, ROWS, residual_index=self._cu_seqlens[now]
         )
-        linear_rows_(inner, x, *w.intermediate, counts, ROWS, act="gelu")
-        linear_rows_(projected, inner, *w.output, counts, ROWS)
+        self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
+        self._multiply(projected, inner, w.output, counts, ROWS)
         self._exit(layer, now, x, projected, w.output_norm, compact=True)
+
+    def _multiply(
+        self, out: Tensor, x: Tensor, linear: PlainLinear, counts: Tensor, which: int, act: str = "none"
+    ) -> None:
+        linear_rows_(out, x, *linear, counts, which, act, workspace=self.arena.workspace)
 
     def _attend(self, qkv: PlainLinear, attended: Tensor, now: int, first_only: bool) -> None:
         a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
-        linear_rows_(a.qkv[:tokens], a.hidden[:tokens], *qkv, self._counts[now], TOKENS)
+        self._multiply(a.qkv[:tokens], a.hidden[:tokens], qkv, self._counts[now], TOKENS)
         varlen_attention_(
             attended,
             a.qkv[:tokens],
@@ -250,7 +257,7 @@ class _Program:
             exit_norm_rows_(self._out, limits, projected, x, norm, *decision, index=index)
             return
         add_layer_norm_rows_(self._first, projected, x, *norm, counts, ROWS, residual_index=index, x_index=index)
-        linear_rows_(self._state, self._first, *exit_weights.pooler, counts, ROWS, act="tanh")
+        self._multiply(self._state, self._first, PlainLinear(*exit_weights.pooler), counts, ROWS, "tanh")
         exit_rows_(self._out, limits, self._state, *decision)
 
     # -- running it ----------------------------------------------------------------------------------------------

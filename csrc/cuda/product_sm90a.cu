@@ -1,0 +1,529 @@
+// out[:n] = act(x[:n] W^T + b) on Hopper's own instructions: the copy engine fills a ring in shared memory (TMA, 128-byte
+// swizzle), one warp starts the copies, two warpgroups multiply (wgmma). The launch is as wide as the device and every
+// program takes tiles in turn, so one launch serves any number of live rows; the tile is chosen by that number:
+//
+//   path 0   128 x 192, each warpgroup 64 rows         N of 768 k and 16 k rows come out as 97 % full rounds of 132
+//   path 1   128 x 96, the same                        fewer rows: twice the tiles
+//   path 2   64 x 48, warpgroups take turns along K    few rows; programs that would idle share a tile along K
+//
+// A tile that is shared along K is summed by the program that comes last, always in the order of the shares, so the
+// result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and latency.
+#include <cuda.h>
+
+#include "device.cuh"
+#include "product.h"
+#include "wgmma.cuh"
+
+namespace consistentee {
+namespace cuda {
+
+constexpr int kWarpgroup = 128;
+constexpr int kProductThreads = 3 * kWarpgroup;
+constexpr int kStep = 64;           // of K: 128 bytes, the width of the swizzle
+constexpr int kBoxRows = 64;        // of x that one copy brings
+constexpr int kBoxColumns = 48;     // of W
+constexpr int kRing = 5 * (128 + 192) * kStep * 2;
+constexpr int kSums = 64 * 48 * 4;  // of the second warpgroup, on path 2
+constexpr int kBias = 2 * 192 * 4;  // of two tiles: one is read while the next is written
+constexpr int kBarriers = 2 * 16 * 8;
+constexpr int kShared = 1024 + kRing + kSums + kBias + kBarriers + 16;
+
+struct ProductArgs {
+  CUtensorMap x, weight;
+  const void* bias;
+  void* out;
+  const int32_t* count;
+  int32_t* arrived;
+  float* shares;
+  int64_t out_stride;
+  int32_t inputs, outputs, bias_fp32, path;
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define EE_HOPPER 1
+#endif
+
+#ifdef EE_HOPPER
+
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra ready;\n"
+      "bra again;\n"
+      "ready:\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+__device__ inline void copy_tile(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t column, int32_t row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+// Rows of 128 bytes in groups of 8 (1 024 bytes), swizzled; a step of 16 along K is 32 bytes further.
+__device__ inline uint64_t tile_descriptor(const char* tile) {
+  return (static_cast<uint64_t>(shared_address(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+__device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+__device__ inline void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// kSplit: both warpgroups work on the same 64 rows, one on even, one on odd steps of K.
+template <int kRows, int kColumns, int kStages, bool kSplit>
+struct Tile {
+  static constexpr int rows = kRows, columns = kColumns, stages = kStages;
+  static constexpr bool split = kSplit;
+  static constexpr int x_bytes = kRows * kStep * 2, bytes = x_bytes + kColumns * kStep * 2;
+  static_assert(kStages * bytes <= kRing && kStages <= 16 && bytes % 1024 == 0, "the ring must fit");
+};
+using Wide0 = Tile<128, 192, 5, false>;
+using Wide1 = Tile<128, 96, 7, false>;
+using Narrow = Tile<64, 48, 14, true>;
+
+// How the work of a launch is cut: items, each a tile and a share of its K.
+struct Plan {
+  int32_t live, blocks_m, blocks_n, shares, items, steps;
+
+  // Blocks of rows vary fastest within a group of 16, so that programs at work together share rows of both operands.
+  __device__ void place(int32_t tile, int32_t& m, int32_t& n) const {
+    const int32_t in_group = 16 * blocks_n;
+    const int32_t group = tile / in_group, first = group * 16;
+    const int32_t height = blocks_m - first < 16 ? blocks_m - first : 16;
+    const int32_t within = tile - group * in_group;
+    m = first + within % height;
+    n = within / height;
+  }
+  __device__ int32_t step_begin(int32_t share) const { return steps * share / shares; }
+};
+
+template <class T>
+__device__ inline Plan plan_of(int32_t live, int32_t inputs, int32_t outputs, int32_t shares) {
+  Plan plan;
+  plan.live = live;
+  plan.blocks_m = (live + T::rows - 1) / T::rows;
+  plan.blocks_n = (outputs + T::columns - 1) / T::columns;
+  plan.shares = shares;
+  plan.items = plan.blocks_m * plan.blocks_n * shares;
+  plan.steps = (inputs + kStep - 1) / kStep;
+  return plan;
+}
+
+struct Ring {
+  char* data;
+  uint64_t* full;
+  uint64_t* empty;
+};
+
+template <class T>
+__device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring) {
+  int32_t step = 0;
+  for (int32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+    int32_t m, n;
+    plan.place(item / plan.shares, m, n);
+    const int32_t share = item % plan.shares;
+    for (int32_t k = plan.step_begin(share); k < plan.step_begin(share + 1); ++k, ++step) {
+      const int stage = step % T::stages;
+      barrier_wait(ring.empty + stage, (step / T::stages & 1) ^ 1);
+      barrier_expect(ring.full + stage, T::bytes);
+      char* to = ring.data + stage * T::bytes;
+#pragma unroll
+      for (int i = 0; i < T::rows / kBoxRows; ++i) {
+        copy_tile(to + i * kBoxRows * kStep * 2, &args.x, ring.full + stage, k * kStep, m * T::rows + i * kBoxRows);
+      }
+#pragma unroll
+      for (int i = 0; i < T::columns / kBoxColumns; ++i) {
+        copy_tile(to + T::x_bytes + i * kBoxColumns * kStep * 2, &args.weight, ring.full + stage, k * kStep,
+                  n * T::columns + i * kBoxColumns);
+      }
+    }
+  }
+}
+
+template <bool kBfloat16>
+__device__ inline uint32_t pack(float low, float high) {
+  if constexpr (kBfloat16) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(two);
+  } else {
+    const __half2 two = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(two);
+  }
+}
+
+template <bool kBfloat16>
+__device__ inline float bias_at(const ProductArgs& args, int32_t column) {
+  if (args.bias == nullptr || column >= args.outputs) return 0.f;
+  if (args.bias_fp32) return __ldg(static_cast<const float*>(args.bias) + column);
+  if constexpr (kBfloat16) {
+    return __bfloat162float(__ldg(static_cast<const __nv_bfloat16*>(args.bias) + column));
+  } else {
+    return __half2float(__ldg(static_cast<const __half*>(args.bias) + column));
+  }
+}
+
+// x Phi(x) = h + |h| erf(|x| / sqrt 2), h = x / 2, with erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7) and the
+// hardware's reciprocal and exponential: a third of erff's instructions, and no branch.
+__device__ inline float quick_gelu(float x) {
+  const float size = fabsf(x), half = 0.5f * x;
+  float t, e;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(fmaf(size, 0.3275911f * 0.70710678f, 1.f)));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * x * -0.72134752f));
+  float p = fmaf(t, 1.061405429f, -1.453152027f);
+  p = fmaf(p, t, 1.421413741f);
+  p = fmaf(p, t, -0.284496736f);
+  p = fmaf(p, t, 0.254829592f);
+  const float rest = p * t * e;  // 1 - erf
+  return fmaf(-fabsf(half), rest, half + fabsf(half));
+}
+
+template <bool kGelu>
+__device__ inline float finish(float x) {
+  if constexpr (kGelu) return quick_gelu(x);
+  return x;
+}
+
+// Turns a 4 x 4 block of words held by the four lanes of a quad, so that each lane has 16 bytes that stand together.
+__device__ inline void turn(uint32_t (&w)[4], int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
+    if (odd) {
+      w[i] = got;
+    } else {
+      w[i + 1] = got;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + 2], 2);
+    if (upper) {
+      w[i] = got;
+    } else {
+      w[i + 2] = got;
+    }
+  }
+}
+
+// The 64 rows of one warpgroup: bias, activation, rounding, 16 byte stores. `sums` as wgmma leaves them: lane l of warp w
+// holds rows 16 w + l / 4 and 8 further down, columns 8 j + 2 (l % 4) and the next.
+template <int kColumns, bool kBfloat16, bool kGelu>
+__device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2], const float* biases, int32_t first_row,
+                           int32_t live, int32_t first_column) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, quad = lane % 4;
+  const int32_t row = first_row + warp * 16 + lane / 4;
+  uint16_t* const upper = static_cast<uint16_t*>(args.out) + row * args.out_stride;
+  uint16_t* const lower = upper + 8 * args.out_stride;
+  const bool upper_lives = row < live, lower_lives = row + 8 < live;
+  const auto words = [&](int j, uint32_t& high, uint32_t& low) {
+    const float2 bias = *reinterpret_cast<const float2*>(biases + 8 * j + 2 * quad);
+    high = pack<kBfloat16>(finish<kGelu>(sums[4 * j] + bias.x), finish<kGelu>(sums[4 * j + 1] + bias.y));
+    low = pack<kBfloat16>(finish<kGelu>(sums[4 * j + 2] + bias.x), finish<kGelu>(sums[4 * j + 3] + bias.y));
+  };
+#pragma unroll
+  for (int g = 0; g < kColumns / 32; ++g) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words(4 * g + i, high[i], low[i]);
+    turn(high, lane);
+    turn(low, lane);
+    const int32_t column = first_column + 32 * g + 8 * quad;
+    if (column < args.outputs) {
+      if (upper_lives) *reinterpret_cast<uint4*>(upper + column) = {high[0], high[1], high[2], high[3]};
+      if (lower_lives) *reinterpret_cast<uint4*>(lower + column) = {low[0], low[1], low[2], low[3]};
+    }
+  }
+#pragma unroll
+  for (int j = kColumns / 32 * 4; j < kColumns / 8; ++j) {
+    uint32_t high, low;
+    words(j, high, low);
+    const int32_t column = first_column + 8 * j + 2 * quad;
+    if (column < args.outputs) {
+      if (upper_lives) *reinterpret_cast<uint32_t*>(upper + column) = high;
+      if (lower_lives) *reinterpret_cast<uint32_t*>(lower + column) = low;
+    }
+  }
+}
+
+// The share of this program joins the others' of its tile. True for the one that came last: it has the whole sum.
+template <int kSize>
+__device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t item, float (&sums)[kSize], int* last) {
+  const int thread = threadIdx.x % kWarpgroup;
+  const int32_t tile = item / plan.shares, share = item % plan.shares;
+  // Four sums of a thread stand together, so that a warp moves 512 bytes at a time.
+  static_assert(kSize % 4 == 0);
+  float4* const base = reinterpret_cast<float4*>(args.shares) +
+                       static_cast<int64_t>(tile) * plan.shares * (kSize / 4 * kWarpgroup) + thread;
+#pragma unroll
+  for (int i = 0; i < kSize / 4; ++i) {
+    __stcg(base + (share * (kSize / 4) + i) * kWarpgroup,
+           {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]});
+  }
+  __threadfence();
+  named_barrier(3, kWarpgroup);
+  if (thread == 0) {
+    const bool all = atomicAdd(args.arrived + tile, 1) == plan.shares - 1;
+    if (all) args.arrived[tile] = 0;  // for the next launch: nobody else comes in this one
+    *last = all;
+  }
+  named_barrier(3, kWarpgroup);
+  if (!*reinterpret_cast<volatile int*>(last)) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) sums[i] = 0.f;
+  for (int32_t other = 0; other < plan.shares; ++other) {
+    float4 read[kSize / 4];  // all on their way before the first is used
+#pragma unroll
+    for (int i = 0; i < kSize / 4; ++i) read[i] = __ldcg(base + (other * (kSize / 4) + i) * kWarpgroup);
+#pragma unroll
+    for (int i = 0; i < kSize / 4; ++i) {
+      sums[4 * i] += read[i].x;
+      sums[4 * i + 1] += read[i].y;
+      sums[4 * i + 2] += read[i].z;
+      sums[4 * i + 3] += read[i].w;
+    }
+  }
+  return true;
+}
+
+template <class T, bool kBfloat16, bool kGelu>
+__device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& ring, float* second, float* biases,
+                        int* last) {
+  const int group = threadIdx.x / kWarpgroup - 1;  // 0 or 1
+  const int column = threadIdx.x - kWarpgroup;     // of a tile, whose bias this thread fetches
+  // Every warp on its own: it knows of its own reads only. A stage is empty after 8 arrivals, on path 2 two of a warp.
+  const bool signals = threadIdx.x % (T::split ? 16 : 32) == 0;
+  int32_t base = 0;
+  bool turned = false;  // to the second set of biases
+  for (int32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+    int32_t m, n;
+    plan.place(item / plan.shares, m, n);
+    const int32_t share = item % plan.shares;
+    const int32_t steps = plan.step_begin(share + 1) - plan.step_begin(share);
+    float sums[T::columns / 2];
+#pragma unroll
+    for (int i = 0; i < T::columns / 2; ++i) sums[i] = 0.f;
+    const float bias = column < T::columns ? bias_at<kBfloat16>(args, n * T::columns + column) : 0.f;
+    int32_t held = -1;  // the stage that the product in flight reads
+    for (int32_t k = T::split ? group : 0; k < steps; k += T::split ? 2 : 1) {
+      const int32_t step = base + k;
+      const int stage = step % T::stages;
+      barrier_wait(ring.full + stage, step / T::stages & 1);
+      const char* const tile = ring.data + stage * T::bytes;
+      const uint64_t x = tile_descriptor(tile + (T::split ? 0 : group * kBoxRows * kStep * 2));
+      const uint64_t weight = tile_descriptor(tile + T::x_bytes);
+      warpgroup_arrive();
+#pragma unroll
+      for (int i = 0; i < kStep / 16; ++i) multiply<T::columns, kBfloat16>(sums, x + 2 * i, weight + 2 * i);
+      warpgroup_commit();
+      warpgroup_wait<1>();
+      if (held >= 0 && signals) barrier_arrive(ring.empty + held);
+      held = stage;
+    }
+    warpgroup_wait<0>();
+    if (held >= 0 && signals) barrier_arrive(ring.empty + held);
+    base += steps;
+    if (column < T::columns) biases[column] = bias;
+    if constexpr (T::split) {
+      const int thread = threadIdx.x % kWarpgroup;
+      if (group == 1) {
+#pragma unroll
+        for (int i = 0; i < T::columns / 2; ++i) second[i * kWarpgroup + thread] = sums[i];
+      }
+      named_barrier(1, 2 * kWarpgroup);
+      if (group == 0) {
+#pragma unroll
+        for (int i = 0; i < T::columns / 2; ++i) sums[i] += second[i * kWarpgroup + thread];
+        if (plan.shares == 1 || join_shares(args, plan, item, sums, last)) {
+          store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows, plan.live, n * T::columns);
+        }
+      }
+      named_barrier(2, 2 * kWarpgroup);
+    } else {
+      // One barrier is enough: who writes these biases again has met the other warpgroup at the next tile's.
+      named_barrier(1, 2 * kWarpgroup);
+      store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows + group * kBoxRows, plan.live,
+                                               n * T::columns);
+      biases += turned ? -192 : 192;
+      turned = !turned;
+    }
+  }
+}
+
+// Rounds of the device times the cost of a tile; the numbers are measured times of one tile a program, in 1/8 of path 1's.
+__device__ inline int32_t choose(const ProductArgs& args, int32_t live, int32_t& shares) {
+  const int32_t programs = gridDim.x;
+  const Plan zero = plan_of<Wide0>(live, args.inputs, args.outputs, 1);
+  const Plan one = plan_of<Wide1>(live, args.inputs, args.outputs, 1);
+  const Plan two = plan_of<Narrow>(live, args.inputs, args.outputs, 1);
+  shares = 1;
+  if (args.shares != nullptr) {
+    while (two.items * shares * 2 <= programs && shares * 2 * 2 < two.steps && shares < 8) shares *= 2;
+  }
+  const int32_t cost0 = (zero.items + programs - 1) / programs * 15;
+  const int32_t cost1 = (one.items + programs - 1) / programs * 8;
+  const int32_t cost2 = (two.items + programs - 1) / programs * 3;
+  int32_t path = args.path;
+  if (path < 0) path = cost2 < cost1 && cost2 < cost0 ? 2 : cost1 < cost0 ? 1 : 0;
+  if (path != 2) shares = 1;
+  return path;
+}
+
+#endif  // EE_HOPPER
+
+template <bool kBfloat16, bool kGelu>
+__global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __grid_constant__ ProductArgs args) {
+#ifdef EE_HOPPER
+  extern __shared__ char memory[];
+  char* const start = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  float* const second = reinterpret_cast<float*>(start + kRing);
+  float* const biases = second + kSums / 4;
+  Ring ring;
+  ring.data = start;
+  ring.full = reinterpret_cast<uint64_t*>(start + kRing + kSums + kBias);
+  ring.empty = ring.full + 16;
+  int* const last = reinterpret_cast<int*>(ring.empty + 16);
+
+  if (threadIdx.x == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&args.weight) : "memory");
+    // Full: the one thread that starts the copies. Empty: the warps that read a stage.
+    for (int i = 0; i < 16; ++i) {
+      barrier_init(ring.full + i, 1);
+      barrier_init(ring.empty + i, 8);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  // Everything above ran beside the kernel in front, where it allows that; from here on its results are needed.
+  wait_for_kernel_in_front();
+  const int32_t live = *args.count;
+  if (live <= 0) return;
+  int32_t shares;
+  const int32_t path = choose(args, live, shares);
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    if (threadIdx.x != 0) return;
+    if (path == 0) {
+      produce<Wide0>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring);
+    } else if (path == 1) {
+      produce<Wide1>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring);
+    } else {
+      produce<Narrow>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring);
+    }
+    return;
+  }
+  if (path == 0) {
+    consume<Wide0, kBfloat16, kGelu>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring, second, biases, last);
+  } else if (path == 1) {
+    consume<Wide1, kBfloat16, kGelu>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring, second, biases, last);
+  } else {
+    consume<Narrow, kBfloat16, kGelu>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring, second,
+                                      biases, last);
+  }
+#endif
+}
+
+namespace {
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+const char* encoder(Encode* encode) {
+  static void* found = nullptr;
+  if (found == nullptr) {
+    cudaDriverEntryPointQueryResult state;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (found == nullptr) return "the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12";
+  }
+  *encode = reinterpret_cast<Encode>(found);
+  return nullptr;
+}
+
+const char* encode_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                       bool bfloat16) {
+  Encode encode;
+  if (const char* error = encoder(&encode)) return error;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {kStep, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult result = encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                                 const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the operand's address, size or stride";
+}
+
+template <bool kBfloat16, bool kGelu>
+const char* launch(const ProductArgs& args, unsigned programs, void* stream) {
+  const auto kernel = product_kernel<kBfloat16, kGelu>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
+}
+
+}  // namespace
+
+}  // namespace cuda
+}  // namespace consistentee
+
+int64_t consistentee_product_workspace() { return kProductWorkspace; }
+
+const char* consistentee_product(const ProductCall* call) {
+  using namespace consistentee::cuda;
+  if (call->capacity == 0 || call->outputs == 0) return nullptr;
+  int device = 0, programs = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&programs, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  ProductArgs args;
+  const bool bfloat16 = call->bfloat16 != 0;
+  if (const char* text = encode_map(&args.x, call->x, call->rows, call->inputs, call->x_stride, kBoxRows, bfloat16)) {
+    return text;
+  }
+  if (const char* text = encode_map(&args.weight, call->weight, call->outputs, call->inputs, call->weight_stride,
+                                    kBoxColumns, bfloat16)) {
+    return text;
+  }
+  args.bias = call->bias;
+  args.out = call->out;
+  args.count = call->count;
+  args.arrived = static_cast<int32_t*>(call->workspace);
+  args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + kProductPrograms);
+  args.out_stride = call->out_stride;
+  args.inputs = static_cast<int32_t>(call->inputs);
+  args.outputs = static_cast<int32_t>(call->outputs);
+  args.bias_fp32 = call->bias_fp32;
+  args.path = call->path;
+  if (programs > kProductPrograms) programs = kProductPrograms;
+  const unsigned grid = static_cast<unsigned>(programs);
+  if (bfloat16) {
+    return call->gelu ? launch<true, true>(args, grid, call->stream) : launch<true, false>(args, grid, call->stream);
+  }
+  return call->gelu ? launch<false, true>(args, grid, call->stream) : launch<false, false>(args, grid, call->stream);
+}

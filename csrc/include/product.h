@@ -1,0 +1,29 @@
+// Products of a captured pass on Hopper: out[:n] = act(x[:n] W^T + b), n read on the device. A plain C function called
+// through ctypes (kernels/products.py), as graph.h is: no tensor is looked at here, only where its bytes stand.
+#pragma once
+#include <cstdint>
+
+#include "graph.h"
+
+// One launch. Strides are in elements. 16-bit floats throughout; the bias may be fp32.
+struct ProductCall {
+  const void* x;       // (rows, inputs), row stride x_stride
+  const void* weight;  // (outputs, inputs), row stride weight_stride
+  const void* bias;    // (outputs,) or null
+  void* out;           // (capacity, outputs), row stride out_stride
+  const int32_t* count;  // live rows, on the device
+  void* workspace;       // kProductWorkspace bytes, zeros before its first use, or null: no sum is split across programs
+  void* stream;
+  int64_t rows, capacity, inputs, outputs;
+  int64_t x_stride, weight_stride, out_stride;
+  int32_t bfloat16, bias_fp32, gelu;
+  int32_t path;  // one of the kernel's tiles, or -1: the kernel chooses by the live count
+};
+
+constexpr int64_t kProductTile = 64 * 48;      // sums of one program that shares a tile
+constexpr int64_t kProductPrograms = 256;      // that share tiles at most
+constexpr int64_t kProductWorkspace = kProductPrograms * (4 + 4 * kProductTile);
+
+// Null, or what went wrong.
+EE_EXPORT const char* consistentee_product(const ProductCall* call);
+EE_EXPORT int64_t consistentee_product_workspace();

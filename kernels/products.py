@@ -1,0 +1,113 @@
+"""Products of a captured pass on Hopper: ``csrc/cuda/product_sm90a.cu``, reached through ctypes as graphs are.
+
+``linear_rows_`` calls it where it serves, and its own Triton kernel everywhere else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_int64, c_void_p
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from engine.kernels import extension
+
+__all__ = ["PATHS", "hopper_product", "product_problem", "product_workspace"]
+
+# Tiles of the kernel: rows x outputs. The last one may share a tile's sums among programs.
+PATHS = ((128, 192), (128, 96), (64, 48))
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class _Call(ctypes.Structure):
+    """ProductCall of csrc/include/product.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "weight", "bias", "out", "count", "workspace", "stream")),
+        *((name, c_int64) for name in ("rows", "capacity", "inputs", "outputs")),
+        *((name, c_int64) for name in ("x_stride", "weight_stride", "out_stride")),
+        *((name, c_int32) for name in ("bfloat16", "bias_fp32", "gelu", "path")),
+    ]
+
+
+@lru_cache
+def _native():
+    dll = extension.library()
+    if dll is None or not hasattr(dll, "consistentee_product"):
+        return None
+    dll.consistentee_product.restype, dll.consistentee_product.argtypes = ctypes.c_char_p, [ctypes.POINTER(_Call)]
+    dll.consistentee_product_workspace.restype = c_int64
+    return dll
+
+
+@lru_cache
+def _device_problem(index: int) -> str | None:
+    if _native() is None or not extension.cuda_kernels():
+        return "the extension has no usable CUDA half"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if (major, minor) == (9, 0) else f"it needs compute capability 9.0, this device has {major}.{minor}"
+
+
+def product_problem(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> str | None:
+    """Why the kernel cannot serve these operands, or None. The copy engine wants 16 bytes of everything."""
+    if not out.is_cuda:
+        return "the tensors are not on a CUDA device"
+    if out.dtype not in _HALVES:
+        return "it multiplies float16 and bfloat16"
+    if act == "tanh":
+        return "it has no tanh"
+    if weight.shape[0] % 8 or weight.shape[1] % 8:
+        return "both widths must be multiples of 8"
+    if any(t.data_ptr() % 16 or t.stride(0) % 8 for t in (out, x, weight)) or (bias is not None and bias.data_ptr() % 8):
+        return "rows must start at multiples of 16 bytes"
+    return _device_problem(out.get_device())
+
+
+def product_workspace(device: torch.device | str) -> Tensor | None:
+    """Memory that one product at a time uses to share a tile's sums among programs; None where there is no kernel."""
+    native = _native()
+    if native is None or torch.device(device).type != "cuda":
+        return None
+    return torch.zeros(native.consistentee_product_workspace(), dtype=torch.uint8, device=device)
+
+
+def hopper_product(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    count: Tensor,
+    gelu: bool,
+    workspace: Tensor | None,
+    path: int | None = None,
+) -> None:
+    """``linear_rows_`` with n = count[0], checked operands, on the current stream. path: a tile of PATHS; None: chosen
+    on the device, by the live count. Sums are shared among programs only where a workspace is given."""
+    call = _Call(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        count=count.data_ptr(),
+        workspace=None if workspace is None else workspace.data_ptr(),
+        stream=torch.cuda.current_stream(out.device).cuda_stream,
+        rows=x.shape[0],
+        capacity=out.shape[0],
+        inputs=weight.shape[1],
+        outputs=weight.shape[0],
+        x_stride=x.stride(0),
+        weight_stride=weight.stride(0),
+        out_stride=out.stride(0),
+        bfloat16=out.dtype == torch.bfloat16,
+        bias_fp32=bias is not None and bias.dtype == torch.float32,
+        gelu=gelu,
+        path=-1 if path is None else path,
+    )
+    with torch.cuda.device(out.device):
+        error = _native().consistentee_product(ctypes.byref(call))
+    if error is not None:
+        raise RuntimeError(f"CUDA: a product of [{out.shape[0]}, {weight.shape[1]}] by {list(weight.shape)}: "
+                           f"{error.decode()}")  # fmt: skip
