@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   // Everything above ran beside the kernel in front, where it allows that; from here on its results are needed.
-  wait_for_kernel_in_front();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   const int32_t live = *args.count;
   if (live <= 0) return;
   int32_t shares;
@@ -433,6 +433,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     } else {
       produce<Narrow>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring);
     }
+    // Only now: what waits on this multiprocessor meanwhile would be in the way.
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     return;
   }
   if (path == 0) {
