@@ -8,6 +8,10 @@
 //
 // A tile that is shared along K is summed by the program that comes last, always in the order of the shares, so the
 // result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and latency.
+//
+// Tried and left out: storing one tile while the next is multiplied (two sets of sums a thread, no spills): the product
+// takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it. Pairs of programs (clusters) that
+// bring x for each other: 2 us more for a launch, and a pair waits for its slower half at every tile.
 #include <cuda.h>
 
 #include "device.cuh"
@@ -373,19 +377,22 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   }
 }
 
-// Rounds of the device times the cost of a tile; the numbers are measured times of one tile a program, in 1/8 of path 1's.
+// What a path takes: rounds of the device times a tile's time, in ns, fitted to measured launches.
+template <class T>
+__device__ inline int32_t cost_of(const ProductArgs& args, int32_t live, int32_t shares, int32_t step, int32_t tile) {
+  const Plan plan = plan_of<T>(live, args.inputs, args.outputs, shares);
+  const int32_t rounds = (plan.items + gridDim.x - 1) / gridDim.x;
+  return rounds * (plan.steps / shares * step + tile);
+}
 __device__ inline int32_t choose(const ProductArgs& args, int32_t live, int32_t& shares) {
-  const int32_t programs = gridDim.x;
-  const Plan zero = plan_of<Wide0>(live, args.inputs, args.outputs, 1);
-  const Plan one = plan_of<Wide1>(live, args.inputs, args.outputs, 1);
-  const Plan two = plan_of<Narrow>(live, args.inputs, args.outputs, 1);
   shares = 1;
   if (args.shares != nullptr) {
-    while (two.items * shares * 2 <= programs && shares * 2 * 2 < two.steps && shares < 8) shares *= 2;
+    const Plan plan = plan_of<Narrow>(live, args.inputs, args.outputs, 1);
+    while (plan.items * shares * 2 <= gridDim.x && shares * 4 < plan.steps && shares < 8) shares *= 2;
   }
-  const int32_t cost0 = (zero.items + programs - 1) / programs * 15;
-  const int32_t cost1 = (one.items + programs - 1) / programs * 8;
-  const int32_t cost2 = (two.items + programs - 1) / programs * 3;
+  const int32_t cost0 = cost_of<Wide0>(args, live, 1, 490, 2400);
+  const int32_t cost1 = cost_of<Wide1>(args, live, 1, 340, 1300);
+  const int32_t cost2 = cost_of<Narrow>(args, live, shares, 165, shares > 1 ? 2700 : 1300);
   int32_t path = args.path;
   if (path < 0) path = cost2 < cost1 && cost2 < cost0 ? 2 : cost1 < cost0 ? 1 : 0;
   if (path != 2) shares = 1;
