@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from engine.kernels import attention, exits, extension, graphs, packing
+from engine.kernels import attention, exits, extension, graphs, packing, products
 from engine.kernels.survivors import survivors_
 
 LENGTHS = ([1], [3, 1, 5, 2, 7], [2] * 40, [1, 31, 32, 33, 64, 65, 150], [130] * 9)
@@ -100,6 +100,22 @@ def run_exits(device: str) -> None:
             exits.embed_layer_norm(ids, ids, ids, square, square, square, row, row, 1e-5)
 
 
+def run_products(device: str) -> None:
+    """The Hopper kernel on every path; elsewhere nothing."""
+    if device != "cuda":
+        return
+    for dtype in (torch.float16, torch.bfloat16):
+        for capacity, live, outputs, inputs in ((1, 1, 96, 64), (70, 37, 384, 384), (300, 257, 200, 200), (130, 0, 8, 8)):
+            x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (capacity, outputs))
+            out, bias = torch.empty(capacity, outputs, dtype=dtype, device=device), weight[:, 0].contiguous()
+            if products.product_problem(out, x, weight, bias, "none") is not None:
+                continue
+            for workspace in (products.product_workspace(device), None):
+                for path in range(len(products.PATHS)):
+                    for gelu in (False, True):
+                        products.hopper_product(out, x, weight, bias, _ints([live], device), gelu, workspace, path)
+
+
 def run_graph(device: str) -> None:
     """Nested conditional nodes and a switch, replayed with every value. The CPU rehearses."""
     stream = torch.cuda.Stream() if device == "cuda" else None
@@ -136,6 +152,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "survivors": run_survivors,
     "attention": run_attention,
     "exits and norms": run_exits,
+    "products": run_products,
     "graph": run_graph,
 }
 

@@ -4,7 +4,9 @@
 //
 //   path 0   128 x 192, each warpgroup 64 rows         N of 768 k and 16 k rows come out as 97 % full rounds of 132
 //   path 1   128 x 96, the same                        fewer rows: twice the tiles
-//   path 2   64 x 48, warpgroups take turns along K    few rows; programs that would idle share a tile along K
+//   path 2   64 x 48, warpgroups take turns along K    few rows
+//
+// On paths 1 and 2 programs that would idle share a tile along K.
 //
 // A tile that is shared along K is summed by the program that comes last, always in the order of the shares, so the
 // result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and latency.
@@ -272,28 +274,29 @@ __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2],
   }
 }
 
-// The share of this program joins the others' of its tile. True for the one that came last: it has the whole sum.
+// The share of this warpgroup joins the others' of its tile. True for the one that came last: it has the whole sum. slot:
+// of the tile and the warpgroup's part of it.
 template <int kSize>
-__device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t item, float (&sums)[kSize], int* last) {
+__device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t slot, int32_t share,
+                            float (&sums)[kSize], int* last, int barrier) {
   const int thread = threadIdx.x % kWarpgroup;
-  const int32_t tile = item / plan.shares, share = item % plan.shares;
   // Four sums of a thread stand together, so that a warp moves 512 bytes at a time.
   static_assert(kSize % 4 == 0);
   float4* const base = reinterpret_cast<float4*>(args.shares) +
-                       static_cast<int64_t>(tile) * plan.shares * (kSize / 4 * kWarpgroup) + thread;
+                       static_cast<int64_t>(slot) * plan.shares * (kSize / 4 * kWarpgroup) + thread;
 #pragma unroll
   for (int i = 0; i < kSize / 4; ++i) {
     __stcg(base + (share * (kSize / 4) + i) * kWarpgroup,
            {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]});
   }
   __threadfence();
-  named_barrier(3, kWarpgroup);
+  named_barrier(barrier, kWarpgroup);
   if (thread == 0) {
-    const bool all = atomicAdd(args.arrived + tile, 1) == plan.shares - 1;
-    if (all) args.arrived[tile] = 0;  // for the next launch: nobody else comes in this one
+    const bool all = atomicAdd(args.arrived + slot, 1) == plan.shares - 1;
+    if (all) args.arrived[slot] = 0;  // for the next launch: nobody else comes in this one
     *last = all;
   }
-  named_barrier(3, kWarpgroup);
+  named_barrier(barrier, kWarpgroup);
   if (!*reinterpret_cast<volatile int*>(last)) return false;
   __threadfence();
 #pragma unroll
@@ -361,7 +364,7 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
       if (group == 0) {
 #pragma unroll
         for (int i = 0; i < T::columns / 2; ++i) sums[i] += second[i * kWarpgroup + thread];
-        if (plan.shares == 1 || join_shares(args, plan, item, sums, last)) {
+        if (plan.shares == 1 || join_shares(args, plan, item / plan.shares, share, sums, last, 3)) {
           store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows, plan.live, n * T::columns);
         }
       }
@@ -369,8 +372,11 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
     } else {
       // One barrier is enough: who writes these biases again has met the other warpgroup at the next tile's.
       named_barrier(1, 2 * kWarpgroup);
-      store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows + group * kBoxRows, plan.live,
-                                               n * T::columns);
+      const int32_t slot = item / plan.shares * 2 + group;
+      if (plan.shares == 1 || join_shares(args, plan, slot, share, sums, last + group, 3 + group)) {
+        store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows + group * kBoxRows, plan.live,
+                                                 n * T::columns);
+      }
       biases += turned ? -192 : 192;
       turned = !turned;
     }
@@ -384,18 +390,24 @@ __device__ inline int32_t cost_of(const ProductArgs& args, int32_t live, int32_t
   const int32_t rounds = (plan.items + gridDim.x - 1) / gridDim.x;
   return rounds * (plan.steps / shares * step + tile);
 }
+// Programs for each tile where there are several: at least `least` steps of K each.
+template <class T>
+__device__ inline int32_t shares_of(const ProductArgs& args, int32_t live, int32_t least) {
+  if (args.shares == nullptr) return 1;
+  const Plan plan = plan_of<T>(live, args.inputs, args.outputs, 1);
+  const int32_t programs = gridDim.x;
+  int32_t shares = 1;
+  while (plan.items * shares * 2 <= programs && shares * 2 * least <= plan.steps && shares < 8) shares *= 2;
+  return shares;
+}
 __device__ inline int32_t choose(const ProductArgs& args, int32_t live, int32_t& shares) {
-  shares = 1;
-  if (args.shares != nullptr) {
-    const Plan plan = plan_of<Narrow>(live, args.inputs, args.outputs, 1);
-    while (plan.items * shares * 2 <= gridDim.x && shares * 4 < plan.steps && shares < 8) shares *= 2;
-  }
+  const int32_t shares1 = shares_of<Wide1>(args, live, 6), shares2 = shares_of<Narrow>(args, live, 3);
   const int32_t cost0 = cost_of<Wide0>(args, live, 1, 490, 2400);
-  const int32_t cost1 = cost_of<Wide1>(args, live, 1, 340, 1300);
-  const int32_t cost2 = cost_of<Narrow>(args, live, shares, 165, shares > 1 ? 2700 : 1300);
+  const int32_t cost1 = cost_of<Wide1>(args, live, shares1, 340, shares1 > 1 ? 2800 : 1300);
+  const int32_t cost2 = cost_of<Narrow>(args, live, shares2, 165, shares2 > 1 ? 2700 : 1300);
   int32_t path = args.path;
   if (path < 0) path = cost2 < cost1 && cost2 < cost0 ? 2 : cost1 < cost0 ? 1 : 0;
-  if (path != 2) shares = 1;
+  shares = path == 0 ? 1 : path == 1 ? shares1 : shares2;
   return path;
 }
 
@@ -436,7 +448,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     if (path == 0) {
       produce<Wide0>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring);
     } else if (path == 1) {
-      produce<Wide1>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring);
+      produce<Wide1>(args, plan_of<Wide1>(live, args.inputs, args.outputs, shares), ring);
     } else {
       produce<Narrow>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring);
     }
@@ -447,7 +459,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   if (path == 0) {
     consume<Wide0, kBfloat16, kGelu>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring, second, biases, last);
   } else if (path == 1) {
-    consume<Wide1, kBfloat16, kGelu>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring, second, biases, last);
+    consume<Wide1, kBfloat16, kGelu>(args, plan_of<Wide1>(live, args.inputs, args.outputs, shares), ring, second, biases,
+                                     last);
   } else {
     consume<Narrow, kBfloat16, kGelu>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring, second,
                                       biases, last);
@@ -523,7 +536,7 @@ const char* consistentee_product(const ProductCall* call) {
   args.out = call->out;
   args.count = call->count;
   args.arrived = static_cast<int32_t*>(call->workspace);
-  args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + kProductPrograms);
+  args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + 2 * kProductPrograms);
   args.out_stride = call->out_stride;
   args.inputs = static_cast<int32_t>(call->inputs);
   args.outputs = static_cast<int32_t>(call->outputs);

@@ -20,9 +20,10 @@ struct ProductCall {
   int32_t path;  // one of the kernel's tiles, or -1: the kernel chooses by the live count
 };
 
-constexpr int64_t kProductTile = 64 * 48;      // sums of one program that shares a tile
-constexpr int64_t kProductPrograms = 256;      // that share tiles at most
-constexpr int64_t kProductWorkspace = kProductPrograms * (4 + 4 * kProductTile);
+// Sums of tiles whose K is shared: a counter and room for a warpgroup's sums, for two warpgroups of each program.
+constexpr int64_t kProductPrograms = 160;
+constexpr int64_t kProductSums = 64 * 96;
+constexpr int64_t kProductWorkspace = 2 * kProductPrograms * 4 * (1 + kProductSums);
 
 // Null, or what went wrong.
 EE_EXPORT const char* consistentee_product(const ProductCall* call);

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels.gpu_linear import ACTIVATIONS, ROWS, TOKENS, configs_for, linear_rows_, linear_rows__ref
+from engine.kernels.products import hopper_product, product_problem, product_workspace
 from tests.kernels.cases import assert_no_worse, doubled
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -99,6 +100,71 @@ def test_nan_stays_in_its_row(way):
         out = poisoned(4, 16, SINGLE, way.device)
         way(linear_rows_, linear_rows__ref)(out, x, weight, bias, counts_of(4, 4, way.device), TOKENS, act)
         assert out.isnan().all(1).tolist() == [False, True, False, False] and int(out.isnan().sum()) == 16
+
+
+# --- the Hopper kernel, which linear_rows_ prefers where it serves ---------------------------------------------------
+
+
+@pytest.fixture
+def hopper():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, weight, bias = case(8, 8, 8, HALF, "cuda")
+    if (reason := product_problem(torch.empty_like(x), x, weight, bias, "none")) is not None:
+        pytest.skip(f"no Hopper kernel: {reason}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [True, False], ids=["workspace", "no workspace"])
+@pytest.mark.parametrize("path", [None, 0, 1, 2])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize(
+    "capacity, live, features, width",
+    [(1, 1, 768, 768), (70, 37, 384, 384), (128, 128, 768, 3072), (257, 200, 120, 72), (64, 64, 8, 16),
+     (2100, 2000, 2304, 768), (130, 129, 200, 1000)],
+)  # fmt: skip
+def test_hopper_products(hopper, capacity, live, features, width, dtype, path, shared):
+    workspace = product_workspace("cuda") if shared else None
+    for act in ("none", "gelu"):
+        for bias_dtype in (dtype, SINGLE):
+            x, weight, bias = case(capacity, features, width, dtype, "cuda", bias_dtype)
+            x[live:] = float("nan")  # nobody may look
+            for given in (bias, None):
+                out = poisoned(capacity, features, dtype, "cuda")
+                count = counts_of(live, 0, "cuda")
+                hopper_product(out, x, weight, given, count, act == "gelu", workspace, path)
+                check(out, live, x[:live], weight, given if given is not None else torch.zeros_like(bias), act)
+    if shared:
+        assert not bool(workspace[:1280].any()), "the counters of shared tiles must be zero again"
+
+
+@pytest.mark.gpu
+def test_hopper_products_in_column_slices_of_larger_buffers(hopper):
+    x, weight, bias = case(90, 96, 128, HALF, "cuda")
+    wide_x, wide_out = torch.randn(90, 320, device="cuda").half(), poisoned(90, 256, HALF, "cuda")
+    wide_x[:, 64:192] = x
+    out = wide_out[:, 32:128]
+    assert product_problem(out, wide_x[:, 64:192], weight, bias, "none") is None
+    linear_rows_(out, wide_x[:, 64:192], weight, bias, counts_of(0, 80, "cuda"), TOKENS)
+    check(out, 80, x[:80], weight, bias, "none")
+    assert bool((wide_out[:, :32] == POISON).all() and (wide_out[:, 128:] == POISON).all())
+
+
+@pytest.mark.gpu
+def test_what_the_hopper_kernel_leaves_to_triton(hopper):
+    x, weight, bias = case(8, 16, 24, HALF, "cuda")
+    out = torch.empty(8, 16, dtype=HALF, device="cuda")
+    assert product_problem(out, x, weight, bias, "none") is None
+    assert "no tanh" in product_problem(out, x, weight, bias, "tanh")
+    assert "float16 and bfloat16" in product_problem(out.float(), x.float(), weight.float(), bias, "none")
+    assert "multiples of 8" in product_problem(out[:, :12], x, weight[:12], bias, "none")
+    assert "16 bytes" in product_problem(out, torch.empty(9, 25, dtype=HALF, device="cuda")[:8, 1:], weight, bias, "none")
+
+
+def test_the_hopper_kernel_is_for_cuda_tensors():
+    x, weight, bias = case(8, 16, 24, HALF, "cpu")
+    assert product_problem(x, x, weight, bias, "none") == "the tensors are not on a CUDA device"
+    assert product_workspace("cpu") is None
 
 
 @pytest.mark.gpu
