@@ -10,6 +10,9 @@ All sequences have one length and the buffer is full, unless the name says other
 kernel's whole grid with a smaller count. Who computes something else than plain torch is refused. GB/s counts every
 input once and what is written once, whatever the caches make of it.
 
+The exit beside the norm in front of it is also held to a copy that reads and writes as many bytes, on buffers that
+rotate as the op's do: the file's figures are time of the copy / time of the op.
+
 A whole run compiles a few hundred kernels and takes several minutes: choose models and ops to split it.
 """
 
@@ -28,7 +31,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.bench.record import RESULTS, write_result
+from engine.bench.record import RESULTS, figure, write_result
 from engine.bench.timer import Timing, interleave
 from engine.console import show_table
 from engine.kernels.exits import add_layer_norm_ref, embed_layer_norm_ref
@@ -38,6 +41,7 @@ from engine.kernels.gpu_exit import (
     ExitDestinations,
     ExitLimits,
     classifier_math,
+    exit_add_norm_rows_,
     exit_norm_rows_,
     exit_rows_,
     policy_math,
@@ -51,10 +55,15 @@ from engine.kernels.gpu_norms import (
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OPS = ("linear", "attention", "norms", "exit")
-KERNEL, PLAIN, COMPILED = "kernel", "torch", "torch.compile"
+KERNEL, PLAIN, COMPILED, COPY = "kernel", "torch", "torch.compile", "copy of as many bytes"
 _EPS = 1e-12
 # Largest difference from plain torch that rounding explains, relative to the largest value.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 1e-4}
+# Time of the copy / time of the op, at least this at so many tokens of BERT-base in half precision.
+_BARS = {"norm + exit": 0.80, "norm + pooler + exit": 0.60}
+_BAR_TOKENS = 4096
+
+Result = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -84,16 +93,18 @@ class Op:
     runs   competitor -> what it does with them; returns what it computed. KERNEL and PLAIN are always there
     math   the plain function of the tensors that torch.compile gets, None where there is nothing to compile
     flops, bytes  of one call with a full buffer
+    copied        time a copy of as many bytes, too
     """
 
     name: str
     group: str
     make: Callable[[], dict[str, Any]]
-    runs: dict[str, Callable[[dict[str, Any]], Tensor]]
-    math: Callable[[dict[str, Any]], Tensor]
+    runs: dict[str, Callable[[dict[str, Any]], Result]]
+    math: Callable[[dict[str, Any]], Result]
     flops: float
     bytes: int
-    configs: dict[str, Callable[[dict[str, Any]], Tensor]] = field(default_factory=dict)
+    configs: dict[str, Callable[[dict[str, Any]], Result]] = field(default_factory=dict)
+    copied: bool = False
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
@@ -132,7 +143,7 @@ class _Maker:
         return {"weight": self.randn(self.shape.hidden), "bias": self.randn(self.shape.hidden)}
 
 
-def _kernel_runs(launch: Callable[[dict[str, Any], Tensor], Tensor]) -> dict[str, Callable]:
+def _kernel_runs(launch: Callable[[dict[str, Any], Tensor], Result]) -> dict[str, Callable]:
     """The kernel with a full buffer, with a quarter of its rows live, and with none."""
     return {
         KERNEL: lambda t: launch(t, t["counts"]),
@@ -337,6 +348,12 @@ def exit_ops(m: _Maker) -> list[Op]:
             **m.counts(),
         }
 
+    def make_beside() -> dict[str, Any]:
+        return {**make(), "normed": m.empty(m.tokens, hidden)}
+
+    def make_pooled() -> dict[str, Any]:
+        return {**make_beside(), "pooler": (m.randn(hidden, hidden, scale=hidden**-0.5), m.randn(hidden))}
+
     def read(t, state: Tensor) -> Tensor:
         """Plain torch computes the classes of every row: who leaves is known on the device alone."""
         z = policy_math(state, *t["policy"])
@@ -363,6 +380,26 @@ def exit_ops(m: _Maker) -> list[Op]:
         )
         return t["destinations"].exit_logits
 
+    def plain_beside(t) -> Result:
+        normed = add_layer_norm_ref(t["x"], t["residual"], t["weight"], t["bias"], _EPS)
+        return normed, read(t, normed[t["first"]])
+
+    def plain_pooled(t) -> Result:
+        normed = add_layer_norm_ref(t["x"], t["residual"], t["weight"], t["bias"], _EPS)
+        return normed, read(t, linear_math(normed[t["first"]], *t["pooler"], "tanh"))
+
+    def launch_beside(t, counts) -> Result:
+        exit_add_norm_rows_(
+            t["destinations"], t["limits"], t["normed"], t["x"], t["residual"], (t["weight"], t["bias"], _EPS), counts,
+            3, "policy", t["policy"], t["classifier"], t["cu"],
+        )  # fmt: skip
+        return t["normed"], t["destinations"].exit_logits
+
+    def launch_pooled(t, counts) -> Result:
+        add_layer_norm_rows_(t["normed"], t["x"], t["residual"], t["weight"], t["bias"], _EPS, counts, TOKENS)
+        linear_rows_(t["state"], t["normed"], *t["pooler"], counts, ROWS, "tanh", t["cu"])
+        return t["normed"], launch_state(t, counts)
+
     weights = (neurons + classes) * hidden * m.dtype.itemsize
     flops = 2.0 * rows * (neurons + classes) * hidden
     row = hidden * m.dtype.itemsize
@@ -373,6 +410,11 @@ def exit_ops(m: _Maker) -> list[Op]:
            plain_norm, flops, weights + 2 * rows * row),
         Op("exit, state given", "exit", make, {**_kernel_runs(launch_state), PLAIN: plain_state},
            plain_state, flops, weights + rows * row),
+        Op("norm + exit", "exit", make_beside, {**_kernel_runs(launch_beside), PLAIN: plain_beside},
+           plain_beside, flops, weights + 3 * m.tokens * row, copied=True),
+        Op("norm + pooler + exit", "exit", make_pooled, {**_kernel_runs(launch_pooled), PLAIN: plain_pooled},
+           plain_pooled, flops + 2.0 * rows * hidden * hidden, weights + (3 * m.tokens + hidden + 3 * rows) * row,
+           copied=True),
     ]  # fmt: skip
 
 
@@ -392,11 +434,15 @@ def ops_for(shape: Shape, tokens: int, seqlen: int, dtype: torch.dtype, device: 
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
+def _joined(result: Result) -> Tensor:
+    return torch.cat([part.flatten().float() for part in (result if isinstance(result, tuple) else (result,))])
+
+
 def check(op: Op, tensors: dict[str, Any], dtype: torch.dtype, also: Iterable[str] = ()) -> None:
     """RuntimeError where the kernel, or another competitor of the full buffer, differs from plain torch."""
-    expected = op.runs[PLAIN](tensors).float().clone()
+    expected = _joined(op.runs[PLAIN](tensors))
     for name in (KERNEL, *also):
-        found = op.runs[name](tensors).float()
+        found = _joined(op.runs[name](tensors))
         allowed = _TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
         difference = float((found - expected).abs().max())
         if not difference <= allowed:  # not a number, too
@@ -416,7 +462,7 @@ def copies_for(tensors: dict[str, Any], cache_bytes: int) -> int:
 
 
 def time_on_device(
-    runs: dict[str, Callable[[dict[str, Any]], Tensor]], sets: list[dict[str, Any]], repeats: int
+    runs: dict[str, Callable[[dict[str, Any]], Result]], sets: list[dict[str, Any]], repeats: int
 ) -> dict[str, Timing]:
     """Seconds of one call of each competitor: graphs of one call on every set, replayed in turns."""
     stream = torch.cuda.Stream()
@@ -450,7 +496,7 @@ def time_on_device(
 
 
 def time_on_host(
-    runs: dict[str, Callable[[dict[str, Any]], Tensor]], sets: list[dict[str, Any]], repeats: int
+    runs: dict[str, Callable[[dict[str, Any]], Result]], sets: list[dict[str, Any]], repeats: int
 ) -> dict[str, Timing]:
     """The same without a device, so that everything but the graphs can be tried anywhere."""
     calls = {name: lambda run=run: [run(tensors) for tensors in sets] for name, run in runs.items()}
@@ -468,6 +514,11 @@ def measure(
     cache = torch.cuda.get_device_properties(0).L2_cache_size if on_device else 1
     sets = [tensors, *(op.make() for _ in range(copies_for(tensors, cache) - 1))]
     runs = dict(op.runs)
+    if op.copied:
+        for one in sets:  # after the sets have been counted: they hold the op's tensors to the same rotation
+            half = op.bytes // 2 // dtype.itemsize
+            one["copy"] = tuple(torch.zeros(half, dtype=dtype, device=device) for _ in range(2))
+        runs[COPY] = lambda t: t["copy"][0].copy_(t["copy"][1])
     if compiled:
         torch._dynamo.reset()
         runs[COMPILED] = torch.compile(op.math, dynamic=False)
@@ -494,12 +545,25 @@ def measure(
                 "median_us": timing.median * 1e6,
                 "p10_us": timing.p10 * 1e6,
                 "p90_us": timing.p90 * 1e6,
-                "tflops": op.flops / timing.median * 1e-12 if full and op.flops else None,
+                "tflops": op.flops / timing.median * 1e-12 if full and op.flops and name != COPY else None,
                 "gbps": op.bytes / timing.median * 1e-9 if full else None,
                 "copies": len(sets),
             }
         )
     return rows
+
+
+def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One for each bar whose op was timed where the bar stands."""
+    here = {"model": "bert-base", "tokens": _BAR_TOKENS, "dtype": "float16", "config": None}
+    median = {(r["op"], r["competitor"]): r["median_us"] for r in rows if here.items() <= r.items()}
+    found = []
+    for name, bar in _BARS.items():
+        if (name, COPY) in median:
+            value = median[name, COPY] / median[name, KERNEL]
+            label = f"{name}, {_BAR_TOKENS} tokens: time of a copy of as many bytes / time"
+            found.append(figure(label, value, "ratio of times", f">= {bar:.2f}", value >= bar))
+    return found
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -569,7 +633,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     rows += found
                     # After every shape: a run that is cut off keeps what it has measured.
                     more = {"seqlen": options.seqlen, "seconds": time.perf_counter() - started}
-                    write_result(options.output, [], rows, **more)
+                    write_result(options.output, figures(rows), rows, **more)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -35,23 +36,32 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     executor: str = "auto",
+    warmup: Sequence[tuple[int, int]] = (),
 ) -> Engine:
     """An engine for a checkpoint: a folder, or a hub id.
 
-    device    "auto" (the CPU: this release's executors are tuned there), or any torch device
-    dtype     "auto" (float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
-    executor  "auto" (packed), "packed", "reference", or "graph" (one CUDA graph a pass; written and tested step by step
-              on the CPU, not measured on a GPU yet)
+    device    "auto" (a CUDA device where there is one, else the CPU), or any torch device
+    dtype     "auto" (float16 on CUDA, else float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
+    executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass)
+    warmup    batches to be ready for, as (rows, tokens in all): compiled and captured now, not by the first call that
+              needs them. For the graph executor; nothing elsewhere
     Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
     ValueError that names the file, tensor or key that is wrong.
     """
     from engine.loading import load_model
 
     executor_class(executor)
-    chosen_dtype = _dtype(dtype)
-    chosen_device = find_device(device, "cpu", chosen_dtype)
-    model, tokenizer = load_model(checkpoint, dtype=chosen_dtype)
-    return Engine(model.to(chosen_device), tokenizer, executor, private=True)
+    sizes = _sizes(warmup)
+    explicit = None if isinstance(dtype, str) and dtype == "auto" else _dtype(dtype)
+    chosen_device = find_device(
+        device, "cuda" if torch.cuda.is_available() else "cpu", torch.float32 if explicit is None else explicit
+    )
+    automatic = torch.float16 if chosen_device.type == "cuda" else torch.float32
+    model, tokenizer = load_model(checkpoint, dtype=automatic if explicit is None else explicit)
+    loaded = Engine(model.to(chosen_device), tokenizer, executor, private=True)
+    for rows, tokens in sizes:
+        loaded.warm_up(rows, tokens)
+    return loaded
 
 
 def from_module(model: MultiExitEncoder, tokenizer=None, *, executor: str = "auto") -> Engine:
@@ -66,9 +76,20 @@ def from_module(model: MultiExitEncoder, tokenizer=None, *, executor: str = "aut
     return Engine(model, tokenizer, executor)
 
 
+def _sizes(warmup: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    sizes = []
+    for size in warmup:
+        whole = isinstance(size, (tuple, list)) and len(size) == 2
+        if not whole or not all(isinstance(n, int) and not isinstance(n, bool) for n in size):
+            raise TypeError(f"warmup must hold pairs (rows, tokens), got {size!r}")
+        rows, tokens = size
+        if not 1 <= rows <= tokens:
+            raise ValueError(f"warmup needs at least one row, and a token in each, got {rows} rows of {tokens} tokens")
+        sizes.append((rows, tokens))
+    return sizes
+
+
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, str) and dtype == "auto":
-        return torch.float32
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():

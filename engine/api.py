@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,15 +16,16 @@ from tqdm.auto import tqdm
 from engine.config import EarlyExitConfig
 from engine.criteria import Criterion, make_criterion
 from engine.executors import ExitOptions, PackedBatch, RowOutputs, executor_class
-from engine.executors.base import TokenRow
+from engine.executors.base import TokenRows
 from engine.inputs import InputReader
 from engine.kernels.linear import own_rows
 from engine.models.encoder import MultiExitEncoder
 from engine.options import OptionsReader, select_rows
 from engine.results import Classification, RunStats
 
-# Tokens per micro-batch: activations of one layer stay near the last-level cache of a small machine.
-DEFAULT_BATCH_TOKENS = 2048
+# Tokens per micro-batch. CPU: activations of one layer stay near the last-level cache of a small machine. CUDA: enough
+# for whole rounds of every product, and for launches to weigh nothing.
+DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 _PROGRESS_AFTER_S = 1.0
 
 
@@ -37,7 +39,7 @@ class Engine:
         """private: nobody else holds ``model``, so its weights need no watching until somebody asks for it."""
         self._model = model
         self.tokenizer = tokenizer
-        self.executor = executor_class(executor)(model, watching=not private)
+        self.executor = executor_class(executor, model.device)(model, watching=not private)
         self._options_reader = OptionsReader()
         backbone = model.encoder_backbone.config
         self._reader = InputReader(
@@ -65,6 +67,22 @@ class Engine:
     def refresh(self) -> None:
         """Read the model's weights again now, whatever the watch on them says."""
         self.executor.refresh()
+
+    def warm_up(self, rows: int, tokens: int) -> None:
+        """Be ready for batches of up to ``rows`` rows and ``tokens`` tokens in all, at default options: the graph
+        executor compiles and captures now. Nothing to do for the others.
+
+        The longest row is taken to be twice the mean (at least 32 tokens): others are captured when they come.
+        """
+        prepare = getattr(self.executor, "warmup", None)
+        if prepare is None:
+            return
+        criterion = make_criterion(self.config.criterion)
+        options = self._options_reader.options(self.config, 1, criterion, None, None, None, None)
+        mean = -(-tokens // rows)
+        longest = {min(n, self.config.max_length) for n in (mean, 2 * mean)}
+        for length in sorted(longest):
+            prepare(rows, max(tokens, length), length, options)
 
     def __repr__(self) -> str:
         c = self.config
@@ -109,19 +127,18 @@ class Engine:
             self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers
         )
         if batch_tokens is None:
-            batch_tokens = DEFAULT_BATCH_TOKENS
+            batch_tokens = DEFAULT_BATCH_TOKENS.get(self.device.type, 2048)
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
-        plan = _micro_batches([len(row.ids) for row in rows], batch_tokens)
-        if len(plan) == 1:
-            outputs = self._start(rows, options)()
+        if len(rows) and rows.num_tokens <= batch_tokens:
+            outputs, micro_batches = self._start(rows, options)(), 1
         else:
-            outputs = self._run_all(rows, plan, options, progress)
-        return self._results(outputs, sum(len(row.ids) for row in rows), len(plan), started)
+            outputs, micro_batches = self._run_all(rows, options, batch_tokens, progress)
+        return self._results(outputs, rows.num_tokens, micro_batches, started)
 
     # -- micro-batches -------------------------------------------------------------------------------------------
 
-    def _start(self, rows: list[TokenRow], options: ExitOptions) -> Callable[[], RowOutputs]:
+    def _start(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start one micro-batch; calling what comes back waits for its results. Too large for memory: in halves."""
         weight = self._model.exits.classifiers[0].weight
         device, exact = weight.device, own_rows(weight.device, weight.dtype)
@@ -132,26 +149,27 @@ class Engine:
             batch = PackedBatch.from_rows(rows, first, device, exact, self.executor.batch_layout)
             return self.executor.submit(batch, options.to(device))
         except torch.OutOfMemoryError as error:
-            tokens = sum(len(row.ids) for row in rows)
             if len(rows) == 1:
                 raise RuntimeError(
-                    f"out of memory on {weight.device} for a single row of {tokens} tokens ({error}): free memory, or "
-                    "load the model in a smaller dtype"
+                    f"out of memory on {weight.device} for a single row of {rows.num_tokens} tokens ({error}): free "
+                    "memory, or load the model in a smaller dtype"
                 ) from error
         torch.cuda.empty_cache()
         middle = len(rows) // 2
-        parts = [(rows[:middle], range(middle)), (rows[middle:], range(middle, len(rows)))]
-        halves = [self._start(half, select_rows(options, list(indices)))() for half, indices in parts]
+        parts = slice(0, middle), slice(middle, len(rows))
+        halves = [self._start(rows[part], select_rows(options, part))() for part in parts]
         outputs = RowOutputs(*(torch.cat(column) for column in zip(*halves, strict=True)))
         return lambda: outputs
 
     def _run_all(
-        self, rows: list[TokenRow], plan: list[list[int]], options: ExitOptions, progress: bool | None
-    ) -> RowOutputs:
-        if not rows:
-            return RowOutputs(
-                torch.empty(0, self.config.num_labels), torch.empty(0, dtype=torch.int32), torch.empty(0)
-            )
+        self, rows: TokenRows, options: ExitOptions, batch_tokens: int, progress: bool | None
+    ) -> tuple[RowOutputs, int]:
+        """Outputs of all rows in the caller's order, and of how many micro-batches."""
+        if len(rows) == 0:
+            empty = torch.empty(0, self.config.num_labels), torch.empty(0, dtype=torch.int32), torch.empty(0)
+            return RowOutputs(*empty), 0
+        order = np.argsort(-np.array(rows.lengths), kind="stable")
+        rows, options = rows.take(order), select_rows(options, torch.from_numpy(order))
         parts = []
         bar = tqdm(
             total=len(rows),
@@ -161,56 +179,55 @@ class Engine:
         )
         with bar:
             waiting: Callable[[], RowOutputs] | None = None
-            for indices in plan:
+            for cut in _cuts(rows.cu_seqlens, batch_tokens):
                 # The next one is packed, and on its way, while the device works on this one.
-                started = self._start([rows[i] for i in indices], select_rows(options, indices))
+                started = self._start(rows[cut], select_rows(options, cut))
                 if waiting is not None:
                     parts.append(waiting())
                     bar.update(len(parts[-1].logits))
                 waiting = started
             parts.append(waiting())
             bar.update(len(parts[-1].logits))
-        order = torch.tensor([i for indices in plan for i in indices])
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-        return RowOutputs(*(torch.cat([p.cpu() for p in column])[place] for column in zip(*parts, strict=True)))
+        place = torch.from_numpy(np.argsort(order))
+        outputs = RowOutputs(*(torch.cat([p.cpu() for p in column])[place] for column in zip(*parts, strict=True)))
+        return outputs, len(parts)
 
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
         # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.
-        logits, exit_layers, exit_probs = (x.clone() if x.is_cpu else x.cpu() for x in outputs)
+        logits, exit_layers, exit_probs = (x.clone() if x.is_cpu and x.is_inference() else x.cpu() for x in outputs)
         config, n = self.config, len(logits)
-        probabilities = torch.softmax(logits, -1)
+        probabilities = _softmax(logits)
         label_ids = logits.argmax(-1)
-        labels = [config.labels[i] for i in label_ids.tolist()]
-        histogram = dict.fromkeys(config.exit_layers, 0)
-        depth = 0
-        for layer in exit_layers.tolist():
-            histogram[layer] += 1
-            depth += layer
-        mean_depth = depth / n if n else math.nan
+        labels = list(map(config.labels.__getitem__, label_ids.tolist()))
+        layers = exit_layers.tolist()
+        mean_depth = sum(layers) / n if n else math.nan
         stats = RunStats(
             rows=n,
             tokens=tokens,
             num_layers=config.num_layers,
             mean_depth=mean_depth,
             saved_layers=1 - mean_depth / config.num_layers,
-            exit_histogram=histogram,
+            exit_histogram={layer: layers.count(layer) for layer in config.exit_layers},
             micro_batches=micro_batches,
             wall_time_s=time.perf_counter() - started,
         )
         return Classification(labels, label_ids, probabilities, logits, exit_layers, exit_probs, stats)
 
 
-def _micro_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Row indices of each micro-batch: sorted by length, cut where the token budget is full."""
-    if sum(lengths) <= batch_tokens and lengths:
-        return [list(range(len(lengths)))]
-    plan: list[list[int]] = []
-    tokens = batch_tokens
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if tokens + lengths[index] > batch_tokens:
-            plan.append([])
-            tokens = 0
-        plan[-1].append(index)
-        tokens += lengths[index]
-    return plan
+def _softmax(logits: Tensor) -> Tensor:
+    """Over classes: fp32 [N, C] on the host. torch's softmax and exp wake all threads for anything above one row, which
+    takes 6 ms where another process spins on the cores; numpy's exp wakes none, at 25 us more where they are free."""
+    if len(logits) <= 1:
+        return torch.softmax(logits, -1)
+    powers = torch.from_numpy(np.exp((logits - logits.amax(-1, True)).numpy()))
+    return powers.div_(powers.sum(-1, True))
+
+
+def _cuts(cu_seqlens: np.ndarray, batch_tokens: int) -> Iterator[slice]:
+    """The rows of each micro-batch: as many neighbours as the token budget holds, and at least one."""
+    start, rows = 0, len(cu_seqlens) - 1
+    while start < rows:
+        end = int(np.searchsorted(cu_seqlens, cu_seqlens[start] + batch_tokens, side="right")) - 1
+        end = max(end, start + 1)
+        yield slice(start, end)
+        start = end

@@ -66,8 +66,8 @@ MinDepth = Annotated[
     int | None, typer.Option(help="No row leaves before this layer; the number of layers removes all exits.")
 ]
 MaxDepth = Annotated[int | None, typer.Option(help="Every row has left by this layer.")]
-Executor = Annotated[str, typer.Option(help="auto, packed or reference.")]
-BatchTokens = Annotated[int | None, typer.Option(help="Tokens computed together (default: 2048).")]
+Executor = Annotated[str, typer.Option(help="auto (graph on CUDA, else packed), packed, reference or graph.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens computed together (default: 2048, on CUDA 16384).")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of every setting; medians are shown.")]
 
 

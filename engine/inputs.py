@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.executors.base import TokenRow
+from engine.executors.base import TokenRows
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAPPING_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+_NO_ROWS = TokenRows(np.empty(0, np.int64), None, ())
 
 
 class InputReader:
@@ -36,8 +39,11 @@ class InputReader:
             self._truncating = copy.deepcopy(self._backend)
             self._truncating.enable_truncation(max_length)
 
-    def read(self, batch: Any, truncation: bool) -> list[TokenRow]:
-        """batch: list of texts, list of text pairs, or a mapping of id tensors -> one TokenRow a row."""
+    def read(self, batch: Any, truncation: bool) -> TokenRows:
+        """batch: list of texts, list of text pairs, or a mapping of id tensors.
+
+        Whole arrays are checked first. Only where something is wrong are rows looked at one by one, to name the first.
+        """
         if isinstance(batch, Mapping):
             return self._read_mapping(batch, truncation)
         if isinstance(batch, (str, bytes)) or not isinstance(batch, Sequence):
@@ -46,9 +52,9 @@ class InputReader:
                 "batch must be a list of strings, a list of (string, string) pairs, or a mapping with input_ids and "
                 f"attention_mask, got {type(batch).__name__}{hint}"
             )
-        return self._read_text(batch, truncation) if len(batch) else []
+        return self._read_text(batch, truncation) if len(batch) else _NO_ROWS
 
-    def _read_text(self, batch: Sequence, truncation: bool) -> list[TokenRow]:
+    def _read_text(self, batch: Sequence, truncation: bool) -> TokenRows:
         if self._backend is None:
             raise ValueError("this model has no tokenizer: pass a mapping with input_ids and attention_mask")
         pairs = isinstance(batch[0], (tuple, list))
@@ -57,9 +63,20 @@ class InputReader:
         if pairs:
             batch = [tuple(row) for row in batch]
         encode = self._truncating if truncation else self._backend
-        rows = []
-        for index, encoding in enumerate(encode.encode_batch_fast(batch)):
-            ids = encoding.ids
+        encodings = encode.encode_batch_fast(batch)
+        rows = [encoding.ids for encoding in encodings]
+        lengths = tuple(map(len, rows))
+        if min(lengths) == 0 or max(map(max, rows)) >= self.vocab_size or max(lengths) > self.max_length:
+            self._refuse_text(rows)
+        types = None
+        if pairs and self.type_vocab_size > 1:  # all 0 for a single text, whatever the family
+            types = _flat([encoding.type_ids for encoding in encodings])
+        return TokenRows(_flat(rows), types, lengths)
+
+    def _refuse_text(self, rows: list[list[int]]) -> NoReturn:
+        for index, ids in enumerate(rows):
+            if not ids:
+                raise ValueError(f"row {index} holds no token: the tokenizer finds nothing in it; leave the row out")
             if max(ids) >= self.vocab_size:
                 raise ValueError(
                     f"row {index} has token id {max(ids)}, the model's vocabulary ends at {self.vocab_size - 1}: the "
@@ -70,41 +87,80 @@ class InputReader:
                     f"row {index} has {len(ids)} tokens, the model takes at most {self.max_length}: shorten it, or "
                     "pass truncation=True"
                 )
-            # Segment ids are all 0 for a single text, whatever the family.
-            rows.append(TokenRow(ids, _types(encoding.type_ids) if pairs and self.type_vocab_size > 1 else None))
-        return rows
+        raise AssertionError("no row is at fault")
 
-    def _read_mapping(self, batch: Mapping, truncation: bool) -> list[TokenRow]:
+    def _read_mapping(self, batch: Mapping, truncation: bool) -> TokenRows:
         keys = list(batch.keys())
         unknown = sorted(set(keys) - set(_MAPPING_KEYS))
         if unknown:
             raise ValueError(f"the batch has unknown keys {unknown}; allowed are {list(_MAPPING_KEYS)}")
         if "input_ids" not in keys:
             raise ValueError(f"the batch lacks input_ids; it has {keys}")
-        # Lists: for the short rows of a small batch they are several times cheaper than tensor operations.
-        ids = _integer_rows("input_ids", batch["input_ids"], None)
-        mask = _integer_rows("attention_mask", batch.get("attention_mask"), ids)
-        types = _integer_rows("token_type_ids", batch.get("token_type_ids"), ids)
-        rows = []
-        for index, row in enumerate(ids):
-            start, end = (0, len(row)) if mask is None else _block(index, mask[index])
+        ids = _integers("input_ids", batch["input_ids"], None)
+        mask = _integers("attention_mask", batch.get("attention_mask"), ids)
+        types = _integers("token_type_ids", batch.get("token_type_ids"), ids)
+        if self.type_vocab_size == 1:
+            types = None
+        if len(ids) == 0:
+            return _NO_ROWS
+        rows = _without_padding(ids, mask, types)
+        if (
+            rows is None
+            or not _all_below(rows.ids, self.vocab_size)
+            or (ids.shape[1] > self.max_length and max(rows.lengths) > self.max_length)
+            or (rows.types is not None and not _all_below(rows.types, self.type_vocab_size))
+        ):
+            self._refuse_mapping(ids, mask, types, truncation)
+        return rows
+
+    def _refuse_mapping(
+        self, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None, truncation: bool
+    ) -> NoReturn:
+        for index, row in enumerate(ids.tolist()):
+            start, end = (0, len(row)) if mask is None else _block(index, mask[index].tolist())
             if start == end:
                 raise ValueError(f"row {index} holds no token: input_ids has no columns")
-            tokens = row[start:end] if end - start < len(row) else row
-            _check_ids("input_ids", index, start, tokens, self.vocab_size)
-            if len(tokens) > self.max_length:
+            _check_ids("input_ids", index, start, row[start:end], self.vocab_size)
+            if end - start > self.max_length:
                 # Cutting ids would drop the final special token: only the tokenizer knows how to shorten a row.
                 raise ValueError(
-                    f"row {index} has {len(tokens)} tokens, the model takes at most {self.max_length}: shorten it"
+                    f"row {index} has {end - start} tokens, the model takes at most {self.max_length}: shorten it"
                     + (" (truncation=True shortens text only, not ids)" if truncation else "")
                 )
-            segment = None
-            if types is not None and self.type_vocab_size > 1:
-                segment = _types(types[index][start:end])
-                if segment is not None:
-                    _check_ids("token_type_ids", index, start, segment, self.type_vocab_size)
-            rows.append(TokenRow(tokens, segment))
-        return rows
+            if types is not None:
+                _check_ids("token_type_ids", index, start, types[index, start:end].tolist(), self.type_vocab_size)
+        raise AssertionError("no row is at fault")
+
+
+def _without_padding(ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None) -> TokenRows | None:
+    """The tokens of [N, S] arrays, N at least 1. None where a row has no token or its mask is not one block of 1s."""
+    n, width = ids.shape
+    if width == 0:
+        return None
+    tokens = None if mask is None else mask == 1
+    if tokens is None or tokens.item(tokens.argmin()):  # no padding, so views of the caller's memory will do
+        ids, lengths = ids.reshape(-1), (width,) * n
+        types = None if types is None else types.reshape(-1)
+    else:
+        # From the first 1 of every row to its last: as many as there are 1s, or there is a 0 between (or nothing else).
+        spans = width - tokens[:, ::-1].argmax(1) - tokens.argmax(1)
+        if not spans.sum() == np.count_nonzero(tokens) == np.count_nonzero(mask):
+            return None
+        ids, lengths = ids[tokens], tuple(spans.tolist())
+        types = None if types is None else types[tokens]
+    if types is not None:
+        types = np.ascontiguousarray(types, np.int64)
+    return TokenRows(np.ascontiguousarray(ids, np.int64), types, lengths)
+
+
+def _all_below(values: np.ndarray, limit: int) -> bool:
+    """Whether all of these int64 are in 0 ... limit - 1: as unsigned numbers, negative ones are the greatest."""
+    unsigned = values.view(np.uint64)
+    return unsigned.item(unsigned.argmax()) < limit  # for a short row a third of what max() costs
+
+
+def _flat(rows: list[list[int]]) -> np.ndarray:
+    return np.array(rows[0] if len(rows) == 1 else list(chain.from_iterable(rows)), np.int64)
 
 
 def _block(index: int, mask: list[int]) -> tuple[int, int]:
@@ -128,10 +184,6 @@ def _check_ids(name: str, index: int, start: int, ids: list[int], size: int) -> 
         raise ValueError(f"{name}[{index}, {start + column}] is {ids[column]}, allowed are 0 to {size - 1}")
 
 
-def _types(types: list[int]) -> list[int] | None:
-    return types if any(types) else None
-
-
 def _check_text(index: int, row: Any, pairs: bool) -> None:
     if pairs:
         if not isinstance(row, (tuple, list)) or len(row) != 2 or not all(isinstance(part, str) for part in row):
@@ -141,7 +193,8 @@ def _check_text(index: int, row: Any, pairs: bool) -> None:
         if not isinstance(row, str):
             raise TypeError(f"row {index} must be a string, got {_describe(row)}")
         empty = not row.strip()
-    if _SURROGATE.search("".join(row)):
+    text = "".join(row) if pairs else row
+    if not text.isascii() and _SURROGATE.search(text):
         raise ValueError(f"row {index} has half a surrogate pair, which no tokenizer takes: decode the text properly")
     if empty:
         raise ValueError(f"row {index} is an empty string: there is nothing to classify; leave the row out")
@@ -153,8 +206,8 @@ def _describe(row: Any) -> str:
     return f"{type(row).__name__}: {str(row)[:40]!r}"
 
 
-def _integer_rows(name: str, value: Any, like: list[list[int]] | None) -> list[list[int]] | None:
-    """Rows of integers as lists. ``like``: rows that it must equal in shape; then None stays None."""
+def _integers(name: str, value: Any, like: np.ndarray | None) -> np.ndarray | None:
+    """Rows of integers [N, S]. ``like``: an array that it must equal in shape; then None stays None."""
     if value is None and like is not None:
         return None
     if not isinstance(value, Tensor):
@@ -168,10 +221,10 @@ def _integer_rows(name: str, value: Any, like: list[list[int]] | None) -> list[l
             ) from error
     if value.dim() != 2:
         raise ValueError(f"{name} must have two dimensions [rows, tokens], got shape {list(value.shape)}")
-    if (value.is_floating_point() or value.is_complex()) and value.numel():
-        raise TypeError(f"{name} must hold integers, got {value.dtype}")
-    if like is not None:
-        shape = [len(like), len(like[0]) if like else 0]
-        if list(value.shape) != shape:
-            raise ValueError(f"{name} has shape {list(value.shape)}, input_ids has {shape}: they must be equal")
-    return (value.long() if value.dtype == torch.bool else value).tolist()
+    if value.is_floating_point() or value.is_complex():
+        if value.numel():
+            raise TypeError(f"{name} must hold integers, got {value.dtype}")
+        value = torch.empty(value.shape, dtype=torch.int64)  # what an empty list becomes is no number at all
+    if like is not None and value.shape != like.shape and (len(value) or len(like)):
+        raise ValueError(f"{name} has shape {list(value.shape)}, input_ids has {list(like.shape)}: they must be equal")
+    return (value.long() if value.dtype == torch.bool else value).cpu().numpy()

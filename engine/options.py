@@ -103,11 +103,12 @@ def _leave_rates(config: EarlyExitConfig, thresholds: Tensor, script: Tensor | N
 
 def scripted_leave_rates(script: Tensor, exit_layers: tuple[int, ...]) -> dict[int, float]:
     """{layer: share of the rows reaching it that leave there} of a script, exactly."""
-    left = script.tolist()
+    leaving = torch.bincount(script, minlength=exit_layers[-1] + 1).tolist()
+    reach = len(script)
     rates = {}
     for layer in exit_layers[:-1]:
-        reach = sum(x >= layer for x in left)
-        rates[layer] = sum(x == layer for x in left) / reach if reach else 0.0
+        rates[layer] = leaving[layer] / reach if reach else 0.0
+        reach -= leaving[layer]
     return rates
 
 
@@ -141,16 +142,15 @@ def _check_layers(name: str, layers: Tensor, low: int, high: int, why_low: str =
         raise ValueError(f"{name} must lie between {low}{why_low} and {high}, got {int(layers[row])} (row {row})")
 
 
-def select_rows(options: ExitOptions, indices: list[int]) -> ExitOptions:
-    """The options of some of the rows."""
-    index = torch.tensor(indices)
-    least, most = options.min_depth[index], options.max_depth[index]
+def select_rows(options: ExitOptions, rows: slice | Tensor) -> ExitOptions:
+    """The options of some of the rows: a slice, or their indices."""
+    least, most = options.min_depth[rows], options.max_depth[rows]
     return replace(
         options,
-        threshold=options.threshold[index],
+        threshold=options.threshold[rows],
         min_depth=least,
         max_depth=most,
-        exit_layers=None if options.exit_layers is None else options.exit_layers[index],
+        exit_layers=None if options.exit_layers is None else options.exit_layers[rows],
         shallowest=int(least.min()),
         deepest=int(most.max()),
     )

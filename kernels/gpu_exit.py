@@ -6,10 +6,16 @@
     leaving rows: class logits, exit layer and exit probability at their original index; all rows: keep = 0 or 1
 
 The decision stays on the device (``keep`` feeds the compaction), in fp32 and in logits. One program a row: it reads w1
-(P x H; 49 KB for 32 x 768 in 16 bit) from L2, and the classifier (C x H) only where the row leaves or the criterion
-reads it. Where there are few rows and many classes, several programs decide about the same row, each for itself and
-with the same result, and share its classes. Latency-bound at the 1 to some hundreds of rows it sees: a few dependent
-trips to L2, no matrix product.
+(P x H; 49 KB for 32 x 768 in 16 bit), and the classifier (C x H) only where the row leaves or the criterion reads it.
+Where there are few rows and many classes, several programs decide about the same row, each for itself and with the same
+result, and share its classes. Latency-bound at the 1 to some hundreds of rows it sees, so trips to memory are counted:
+weights, which no kernel of a pass writes, are loaded before the kernel in front is waited for; behind it come the
+counts, the row's number and place together, then its first token, then nothing but its limits.
+
+``exit_add_norm_rows_`` is the residual Add & Norm of all tokens with the exit beside it, in one launch: the first
+programs of the grid are those of the exit, which take longest, the others norm 8 or 16 rows each. Limited by bytes, 6 H
+a token in 16 bit, until the exit's latency is longer.
+
 A pooler (H x H) would take one program 13.5 us by itself: with one, ``add_layer_norm_rows_`` and
 ``linear_rows_(act="tanh")`` make the states, and ``exit_rows_`` takes them.
 """
@@ -48,6 +54,8 @@ __all__ = [
     "CRITERIA",
     "ExitDestinations",
     "ExitLimits",
+    "exit_add_norm_rows_",
+    "exit_add_norm_rows__ref",
     "exit_norm_rows_",
     "exit_norm_rows__ref",
     "exit_rows_",
@@ -148,6 +156,25 @@ def exit_norm_rows__ref(
     _decide(out, limits, state, layer, criterion, policy, classifier)
 
 
+def exit_add_norm_rows__ref(
+    out: ExitDestinations,
+    limits: ExitLimits,
+    normed: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    counts: Tensor,
+    layer: int,
+    criterion: str,
+    policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    classifier: tuple[Tensor, Tensor],
+    index: Tensor,
+) -> None:
+    rows, tokens = counts.tolist()
+    normed[:tokens] = add_layer_norm_ref(x[:tokens], residual[:tokens], *norm)
+    _decide(out, limits, normed[index[:rows].long()], layer, criterion, policy, classifier)
+
+
 def _decide(out, limits, state, layer, criterion, policy, classifier) -> None:
     n = state.shape[0]
     rows = limits.row_ids[:n].long()
@@ -182,55 +209,70 @@ def _decide(out, limits, state, layer, criterion, policy, classifier) -> None:
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
+#
+# Rows of x, of the norm and of the matrices all come in tiles (ROWS, ..., BLOCK_K): BLOCK_K entries are what one warp
+# loads at 16 bytes a lane, and each of ROWS rows belongs to one warp, so sums along it need no barrier. An exit program
+# has ROWS copies of its state, one where each warp's neurons or classes are.
 
 
 @jit
-def _state_at(
-    x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, columns, mean, scale, H: tl.constexpr, NORM: tl.constexpr
-):
-    """The state's entries at ``columns`` in fp32, zero past H. A normed state is rounded to its dtype, as a stored one
-    would have been: both variants, and every executor, then decide on the same numbers."""
-    in_row = columns < H
-    x = tl.load(x_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    if NORM:
-        x += tl.load(residual_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-        weight = tl.load(norm_weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-        bias = tl.load(norm_bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-        x = (x - mean) * scale * weight + bias
-        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-        x = tl.where(in_row, x, 0.0)
-    return x
+def _tiles(ptr, rows, present, stride, H: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``ptr[rows]``, rows of H entries, as a tuple of tiles; zero where not present and past H."""
+    tiles = ()
+    starts = tl.expand_dims(ptr + rows.to(tl.int64) * stride, -1)
+    for k in tl.static_range(TILES):
+        columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        here = tl.expand_dims(present, -1) & (columns < H)
+        tiles = tiles + (tl.load(starts + columns, mask=here, other=0.0),)
+    return tiles
 
 
 @jit
-def _products(
-    matrix_ptr,
-    rows,
-    row_count: tl.constexpr,
-    x_ptr,
-    residual_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    mean,
-    scale,
-    H: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """matrix[rows] . state, (BLOCK_ROWS,) fp32; 0 for rows from row_count on."""
-    total = tl.zeros((BLOCK_ROWS, BLOCK_K), dtype=tl.float32)
-    for start in tl.static_range(0, H, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        state = _state_at(x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, columns, mean, scale, H, NORM)
-        here = (rows < row_count)[:, None] & (columns < H)[None, :]
-        matrix = tl.load(matrix_ptr + rows[:, None] * H + columns[None, :], mask=here, other=0.0)
-        total += matrix.to(tl.float32) * state[None, :]
-    return tl.sum(total, axis=1)
+def _normed(x, residual, weight, bias, eps, H: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """LayerNorm(x + residual) in tiles, rounded to the dtype of x, as ``add_layer_norm_rows_`` stores it: all forms of
+    the exit, and every executor, then decide on the same numbers."""
+    sums = ()
+    for k in tl.static_range(TILES):
+        sums = sums + (x[k].to(tl.float32) + residual[k].to(tl.float32),)
+    total = sums[0]
+    for k in tl.static_range(1, TILES):
+        total += sums[k]
+    mean = tl.expand_dims(tl.sum(total, axis=1) / H, 1)
+    centred = ()
+    squares = tl.zeros_like(total)
+    for k in tl.static_range(TILES):
+        in_row = k * BLOCK_K + tl.arange(0, BLOCK_K) < H
+        part = tl.where(in_row[None, :], sums[k] - mean, 0.0)
+        squares += part * part
+        centred = centred + (part,)
+    scale = tl.expand_dims(1.0 / tl.sqrt(tl.sum(squares, axis=1) / H + eps), 1)
+    normed = ()
+    for k in tl.static_range(TILES):
+        y = centred[k] * scale * weight[k].to(tl.float32) + bias[k].to(tl.float32)
+        normed = normed + (y.to(x[k].dtype),)
+    return normed
+
+
+@jit
+def _products(matrix, state, TILES: tl.constexpr):
+    """matrix . state in fp32: matrix in tiles (ROWS, n, BLOCK_K), state in tiles (ROWS, BLOCK_K) of equal rows."""
+    total = matrix[0].to(tl.float32) * state[0].to(tl.float32)[:, None, :]
+    for k in tl.static_range(1, TILES):
+        total += matrix[k].to(tl.float32) * state[k].to(tl.float32)[:, None, :]
+    return tl.sum(total, axis=2)
+
+
+@jit
+def _classify(logits_ptr, bias_ptr, matrix, state, chosen, C: tl.constexpr, TILES: tl.constexpr):
+    """Write the logits of the classes ``chosen``, whose weights are ``matrix``; returns them."""
+    values = tl.load(bias_ptr + chosen, mask=chosen < C, other=0.0).to(tl.float32)
+    values += _products(matrix, state, TILES)
+    tl.store(logits_ptr + chosen, values, mask=chosen < C)
+    return values
 
 
 @jit(
-    do_not_specialize=["layer"],
+    do_not_specialize=["layer", "exit_programs"],
     do_not_specialize_on_alignment=(
         *UNALIGNED,
         "exit_layers_ptr",
@@ -257,6 +299,7 @@ def _exit_kernel(
     max_depth_ptr,
     threshold_ptr,
     script_ptr,
+    normed_ptr,
     x_ptr,
     residual_ptr,
     norm_weight_ptr,
@@ -270,49 +313,90 @@ def _exit_kernel(
     b2_ptr,
     classifier_ptr,
     classifier_bias_ptr,
+    normed_stride,
     x_stride,
     residual_stride,
     layer,
+    exit_programs,
     H: tl.constexpr,
     P: tl.constexpr,
     C: tl.constexpr,
     CRITERION: tl.constexpr,
     NORM: tl.constexpr,
+    STORE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_MIN: tl.constexpr,
     HAS_MAX: tl.constexpr,
     HAS_EXIT_LOGITS: tl.constexpr,
     BY_ROW_ID: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    program = tl.program_id(0)
+    copies = tl.arange(0, ROWS)
+    everywhere = copies >= 0
+    # Weights do not depend on the kernel in front: they are on their way while it still runs.
+    if NORM:
+        weight = _tiles(norm_weight_ptr, copies, everywhere, 0, H, TILES, BLOCK_K)
+        bias = _tiles(norm_bias_ptr, copies, everywhere, 0, H, TILES, BLOCK_K)
+    if STORE:
+        if program >= exit_programs:
+            begin(EARLY)
+            tokens = tl.load(counts_ptr + 1)
+            first_token = (program - exit_programs) * ROWS
+            if first_token < tokens:
+                token = first_token + copies
+                added = _tiles(x_ptr, token, token < tokens, x_stride, H, TILES, BLOCK_K)
+                others = _tiles(residual_ptr, token, token < tokens, residual_stride, H, TILES, BLOCK_K)
+                stored = _normed(added, others, weight, bias, eps, H, TILES, BLOCK_K)
+                places = tl.expand_dims(normed_ptr + token.to(tl.int64) * normed_stride, 1)
+                for k in tl.static_range(TILES):
+                    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                    here = (token < tokens)[:, None] & (columns < H)[None, :]
+                    tl.store(places + columns[None, :], stored[k], mask=here)
+            return
+    i = program // SPLITS
+    split = program % SPLITS  # of SPLITS that share the row's classes; the first one writes all else
+    neurons = copies[:, None] * (BLOCK_P // ROWS) + tl.arange(0, BLOCK_P // ROWS)[None, :]
+    classes = copies[:, None] * (BLOCK_C // ROWS) + tl.arange(0, BLOCK_C // ROWS)[None, :]
+    if CRITERION == "last":
+        own = split * BLOCK_C + classes
+        first_classes = _tiles(classifier_ptr, own, own < C, H, H, TILES, BLOCK_K)
+    elif CRITERION != "confidence":
+        z = tl.load(b2_ptr).to(tl.float32)
+        first_neurons = _tiles(w1_ptr, neurons, neurons < P, H, H, TILES, BLOCK_K)
+        first_b1 = tl.load(b1_ptr + neurons, mask=neurons < P, other=0.0)
+        first_w2 = tl.load(w2_ptr + neurons, mask=neurons < P, other=0.0)
     begin(EARLY)
-    i = tl.program_id(0)
-    split = tl.program_id(1)  # of SPLITS that share the row's classes; the first one writes all else
-    if i >= tl.load(counts_ptr):
-        return
+    # One trip to memory: without the question about the last two, ptxas moves them behind the branch.
+    live = tl.load(counts_ptr)
+    row_id = tl.load(row_ids_ptr + i).to(tl.int64)
     source = i
     if HAS_INDEX:
         source = tl.load(index_ptr + i)
-    x_ptr += source.to(tl.int64) * x_stride
-    mean = 0.0
-    scale = 1.0
+    if (i >= live) | (source < 0) | (row_id < 0):
+        return
+    state = _tiles(x_ptr, source + copies * 0, everywhere, x_stride, H, TILES, BLOCK_K)
     if NORM:
-        residual_ptr += source.to(tl.int64) * residual_stride
-        columns = tl.arange(0, BLOCK_H)
-        row = tl.load(x_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
-        row += tl.load(residual_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
-        mean = tl.sum(row, axis=0) / H
-        centred = tl.where(columns < H, row - mean, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / H + eps)
-
-    row_id = tl.load(row_ids_ptr + i).to(tl.int64)
+        residual = _tiles(residual_ptr, source + copies * 0, everywhere, residual_stride, H, TILES, BLOCK_K)
     limit = row_id if BY_ROW_ID else i.to(tl.int64)
-    classes = tl.arange(0, BLOCK_C)
+    if CRITERION == "scripted":
+        script = tl.load(script_ptr + limit)
+    elif CRITERION != "last":
+        threshold = tl.load(threshold_ptr + limit)
+    if HAS_MIN:
+        min_depth = tl.load(min_depth_ptr + limit)
+    if HAS_MAX:
+        max_depth = tl.load(max_depth_ptr + limit)
+    if NORM:
+        state = _normed(state, residual, weight, bias, eps, H, TILES, BLOCK_K)
+
+    logits_ptr += row_id * C
     leave = i >= 0
     prob = 1.0
     # No name of this half may come up again below: there it would be set anew inside a run-time branch.
@@ -324,40 +408,32 @@ def _exit_kernel(
             size = 0.0
             for first in range(0, C, BLOCK_C):
                 chosen = first + classes
-                values = _products(
-                    classifier_ptr, chosen, C, x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, mean, scale, H,
-                    NORM, BLOCK_C, BLOCK_K,
-                )  # fmt: skip
-                values += tl.load(classifier_bias_ptr + chosen, mask=chosen < C, other=0.0).to(tl.float32)
-                tl.store(logits_ptr + row_id * C + chosen, values, mask=chosen < C)
+                read = _tiles(classifier_ptr, chosen, chosen < C, H, H, TILES, BLOCK_K)
+                values = _classify(logits_ptr, classifier_bias_ptr, read, state, chosen, C, TILES)
                 values = tl.where(chosen < C, values, -float("inf"))
-                higher = tl.maximum(top, tl.max(values, axis=0))
-                size = size * tl.exp(top - higher) + tl.sum(tl.exp(values - higher), axis=0)
+                higher = tl.maximum(top, tl.max(tl.max(values, axis=1), axis=0))
+                size = size * tl.exp(top - higher) + tl.sum(tl.sum(tl.exp(values - higher), axis=1), axis=0)
                 top = higher
             z = -tl.log(size - 1.0)
         else:
-            z = tl.load(b2_ptr).to(tl.float32)
-            neurons = tl.arange(0, BLOCK_P)
-            for neuron in tl.static_range(0, P, BLOCK_P):
-                chosen = neuron + neurons
-                hidden = _products(
-                    w1_ptr, chosen, P, x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, mean, scale, H,
-                    NORM, BLOCK_P, BLOCK_K,
-                )  # fmt: skip
-                hidden = gelu(hidden + tl.load(b1_ptr + chosen, mask=chosen < P, other=0.0).to(tl.float32))
-                z += tl.sum(hidden * tl.load(w2_ptr + chosen, mask=chosen < P, other=0.0).to(tl.float32), axis=0)
+            hidden = gelu(_products(first_neurons, state, TILES) + first_b1.to(tl.float32))
+            votes = hidden * first_w2.to(tl.float32)
+            for neuron in tl.static_range(BLOCK_P, P, BLOCK_P):
+                more = neuron + neurons
+                rest = _tiles(w1_ptr, more, more < P, H, H, TILES, BLOCK_K)
+                b1 = tl.load(b1_ptr + more, mask=more < P, other=0.0).to(tl.float32)
+                w2 = tl.load(w2_ptr + more, mask=more < P, other=0.0).to(tl.float32)
+                votes += gelu(_products(rest, state, TILES) + b1) * w2
+            z += tl.sum(tl.sum(votes, axis=1), axis=0)
         if HAS_EXIT_LOGITS:
             tl.store(exit_logits_ptr + i, z, mask=split == 0)
         # Comparisons with NaN are false: a row whose z is NaN never leaves of its own accord.
-        if CRITERION == "scripted":
-            leave = tl.load(script_ptr + limit) <= layer
-        else:
-            leave = z > tl.load(threshold_ptr + limit)
+        leave = script <= layer if CRITERION == "scripted" else z > threshold
         if HAS_MIN:
-            leave = leave & (tl.load(min_depth_ptr + limit) <= layer)
+            leave = leave & (min_depth <= layer)
         prob = 1.0 / (1.0 + tl.exp(-z))
         if HAS_MAX:
-            forced = tl.load(max_depth_ptr + limit) <= layer
+            forced = max_depth <= layer
             leave = leave | forced
             prob = tl.where(forced, 1.0, prob)
 
@@ -366,39 +442,53 @@ def _exit_kernel(
         tl.store(exit_layers_ptr + row_id, layer, mask=split == 0)
         tl.store(exit_probs_ptr + row_id, prob, mask=split == 0)
         if CRITERION != "confidence":
-            for tile in range(split * BLOCK_C, C, SPLITS * BLOCK_C):
+            begun = 0
+            if CRITERION == "last":
+                _classify(logits_ptr, classifier_bias_ptr, first_classes, state, own, C, TILES)
+                begun = SPLITS * BLOCK_C
+            for tile in range(begun + split * BLOCK_C, C, SPLITS * BLOCK_C):
                 wanted = tile + classes
-                values = _products(
-                    classifier_ptr, wanted, C, x_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, mean, scale, H,
-                    NORM, BLOCK_C, BLOCK_K,
-                )  # fmt: skip
-                values += tl.load(classifier_bias_ptr + wanted, mask=wanted < C, other=0.0).to(tl.float32)
-                tl.store(logits_ptr + row_id * C + wanted, values, mask=wanted < C)
+                matrix = _tiles(classifier_ptr, wanted, wanted < C, H, H, TILES, BLOCK_K)
+                _classify(logits_ptr, classifier_bias_ptr, matrix, state, wanted, C, TILES)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
-# Programs that an H100 holds at once: two of 8 warps at 102 registers a thread (fp16, H 768) on each of its 132
+# Programs that an H100 holds at once: two of 8 warps at 128 registers a thread (16 bit, H 768) on each of its 132
 # multiprocessors. Programs that share a row decide twice, free only while none has to wait (reckoned, not measured).
 _PROGRAMS = 264
+# Beside blocks of the norm, those wait. Here an extra trip through the classifier, for a row that leaves, is hidden.
+_PROGRAMS_BESIDE = 66
+_NUM_WARPS = 8
 
 
-def exit_block(cap_rows: int, hidden: int, neurons: int, classes: int, criterion: str) -> dict[str, int]:
-    """Tiles of the kernel, and how many programs share a row's classes (all of them are needed to be confident). 8
-    warps hold a tile of at most 32 x 256 sums, 32 registers a thread."""
-    block_k = min(256, max(16, next_power_of_2(hidden)))
-    if hidden % 256 and hidden % 128 == 0:
+def exit_block(
+    cap_rows: int, hidden: int, neurons: int, classes: int, criterion: str, itemsize: int, beside: bool = False
+) -> dict[str, int]:
+    """Tiles of the kernel, and how many programs share a row's classes (all of them are needed to be confident).
+
+    itemsize is that of the widest weight; beside: the grid has blocks of the norm, too. 8 warps hold 32 neurons or
+    classes of up to 96 KB, 96 registers a thread.
+    """
+    block_k = min(512 // itemsize, max(16, next_power_of_2(hidden)))
+    if block_k == 256 and hidden % 256 and hidden % 128 == 0:
         block_k = 128  # 384 = 3 x 128: no half-empty tile
-    block_c = min(32, max(2, next_power_of_2(classes)))
-    splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, _PROGRAMS // cap_rows))
+    rows = 16 if block_k == 128 and itemsize == 2 else 8
+    most = 32
+    while most > rows and most * hidden * itemsize > 96 * 1024:
+        most //= 2
+    block_c = min(most, max(rows, next_power_of_2(classes)))
+    programs = _PROGRAMS_BESIDE if beside else _PROGRAMS
+    splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, programs // cap_rows))
     return {
-        "BLOCK_H": next_power_of_2(hidden),
+        "ROWS": rows,
+        "TILES": cdiv(hidden, block_k),
         "BLOCK_K": block_k,
-        "BLOCK_P": min(32, max(8, next_power_of_2(neurons))),
+        "BLOCK_P": min(most, max(rows, next_power_of_2(neurons))),
         "BLOCK_C": block_c,
         "SPLITS": splits,
-        "num_warps": 8 if hidden > 384 else 4,
+        "num_warps": _NUM_WARPS,
         "num_stages": 1,
     }
 
@@ -454,16 +544,33 @@ def _check(out: ExitDestinations, limits: ExitLimits, x: Tensor, counts, layer, 
     check_weight("b2", b2, x, "the state", 1)
 
 
-def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier) -> None:
+def _check_norm(limits: ExitLimits, x: Tensor, residual: Tensor, norm, index: Tensor | None) -> None:
+    hidden, cap_rows = x.shape[1], limits.row_ids.shape[0]
+    for name, rows in (("x", x), ("residual", residual)):
+        check_rows(name, rows, x, "x", hidden, cap_rows if index is None else 0)
+    check_weight("the norm's weight", norm[0], x, "x", hidden)
+    check_weight("the norm's bias", norm[1], x, "x", hidden)
+    if index is not None:
+        check_vector("index", index, x, "x", torch.int32, cap_rows)
+
+
+def _launch(
+    out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed=None
+) -> None:
     cap_rows, hidden = limits.row_ids.shape[0], x.shape[1]
-    if cap_rows == 0:
+    tokens = 0 if normed is None else normed.shape[0]
+    if cap_rows + tokens == 0:
         return
     w1, b1, w2, b2 = (None,) * 4 if criterion in ("confidence", "last") else policy
     norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
     neurons = 1 if w1 is None else w1.shape[0]
-    block = exit_block(cap_rows, hidden, neurons, classifier[0].shape[0], criterion)
+    itemsize = max(t.element_size() for t in (classifier[0], w1, norm_weight, x) if t is not None)
+    block = exit_block(
+        max(cap_rows, 1), hidden, neurons, classifier[0].shape[0], criterion, itemsize, normed is not None
+    )
+    exit_programs = cap_rows * block["SPLITS"]
     with on_device(x):
-        _exit_kernel[(cap_rows, block["SPLITS"])](
+        _exit_kernel[(exit_programs + cdiv(tokens, block["ROWS"]),)](
             out.logits,
             out.exit_layers,
             out.exit_probs,
@@ -474,6 +581,7 @@ def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, pol
             limits.max_depth,
             limits.threshold_logit,
             limits.script,
+            normed,
             x,
             residual,
             norm_weight,
@@ -486,14 +594,17 @@ def _launch(out, limits, x, residual, norm, index, counts, layer, criterion, pol
             w2,
             b2,
             *classifier,
+            0 if normed is None else normed.stride(0),
             x.stride(0),
             0 if residual is None else residual.stride(0),
             layer,
+            exit_programs,
             H=hidden,
             P=neurons,
             C=classifier[0].shape[0],
             CRITERION=criterion,
             NORM=norm is not None,
+            STORE=normed is not None,
             HAS_INDEX=index is not None,
             HAS_MIN=limits.min_depth is not None,
             HAS_MAX=limits.max_depth is not None,
@@ -526,6 +637,7 @@ def exit_rows_(
     policy      (w1 (P, H), b1 (P,), w2 (1, P), b2 (1,)), each fp32 or the dtype of state, contiguous; unused with
                 "confidence" and "last", where it may be None
     classifier  (weight (C, H), bias (C,)), the same
+    The kernel in front may not be one that writes policy, classifier or norm: they may be read before it has ended.
     Everything is computed in fp32 from the state as stored. A row's result does not depend on the other rows.
     """
     _check(out, limits, state, counts, layer, criterion, policy, classifier)
@@ -559,14 +671,48 @@ def exit_norm_rows_(
     The norm is not stored: ``add_layer_norm_compact_`` computes it again for the tokens that stay.
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)
-    hidden, cap_rows = x.shape[1], limits.row_ids.shape[0]
-    for name, rows in (("x", x), ("residual", residual)):
-        check_rows(name, rows, x, "x", hidden, cap_rows if index is None else 0)
-    check_weight("the norm's weight", norm[0], x, "x", hidden)
-    check_weight("the norm's bias", norm[1], x, "x", hidden)
-    if index is not None:
-        check_vector("index", index, x, "x", torch.int32, cap_rows)
+    _check_norm(limits, x, residual, norm, index)
     if not runs_kernel(x):
         exit_norm_rows__ref(out, limits, x, residual, norm, counts, layer, criterion, policy, classifier, index)
         return
     _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier)
+
+
+def exit_add_norm_rows_(
+    out: ExitDestinations,
+    limits: ExitLimits,
+    normed: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    counts: Tensor,
+    layer: int,
+    criterion: str,
+    policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    classifier: tuple[Tensor, Tensor],
+    index: Tensor,
+) -> None:
+    """``normed[t] = LayerNorm(x[t] + residual[t])`` for t < counts[1], and ``exit_norm_rows_`` beside it: one launch.
+
+    normed       (cap_tokens, H), dtype of x, last dimension contiguous; rows from counts[1] on are left alone.
+                 Overlaps neither x nor residual, of which the exit reads first tokens meanwhile
+    x, residual  (cap_tokens or more, H), one dtype, last dimension contiguous
+    norm         (weight (H,), bias (H,), eps), fp32 or the dtype of x
+    counts       (2,) int32: live rows, live tokens
+    index        (cap_rows or more,) int32, cu_seqlens: where the live rows' first tokens stand
+    The rest as in ``exit_norm_rows_``. Bytes: three rows a live token, the policy, and what rows that leave ask for.
+    The exit decides on the numbers that ``normed`` gets, bit for bit.
+    """
+    _check(out, limits, x, counts, layer, criterion, policy, classifier)
+    _check_norm(limits, x, residual, norm, index)
+    hidden = x.shape[1]
+    check_rows("normed", normed, x, "x", hidden)
+    for name, rows in (("x", x), ("residual", residual)):
+        check_rows(name, rows, x, "x", hidden, normed.shape[0])
+        check_apart(normed, name, rows)
+    if not runs_kernel(x):
+        exit_add_norm_rows__ref(
+            out, limits, normed, x, residual, norm, counts, layer, criterion, policy, classifier, index
+        )
+        return
+    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed)

@@ -13,6 +13,7 @@ import torch
 import engine
 from engine.criteria import Policy
 from engine.executors import graph as graph_module
+from engine.executors import graph_pass
 from engine.executors.graph import Capacity, capacity_for
 from tests.test_executors import FP32, assert_equals_reference, random_options
 from tests.tiny import FAMILIES, MAX_LENGTH, POOLERS, assert_same, padded, random_rows, tiny_model
@@ -30,6 +31,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(params=[1 << 30, 0], ids=["delayed", "at once"])
+def moves(request, monkeypatch):
+    """Whether tokens move in the layer behind an exit or at once, whatever the capacity would choose."""
+    monkeypatch.setattr(graph_pass, "_DELAY_TOKENS", request.param)
+
+
 def both(model):
     return engine.from_module(model, executor="graph"), engine.from_module(model, executor="reference")
 
@@ -40,13 +47,49 @@ def both(model):
 @pytest.mark.parametrize("exits", [None, (2, 4)], ids=["all exits", "exits 2 and 4"])
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graph_equals_reference(family, pooler, exits, device):
+def test_graph_equals_reference(family, pooler, exits, device, moves):
     model = tiny_model(family, pooler, exits).to(device)
     assert_equals_reference(model, *both(model))
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3, 9])
+@pytest.mark.parametrize("exits", [None, (1, 2, 7), (1, 3, 6, 7), (2, 5, 7)], ids=str)
+def test_depths_and_stages(exits, stage, device, moves, monkeypatch):
+    """Exits in a row and with layers between them, the last but one among them; a stage everywhere or nowhere."""
+    monkeypatch.setattr(graph_pass, "_STAGE_LAYERS", stage)
+    model = tiny_model("bert", "none", exits, layers=7).to(device)
+    assert_equals_reference(model, *both(model))
+
+
+def launches(monkeypatch, model, **options):
+    """Kernels of one pass in order, by the names of their ops."""
+    names = []
+
+    def counted(name, op):
+        return lambda *args, **kwargs: (names.append(name.strip("_")), op(*args, **kwargs))[1]
+
+    with monkeypatch.context() as patch:
+        for name, op in list(vars(graph_pass).items()):
+            if name.endswith("_") and not name.startswith("_") and callable(op):
+                patch.setattr(graph_pass, name, counted(name, op))
+        engine.from_module(model, executor="graph").run(padded(random_rows(3)), **options)
+    return names
+
+
+@pytest.mark.parametrize("pooler, more", [("none", 1), ("shared", 3)])
+def test_a_delayed_exit_costs_one_launch_and_those_of_its_pooler(monkeypatch, pooler, more):
+    """The exit in front of the last layer, which moves its tokens at once, one more."""
+    model = tiny_model("bert", pooler)
+    none, every = (launches(monkeypatch, model, min_depth=depth) for depth in (4, 1))
+    assert none.count("survivors") == 0 and every.count("survivors") == 3
+    assert every.count("add_layer_norm_compact") == 3
+    assert len(every) == len(none) + 3 * more + 1
+    monkeypatch.setattr(graph_pass, "_DELAY_TOKENS", 63)
+    assert len(launches(monkeypatch, model, min_depth=1)) == len(none) + 3 * more + 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_errs_no_more_than_hugging_face(dtype, device):
+def test_half_precision_errs_no_more_than_hugging_face(dtype, device, moves):
     model = tiny_model().to(device)
     rows = random_rows(60, seed=3)
     options = random_options("scripted", 60, model.config.exit_layers, 4)
@@ -61,7 +104,7 @@ def test_half_precision_errs_no_more_than_hugging_face(dtype, device):
 
 
 @pytest.mark.parametrize("layer", [1, 4], ids=["all leave at once", "nobody leaves"])
-def test_extremes(layer, device):
+def test_extremes(layer, device, moves):
     fast, oracle = both(tiny_model().to(device))
     rows = random_rows(20)
     options = dict(criterion="scripted", exit_layers=layer)
@@ -81,7 +124,7 @@ def test_a_row_says_the_same_in_any_batch(device):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13])
-def test_every_capacity_boundary(rows, device):
+def test_every_capacity_boundary(rows, device, moves):
     fast, oracle = both(tiny_model().to(device))
     for tokens in (63, 64, 65, 96, 97, 128, 129):
         lengths = [max(1, tokens // rows)] * rows

@@ -7,8 +7,12 @@ from collections import UserDict
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers, processors
 
 import engine
+from engine.executors import PackedBatch
+from engine.executors.base import TokenRows, capacity
+from engine.inputs import InputReader
 from tests.tiny import (
     MAX_LENGTH,
     VOCAB_SIZE,
@@ -114,6 +118,32 @@ BAD_BATCHES = {
     "mask with a 2": (mask_with((1, 2, 2)), {}, ValueError, ["attention_mask", "0 and 1"]),
     "mask with a -1": (mask_with((1, 2, -1)), {}, ValueError, ["attention_mask", "0 and 1"]),
     "mask with a hole": (mask_with((1, 2, 0)), {}, ValueError, ["row 1", "between"]),
+    "holes, the first row named": (mask_with((1, 2, 0), (3, 1, 0)), {}, ValueError, ["row 1", "between"]),
+    "bool mask with a hole": (
+        changed("attention_mask", mask_with((3, 4, 0))["attention_mask"].bool()), {}, ValueError, ["row 3", "between"],
+    ),
+    "a full mask but for a 2": (
+        changed("attention_mask", torch.ones(4, 7, dtype=torch.long).index_fill(1, torch.tensor([3]), 2)), {},
+        ValueError, ["attention_mask", "0 and 1", "row 0", "[2]"],
+    ),
+    "no mask, id above the vocabulary": (
+        {"input_ids": torch.full((5, 6), 7).index_fill(0, torch.tensor([4]), VOCAB_SIZE)}, {}, ValueError,
+        ["input_ids[4, 0]", str(VOCAB_SIZE)],
+    ),
+    "int32 id below zero": (changed("input_ids", ids_with(1, 2, -7)["input_ids"].int()), {}, ValueError,
+        ["input_ids[1, 2]", "-7"],
+    ),
+    "left padding, id above the vocabulary": (
+        {k: v.flip(1) for k, v in ids_with(0, 1, VOCAB_SIZE).items()}, {}, ValueError, ["input_ids[0, 5]"],
+    ),
+    "negative segment id": (
+        changed("token_type_ids", torch.zeros(4, 7, dtype=torch.long).index_fill(1, torch.tensor([2]), -1)), {},
+        ValueError, ["token_type_ids[0, 2]", "-1", "0 to 1"],
+    ),
+    "the first row at fault is named, whatever its fault": (
+        {**ids_with(1, 0, VOCAB_SIZE), "attention_mask": mask_with((2, 1, 0))["attention_mask"]}, {}, ValueError,
+        ["input_ids[1, 0]"],
+    ),
     "row without tokens": (
         mask_with(*((2, column, 0) for column in range(7))), {}, ValueError, ["row 2", "no token", "attention_mask"],
     ),
@@ -342,3 +372,129 @@ def test_the_models_limit_is_the_configs(tokenizer):
     with pytest.raises(ValueError, match=r"row 1 has 11 tokens.* 10"):
         runner.run(padded(random_rows(2, lengths=[10, 11])))
     assert runner.run([LONG], truncation=True).stats.tokens == 10
+
+
+# -- what is read ------------------------------------------------------------------------------------------------
+
+
+def one_by_one(ids, mask, types) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens and segments of every row, by the plainest means."""
+    pick = [[column for column, bit in enumerate(row) if bit] for row in mask.tolist()]
+    return tuple(
+        [[int(row[column]) for column in columns] for row, columns in zip(x, pick, strict=True)] for x in (ids, types)
+    )
+
+
+def random_blocks(rows: int, width: int, side: str, seed: int) -> torch.Tensor:
+    """A mask with one block of 1s a row: at the left or right end, anywhere, or everywhere."""
+    mask = torch.zeros(rows, width, dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed)
+    for row in mask:
+        length = width if side == "none" else int(torch.randint(1, width + 1, (), generator=generator))
+        room = width - length
+        start = {"left": room, "right": 0, "none": 0}.get(side, int(torch.randint(room + 1, (), generator=generator)))
+        row[start : start + length] = 1
+    return mask
+
+
+READER = InputReader(None, vocab_size=VOCAB_SIZE, type_vocab_size=2, max_length=MAX_LENGTH)
+KINDS = {
+    "int64": lambda x: x,
+    "int32": lambda x: x.int(),
+    "uint8": lambda x: x.to(torch.uint8),
+    "array": lambda x: x.numpy(),
+    "lists": lambda x: x.tolist(),
+    "transposed": lambda x: x.T.contiguous().T,
+    "every other column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right", "both", "none"])
+@pytest.mark.parametrize("rows, width", [(1, 1), (1, 9), (7, 1), (40, 23), (3, MAX_LENGTH)])
+def test_tokens_of_a_mapping(rows, width, side, kind):
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(VOCAB_SIZE, (rows, width), generator=generator)
+    types = torch.randint(2, (rows, width), generator=generator)
+    mask = random_blocks(rows, width, side, seed=width)
+    want_ids, want_types = one_by_one(ids, mask, types)
+    tensors = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    batch = {name: KINDS[kind](value) for name, value in tensors.items()}
+    masks = [batch["attention_mask"], mask.bool()] + ([None] if side == "none" else [])
+    for given in masks:
+        read = READER.read({**batch, "attention_mask": given}, False)
+        assert read.lengths == tuple(map(len, want_ids)) and read.num_tokens == sum(read.lengths)
+        assert read.ids.tolist() == sum(want_ids, []) and read.types.tolist() == sum(want_types, [])
+        assert read.ids.dtype == read.types.dtype == np.int64 and read.ids.flags.c_contiguous
+        assert read.types.flags.c_contiguous
+    assert READER.read({k: v for k, v in batch.items() if k != "token_type_ids"}, False).types is None
+
+
+def test_one_row_for_all(runner):
+    """A row without memory of its own, and a column that is not contiguous: kernels get what they expect."""
+    row = torch.tensor([[5, 9, 8, 7]])
+    want = runner.run({"input_ids": row})
+    for ids in (row.expand(3, 4), row.repeat(3, 1), row.repeat_interleave(3, 1)[:, ::3].expand(3, 4)):
+        assert_same(runner.run({"input_ids": ids[:1]}), want, atol=0)
+        torch.testing.assert_close(runner.run({"input_ids": ids}).logits, want.logits.expand(3, -1), **FP32)
+
+
+def token_rows(lengths: list[int], types: bool) -> TokenRows:
+    ids = np.arange(100, 100 + sum(lengths))
+    return TokenRows(ids, ids % 2 if types else None, tuple(lengths))
+
+
+@pytest.mark.parametrize("types", [True, False])
+@pytest.mark.parametrize("lengths", [[4], [1], [3, 1, 5], [6, 6, 6], [1, 1]])
+def test_rows_move_and_are_cut(lengths, types):
+    rows = token_rows(lengths, types)
+    lists = np.split(rows.ids, rows.cu_seqlens[1:-1])
+    part = rows[1:3]
+    assert len(part) == len(part.lengths) == len(lists[1:3])
+    assert part.ids.tolist() == [int(x) for row in lists[1:3] for x in row]
+    order = np.array([(3 * k + 1) % len(lengths) for k in range(len(lengths))]) if len(lengths) != 3 else [2, 0, 1]
+    moved = rows.take(np.array(order))
+    assert moved.ids.tolist() == [int(x) for k in order for x in lists[k]]
+    assert moved.lengths == tuple(lengths[k] for k in order)
+    if types:
+        assert (moved.types == moved.ids % 2).all() and (part.types == part.ids % 2).all()
+
+
+@pytest.mark.parametrize("exact", [0, 4096])
+@pytest.mark.parametrize("layout", ["lead", "rows"])
+@pytest.mark.parametrize("lengths", [[1], [12], [9, 1, 17], [6] * 5, [1] * 3])
+def test_packed_batches(lengths, layout, exact):
+    rows, first, tokens = token_rows(lengths, True), 2, sum(lengths)
+    batch = PackedBatch.from_rows(rows, first, torch.device("cpu"), exact, layout)
+    spans = [list(range(sum(lengths[:k]), sum(lengths[: k + 1]))) for k in range(len(lengths))]
+    order = sum(spans, []) if layout == "rows" else [s[0] for s in spans] + sum((s[1:] for s in spans), [])
+    position = [first + k for n in lengths for k in range(n)]
+    assert len(batch.input_ids) == (capacity(len(lengths), tokens, exact) if layout == "lead" else tokens)
+    assert batch.input_ids[:tokens].tolist() == [100 + k for k in order]
+    assert batch.positions[:tokens].tolist() == [position[k] for k in order]
+    if max(lengths) > 1 or len(lengths) > 1:
+        assert batch.token_type_ids[:tokens].tolist() == [k % 2 for k in order]
+    spare = slice(tokens, None)
+    assert set(batch.positions[spare].tolist()) <= {first} and set(batch.input_ids[spare].tolist()) <= {100}
+    assert batch.lengths == tuple(lengths)
+    assert batch.cu_seqlens.tolist() == [sum(lengths[:k]) for k in range(len(lengths) + 1)]
+    wanted = torch.int64, torch.int64, torch.int32
+    assert (batch.input_ids.dtype, batch.positions.dtype, batch.cu_seqlens.dtype) == wanted
+    assert batch.input_ids.is_contiguous() and batch.positions.is_contiguous()
+
+
+def test_segments_that_are_all_0_are_left_out():
+    rows = TokenRows(np.arange(9), np.array([0] * 6 + [1] * 3), (4, 2, 3))
+    for cut, there in ((slice(0, 2), False), (slice(1, 3), True)):
+        batch = PackedBatch.from_rows(rows[cut], 0, torch.device("cpu"))
+        assert (batch.token_type_ids is not None) == there
+
+
+def test_a_text_that_the_tokenizer_finds_nothing_in(model):
+    """Without special tokens a text may come to nothing."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("!", "")
+    runner = engine.from_module(model, tokenizer)
+    with pytest.raises(ValueError, match="row 1 holds no token"):
+        runner.run(["how to join", "!!!"])

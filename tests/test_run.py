@@ -8,12 +8,14 @@ import math
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import engine
+from engine.api import _softmax
 from tests.tiny import LABELS, assert_same, every_exit, padded, random_rows, random_texts, tiny_backbone, tiny_model
 
 FP32 = dict(rtol=1e-5, atol=3e-5)
@@ -62,6 +64,18 @@ def test_histogram_names_every_exit_and_no_other_layer():
 def test_results_are_fp32_whatever_the_model_is(model, dtype):
     got = engine.from_module(model.to(dtype)).run(padded(random_rows(9)))
     assert got.logits.dtype == got.probabilities.dtype == got.exit_probabilities.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [1, 2, 300])
+def test_probabilities_are_the_softmax_of_the_logits(rows):
+    """Whatever computes them: large, equal and infinite logits too, and nothing is warned about."""
+    logits = torch.randn(rows, 5, generator=torch.Generator().manual_seed(rows)) * 30
+    logits[0] = 4.0
+    torch.testing.assert_close(_softmax(logits), logits.softmax(-1), rtol=1e-6, atol=1e-7)
+    logits[0, 2] = torch.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(_softmax(logits), logits.softmax(-1), rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 def test_results_may_be_used_in_further_computation(packed):
@@ -234,3 +248,18 @@ def test_importing_the_engine_loads_neither_training_nor_benchmarks():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[]", "True"]
+
+
+def test_warmup_is_checked_and_changes_nothing_on_a_cpu(checkpoint):
+    for wrong in ([(1, 2, 3)], [(1.0, 2)], [True], [4]):
+        with pytest.raises(TypeError, match="warmup must hold pairs"):
+            engine.load(checkpoint, warmup=wrong)
+    for wrong in ([(0, 5)], [(8, 5)]):
+        with pytest.raises(ValueError, match="warmup needs at least one row"):
+            engine.load(checkpoint, warmup=wrong)
+    rows = {"input_ids": [[2, 7, 3]], "attention_mask": [[1, 1, 1]]}
+    for executor in ("packed", "graph"):
+        warm = engine.load(checkpoint, executor=executor, warmup=[(1, 16), (4, 64)])
+        cold = engine.load(checkpoint, executor=executor)
+        assert torch.equal(warm.run(rows).logits, cold.run(rows).logits)
+    assert len(warm.executor._programs) >= 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs
 from engine.executors.packed import PackedExecutor
 from engine.executors.reference import ReferenceExecutor
@@ -20,9 +22,11 @@ __all__ = [
 ]
 
 
-def executor_class(name: str) -> type:
-    """The executor of that name; "auto" is packed. ValueError for a name that is none."""
-    chosen = "packed" if name == "auto" else name
+def executor_class(name: str, device: torch.device | None = None) -> type:
+    """The executor of that name; "auto" is graph on CUDA, packed elsewhere. ValueError for a name that is none."""
+    chosen = name
+    if name == "auto":
+        chosen = "graph" if device is not None and device.type == "cuda" else "packed"
     if chosen == "graph":  # brings triton along: not for those who do not ask
         from engine.executors.graph import GraphExecutor
 

@@ -1,9 +1,9 @@
 """A whole pass as one CUDA graph launch: decisions stay on the device, rows that leave are removed, nothing waits.
 
-The only file that knows CUDA graphs. A *program* is the fixed sequence of kernels for one capacity (rows, tokens,
-longest row); the live counts are values on the device that every kernel reads (``engine.kernels.gpu_*``), so one graph
-serves any batch up to its capacity and whatever is left of it behind each exit. Conditional nodes stand at stages:
-behind one at which no row is left, the rest of the pass is skipped; between two, empty kernels return at once.
+The only file that knows CUDA graphs. A *program* is the fixed sequence of kernels (``graph_pass``) for one capacity
+(rows, tokens, longest row); the live counts are values on the device that every kernel reads (``kernels/gpu_*``), so
+one graph serves any batch up to its capacity and whatever is left of it behind each exit. Conditional nodes stand at
+stages: behind one at which no row is left, the rest of the pass is skipped; between two, empty kernels return at once.
 
 Where there is no CUDA device the same program runs step by step through the kernels' torch twins: what the tests hold
 against the other executors.
@@ -15,36 +15,20 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
+from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
-from engine.executors.weights import EncoderWeights, ExitWeights, PlainLinear, WatchedWeights
-from engine.kernels.gpu_attention import varlen_attention_
-from engine.kernels.gpu_common import ROWS, TOKENS
-from engine.kernels.gpu_exit import ExitDestinations, ExitLimits, exit_norm_rows_, exit_rows_
-from engine.kernels.gpu_linear import linear_rows_
-from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
+from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights
+from engine.kernels.gpu_exit import ExitDestinations
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
-from engine.kernels.products import product_workspace
-from engine.kernels.survivors import survivors_
 from engine.models.encoder import MultiExitEncoder
 
-# A nested IF costs 6.8 us where it is taken, a layer of empty kernels about 9: from probes, not yet from this pass.
-_STAGE_LAYERS = 3
 _MAX_PROGRAMS = 64
-
-
-class Capacity(NamedTuple):
-    """What a program has room for."""
-
-    rows: int
-    tokens: int
-    longest: int
 
 
 def capacity_for(rows: int, tokens: int, longest: int, max_length: int) -> Capacity:
@@ -63,15 +47,6 @@ def _up(n: int, least: int) -> int:
     return between if n <= between and between >= least else power
 
 
-class Steps(NamedTuple):
-    """What a program does, beside its capacity. reads: layers whose exit is read; criterion: of ``exit_rows_``."""
-
-    criterion: str
-    reads: tuple[int, ...]
-    deepest: int
-    token_types: bool
-
-
 class _Slot:
     """Host memory of one batch in flight, both ways."""
 
@@ -81,32 +56,18 @@ class _Slot:
         self.done = torch.cuda.Event() if pinned else None
 
 
-class _Always:
-    """Stands for a GraphBuilder where nothing is captured: every body runs, and finds no rows where there are none."""
-
-    @contextmanager
-    def when(self, flag: Tensor) -> Iterator[None]:
-        yield
-
-
-class _Arena:
-    """Activations of up to ``tokens`` tokens. One pass at a time uses them, so all programs share the largest made."""
-
-    def __init__(self, tokens: int, hidden: int, wide: int, like: Tensor):
-        def rows(width: int) -> Tensor:
-            return torch.zeros(tokens, width, dtype=like.dtype, device=like.device)
-
-        self.tokens = tokens
-        self.hidden, self.attended, self.x, self.projected = (rows(hidden) for _ in range(4))
-        self.qkv, self.inner = rows(3 * hidden), rows(wide)
-        self.workspace = product_workspace(like.device)
+@contextmanager
+def _always(flag: Tensor) -> Iterator[None]:
+    """Stands for ``GraphBuilder.when`` where nothing is captured: every body runs, and finds no rows where there are
+    none."""
+    yield
 
 
 class _Program:
     """The pass for one capacity: buffers that never move, and the graph that works on them."""
 
-    def __init__(self, weights: EncoderWeights, arena: _Arena, capacity: Capacity, steps: Steps, num_labels: int):
-        self.weights, self.arena, self.capacity, self.steps = weights, arena, capacity, steps
+    def __init__(self, weights: EncoderWeights, arena: Arena, capacity: Capacity, steps: Steps, num_labels: int):
+        self.capacity = capacity
         device, rows, tokens = weights.word.device, capacity.rows, capacity.tokens
         self.device, self.num_labels = device, num_labels
         self.graph: Graph | None = None
@@ -122,155 +83,29 @@ class _Program:
             end += -(-size // 4) * 4
         self._given = torch.zeros(end, dtype=torch.int32, device=device)
         given = {name: self._given[segment] for name, segment in self._segments.items()}
-        self._given_fields = given
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # Two of everything that an exit rewrites.
-        self._counts = (given["counts"], ints(2))
-        self._cu_seqlens = (given["cu_seqlens"], ints(rows + 1))
-        self._row_ids = (given["row_ids"], ints(rows))
-        self._token_dest = ints(tokens)
-        self._first, self._state = (torch.zeros_like(arena.hidden[:1]).repeat(rows, 1) for _ in range(2))
         self._results = ints(rows * (num_labels + 2))
         logits, layers, probs = self._results.split([rows * num_labels, rows, rows])
-        self._out = ExitDestinations(
+        out = ExitDestinations(
             logits=logits.view(torch.float32).view(rows, num_labels),
             exit_layers=layers,
             exit_probs=probs.view(torch.float32),
             keep=ints(rows, dtype=torch.int8),
         )
-
-    # -- the pass ------------------------------------------------------------------------------------------------
-
-    def record(self, builder: GraphBuilder | _Always) -> None:
-        """Everything between a batch's ids and its results, launched in order on the current stream."""
-        w, a, steps, given = self.weights, self.arena, self.steps, self._given_fields
-        tokens = self.capacity.tokens
-        hidden = a.hidden[:tokens]
-        now, left_behind = 0, False  # which of two buffers is live; whether rows can have left since the last stage
-        embed_layer_norm_rows_(
-            hidden,
-            given["input_ids"],
-            given["token_type_ids"] if steps.token_types else None,
-            given["positions"],
-            w.word,
-            w.token_type,
-            w.position,
-            *w.embedding_norm,
-            self._counts[now],
-        )
-        with ExitStack() as stages:
-            since = 0
-            for layer in range(1, steps.deepest + 1):
-                if left_behind and since >= _STAGE_LAYERS:
-                    stages.enter_context(builder.when(self._counts[now][:1]))
-                    since, left_behind = 0, False
-                since += 1
-                if layer == steps.deepest:
-                    self._last_layer(layer, now)
-                    break
-                x, projected = self._layer(layer, now)
-                norm = w.layers[layer - 1].output_norm
-                if layer not in steps.reads:
-                    add_layer_norm_rows_(hidden, projected, x, *norm, self._counts[now], TOKENS)
-                    continue
-                self._exit(layer, now, x, projected, norm)
-                after = 1 - now
-                survivors_(
-                    self._out.keep,
-                    self._cu_seqlens[now],
-                    self._counts[now],
-                    [self._row_ids[now]],
-                    self._cu_seqlens[after],
-                    self._token_dest,
-                    self._counts[after],
-                    [self._row_ids[after]],
-                )
-                add_layer_norm_compact_(hidden, projected, x, *norm, self._counts[now], self._token_dest)
-                now, left_behind = after, True
-
-    def _layer(self, layer: int, now: int) -> tuple[Tensor, Tensor]:
-        """A layer up to its last Add & Norm: (x, projected), whose normed sum is its result."""
-        w, a, tokens = self.weights.layers[layer - 1], self.arena, self.capacity.tokens
-        counts = self._counts[now]
-        hidden, x, projected, inner = a.hidden[:tokens], a.x[:tokens], a.projected[:tokens], a.inner[:tokens]
-        attended = a.attended[:tokens]
-        self._attend(w.qkv, attended, now, first_only=False)
-        self._multiply(projected, attended, w.attention_output, counts, TOKENS)
-        add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, counts, TOKENS)
-        self._multiply(inner, x, w.intermediate, counts, TOKENS, "gelu")
-        self._multiply(projected, inner, w.output, counts, TOKENS)
-        return x, projected
-
-    def _last_layer(self, layer: int, now: int) -> None:
-        """Nobody goes on: behind keys and values, first tokens alone, one a row."""
-        w, a, rows = self.weights.layers[layer - 1], self.arena, self.capacity.rows
-        counts = self._counts[now]
-        attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
-        self._attend(w.qkv, attended, now, first_only=True)
-        self._multiply(projected, attended, w.attention_output, counts, ROWS)
-        add_layer_norm_rows_(
-            x, projected, a.hidden, *w.attention_norm, counts, ROWS, residual_index=self._cu_seqlens[now]
-        )
-        self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
-        self._multiply(projected, inner, w.output, counts, ROWS)
-        self._exit(layer, now, x, projected, w.output_norm, compact=True)
-
-    def _multiply(
-        self, out: Tensor, x: Tensor, linear: PlainLinear, counts: Tensor, which: int, act: str = "none"
-    ) -> None:
-        linear_rows_(out, x, *linear, counts, which, act, workspace=self.arena.workspace)
-
-    def _attend(self, qkv: PlainLinear, attended: Tensor, now: int, first_only: bool) -> None:
-        a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
-        self._multiply(a.qkv[:tokens], a.hidden[:tokens], qkv, self._counts[now], TOKENS)
-        varlen_attention_(
-            attended,
-            a.qkv[:tokens],
-            self._cu_seqlens[now],
-            self._counts[now],
-            heads.num_heads,
-            heads.scale,
-            self.capacity.longest,
-            heads.position_bias,
-            first_only,
-        )
-
-    def _exit(self, layer: int, now: int, x: Tensor, projected: Tensor, norm: tuple, compact: bool = False) -> None:
-        """The exit behind ``layer``, on each row's first token; compact: x and projected hold one row a row."""
-        exit_weights: ExitWeights = self.weights.exits[layer]
-        criterion = "last" if compact else self.steps.criterion
-        given, counts = self._given_fields, self._counts[now]
-        limits = ExitLimits(
-            self._row_ids[now],
-            given["min_depth"],
-            given["max_depth"],
-            given["threshold_logit"].view(torch.float32),
-            given["script"],
-            by_row_id=True,
-        )
-        index = None if compact else self._cu_seqlens[now]
-        decision = counts, layer, criterion, exit_weights.policy, tuple(exit_weights.classifier)
-        if exit_weights.pooler is None:
-            exit_norm_rows_(self._out, limits, projected, x, norm, *decision, index=index)
-            return
-        add_layer_norm_rows_(self._first, projected, x, *norm, counts, ROWS, residual_index=index, x_index=index)
-        self._multiply(self._state, self._first, PlainLinear(*exit_weights.pooler), counts, ROWS, "tanh")
-        exit_rows_(self._out, limits, self._state, *decision)
-
-    # -- running it ----------------------------------------------------------------------------------------------
+        self._pass = Pass(weights, arena, capacity, steps, given, out)
 
     def capture(self, stream: torch.cuda.Stream) -> None:
         """Rehearse (compiles what is not compiled, on no rows), then capture: inside, nothing may allocate."""
         builder = GraphBuilder()
         try:
             with builder.rehearse(stream):
-                self.record(builder)
+                self._pass.record(builder.when)
             stream.synchronize()
             with no_allocation(self.device), builder.capture(stream):
-                self.record(builder)
+                self._pass.record(builder.when)
             self.graph = builder.instantiate()
             self.graph.upload(stream)
         finally:
@@ -288,7 +123,7 @@ class _Program:
         if self.graph is not None:
             self.graph.launch(stream)
         else:
-            self.record(_Always())
+            self._pass.record(_always)
         slot.results.copy_(self._results, non_blocking=True)
         if slot.done is not None:
             slot.done.record(stream)
@@ -362,7 +197,7 @@ class GraphExecutor:
         self._lock = threading.Lock()
         self._held: EncoderWeights | None = None  # what the programs were made of
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
-        self._arena: _Arena | None = None
+        self._arena: Arena | None = None
         self._stream: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
             self._problem = conditional_nodes_problem(model.device)
@@ -458,11 +293,11 @@ class GraphExecutor:
         self._programs.move_to_end(key)
         return program
 
-    def _room(self, capacity: Capacity, weights: EncoderWeights) -> _Arena:
+    def _room(self, capacity: Capacity, weights: EncoderWeights) -> Arena:
         tokens = max(capacity.tokens, capacity.rows)
         if self._arena is None or self._arena.tokens < tokens or self._arena.hidden.dtype != weights.word.dtype:
             wide = weights.layers[0].intermediate.weight.shape[0]
-            self._arena = _Arena(tokens, weights.word.shape[1], wide, weights.word)
+            self._arena = Arena(tokens, weights.word.shape[1], wide, weights.word)
         return self._arena
 
     def _fall_back(self, problem: str, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:

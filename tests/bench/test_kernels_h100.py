@@ -31,10 +31,10 @@ def test_every_op_agrees_with_plain_torch():
             for run in op.configs.values():
                 torch.testing.assert_close(run(tensors), expected, rtol=1e-4, atol=1e-4)
             for name in op.runs:
-                assert isinstance(op.runs[name](tensors), torch.Tensor)
+                assert isinstance(op.runs[name](tensors), (torch.Tensor, tuple))
             assert op.bytes > 0 and bench.KERNEL in op.runs
             names.append(op.name)
-    assert len(set(names)) == 13 and len(names) == 26
+    assert len(set(names)) == 15 and len(names) == 30
 
 
 def test_who_computes_something_else_is_refused():
@@ -60,5 +60,20 @@ def test_rows_are_written(tmp_path, capsys):
     assert any(row["config"] for row in kernels) and all(row["median_us"] > 0 for row in rows)
     assert all((row["gbps"] is None) == ("live" in row["competitor"]) for row in rows)
     assert all(row["tflops"] is not None for row in kernels if row["group"] == "linear")
+    copied = {row["op"]: row for row in rows if row["competitor"] == bench.COPY}
+    assert set(copied) == set(bench._BARS) and all(row["gbps"] and row["tflops"] is None for row in copied.values())
     shown = capsys.readouterr().out
     assert "tiny, 12 tokens, float32" in shown and "linear up + gelu" in shown
+
+
+def test_figures():
+    def row(op, competitor, median_us, **other):
+        where = {"model": "bert-base", "tokens": 4096, "dtype": "float16", "config": None} | other
+        return {"op": op, "competitor": competitor, "median_us": median_us, **where}
+
+    rows = [row("norm + exit", bench.KERNEL, 10.0), row("norm + exit", bench.COPY, 9.0),
+            row("norm + exit", bench.COPY, 1.0, tokens=128), row("norm + pooler + exit", bench.KERNEL, 10.0),
+            row("norm + pooler + exit", bench.COPY, 5.0), row("linear qkv", bench.KERNEL, 1.0)]  # fmt: skip
+    found = bench.figures(rows)
+    assert [(f["value"], f["bar"], f["met"]) for f in found] == [(0.9, ">= 0.80", True), (0.5, ">= 0.60", False)]
+    assert bench.figures(rows[2:3]) == []

@@ -113,6 +113,9 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         yield f"exit norm {criterion}", lambda r=rest: gpu_exit.exit_norm_rows_(
             exits, limits, x, other, norm, *r, cu_seqlens
         )
+        yield f"exit add norm {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
+            exits, limits, out, x, other, norm, *r, cu_seqlens
+        )
     for criterion in ("policy", "scripted"):
         rest = (counts, 3, criterion, policy, classifier)
         yield f"exit state {criterion}", lambda r=rest: gpu_exit.exit_rows_(exits, limits, x[:rows], *r)
@@ -159,7 +162,9 @@ def compile_launch(launch: Launch, arch: int) -> Usage:
     usual = drivers._active
     drivers.set_active(_Driver(arch))
     try:
-        compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
+        # As ``gpu_common.early`` has it on such a device.
+        early = {"EARLY": True, "launch_pdl": True} if arch >= 90 else {"EARLY": False}
+        compiled = launch.kernel.warmup(*launch.args, grid=(1,), **{**launch.kwargs, **early})
     finally:
         drivers.set_active(usual)
     registers, stack = _resources(compiled.asm["cubin"])

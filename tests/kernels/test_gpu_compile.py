@@ -25,9 +25,10 @@ pytestmark = [
 
 BERT, MINILM = 768, 384
 # One form of every kernel, the one that takes most.
-CORE = ("linear qkv", "attention 128 bias", "first tokens bias", "embed", "norm compact", "exit norm policy")
+CORE = ("linear qkv", "attention 128 bias", "first tokens bias", "embed", "norm compact", "exit norm policy",
+        "exit add norm policy")  # fmt: skip
 ALL = (*CORE, "linear gelu", "linear pooler", "linear small", "attention 128", "exit norm confidence",
-       "exit norm last", "exit state scripted")  # fmt: skip
+       "exit norm last", "exit state scripted", "exit add norm confidence", "exit add norm last")  # fmt: skip
 
 
 @functools.cache

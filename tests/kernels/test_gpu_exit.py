@@ -8,6 +8,8 @@ from engine.kernels import gpu_exit
 from engine.kernels.gpu_exit import (
     ExitDestinations,
     ExitLimits,
+    exit_add_norm_rows_,
+    exit_add_norm_rows__ref,
     exit_norm_rows_,
     exit_norm_rows__ref,
     exit_rows_,
@@ -21,7 +23,10 @@ FOREVER = 1 << 20
 
 
 class Case:
-    """One exit with ``live`` of ``rows`` rows of a batch of ``batch``, and its plain computation."""
+    """One exit with ``live`` of ``rows`` rows of a batch of ``batch``, and its plain computation.
+
+    norm: False, the state is given; True, the exit takes the norm; "stored", of all tokens, and writes it
+    """
 
     def __init__(self, way, dtype, *, norm, hidden=40, neurons=20, classes=5, rows=9, live=6, batch=12, weights=None):
         self.way, self.dtype, self.norm, self.live, self.batch, self.classes = way, dtype, norm, live, batch, classes
@@ -31,8 +36,10 @@ class Case:
 
         weights = weights or dtype
         scale = hidden**-0.5
-        self.index = torch.randperm(3 * rows)[: rows + 1].to(torch.int32).to(way.device)
+        self.tokens = 3 * rows - 2 if live else 0
+        self.index = torch.randperm(3 * rows - 2)[: rows + 1].to(torch.int32).to(way.device)
         self.x, self.residual = (randn(3 * rows, hidden) for _ in range(2))
+        self.normed = torch.full_like(self.x, POISON)
         self.weight, self.bias = randn(hidden, dtype=weights), randn(hidden, dtype=weights)
         self.policy = (
             randn(neurons, hidden, scale=2 * scale, dtype=weights),
@@ -55,11 +62,12 @@ class Case:
 
     def states(self, wide=False):
         """Of the live rows: what an exit reads."""
-        x, residual, weight, bias = self.x, self.residual, self.weight, self.bias
-        if not self.norm:
-            return x[: self.live].double() if wide else x[: self.live]
-        rows = self.index[: self.live].long()
-        x, residual = x[rows], residual[rows]
+        if self.norm:
+            return self.norms(self.index[: self.live].long(), wide)
+        return self.x[: self.live].double() if wide else self.x[: self.live]
+
+    def norms(self, rows, wide=False):
+        x, residual, weight, bias = self.x[rows], self.residual[rows], self.weight, self.bias
         if wide:
             x, residual, weight, bias = doubled(x, residual, weight, bias)
         return F.layer_norm(x + residual, weight.shape, weight.to(x.dtype), bias.to(x.dtype), EPS)
@@ -77,9 +85,14 @@ class Case:
 
     def run(self, criterion, limits, layer=LAYER, policy=True):
         way, rest = self.way, (layer, criterion, self.policy if policy else None, self.classifier)
-        counts = torch.tensor([self.live, FOREVER], dtype=torch.int32, device=way.device)
-        if self.norm:
-            norm = (self.weight, self.bias, EPS)
+        tokens = self.tokens if self.norm == "stored" else FOREVER
+        counts = torch.tensor([self.live, tokens], dtype=torch.int32, device=way.device)
+        norm = (self.weight, self.bias, EPS)
+        if self.norm == "stored":
+            way(exit_add_norm_rows_, exit_add_norm_rows__ref)(
+                self.out, limits, self.normed, self.x, self.residual, norm, counts, *rest, self.index
+            )
+        elif self.norm:
             way(exit_norm_rows_, exit_norm_rows__ref)(
                 self.out, limits, self.x, self.residual, norm, counts, *rest, self.index
             )
@@ -126,6 +139,9 @@ class Case:
         assert out.exit_layers[stays].eq(7).all() and out.exit_probs[stays].eq(POISON).all()
         stays[written.cpu()] = False
         assert out.logits[stays].eq(POISON).all()
+        tokens = slice(self.tokens if self.norm == "stored" else 0)
+        assert_no_worse(self.normed[tokens], self.norms(tokens), self.norms(tokens, wide=True), floor=2e-6)
+        assert self.normed[tokens.stop :].eq(POISON).all()
 
 
 def middle(z):
@@ -136,7 +152,7 @@ def middle(z):
     return float((ordered[k] + ordered[k + 1]) / 2)
 
 
-norms = pytest.mark.parametrize("norm", [False, True], ids=["state", "norm"])
+norms = pytest.mark.parametrize("norm", [False, True, "stored"], ids=["state", "norm", "add norm"])
 
 
 @norms
@@ -204,15 +220,18 @@ def test_sizes(way, norm, hidden, neurons, classes, criterion):
     case.check(criterion, [True] * case.live, floor=5e-6)
 
 
+@norms
+@pytest.mark.parametrize("criterion", ["policy", "last"])
 @pytest.mark.parametrize("programs", [1, 30, 264])
-def test_programs_that_share_the_classes_of_a_row(way, monkeypatch, programs):
+def test_programs_that_share_the_classes_of_a_row(way, monkeypatch, programs, criterion, norm):
     """One, three and five programs a row decide the same and write every class once."""
     monkeypatch.setattr(gpu_exit, "_PROGRAMS", programs)
-    case = Case(way, SINGLE, norm=True, classes=150)
+    monkeypatch.setattr(gpu_exit, "_PROGRAMS_BESIDE", programs)
+    case = Case(way, SINGLE, norm=norm, classes=150)
     z, _ = case.read("policy", wide=True)
     threshold = middle(z)
-    case.run("policy", case.limits(threshold_logit=[threshold] * case.live))
-    case.check("policy", (z > threshold).tolist())
+    case.run(criterion, case.limits(threshold_logit=[threshold] * case.live))
+    case.check(criterion, (z > threshold).tolist() if criterion == "policy" else [True] * case.live)
 
 
 @norms
@@ -264,6 +283,32 @@ def test_both_forms_decide_on_the_same_numbers(way):
     again = Case(way, HALF, norm=False, hidden=96)
     exit_rows_(again.out, limits, stored, counts, LAYER, "policy", case.policy, case.classifier)
     torch.testing.assert_close(again.out.exit_logits, case.out.exit_logits, rtol=1e-5, atol=1e-5)
+    beside = Case(way, HALF, norm="stored", hidden=96)
+    counts[1] = case.tokens
+    exit_add_norm_rows_(
+        beside.out, limits, beside.normed, case.x, case.residual, (case.weight, case.bias, EPS), counts, LAYER,
+        "policy", case.policy, case.classifier, case.index,
+    )  # fmt: skip
+    torch.testing.assert_close(beside.out.exit_logits, case.out.exit_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(beside.normed[case.index[: case.live].long()], stored[: case.live])
+
+
+def test_without_rows_or_tokens(way):
+    """Empty buffers of either kind; of the other everything is done."""
+    case = Case(way, SINGLE, norm="stored", rows=1, live=1)
+    case.index.zero_()
+    limits = case.limits(threshold_logit=[-math.inf])
+    counts = torch.tensor([1, 0], dtype=torch.int32, device=way.device)
+    norm, rest = (case.weight, case.bias, EPS), (LAYER, "policy", case.policy, case.classifier, case.index)
+    run = way(exit_add_norm_rows_, exit_add_norm_rows__ref)
+    if way.name != "twin":  # which takes the states from what it has stored
+        run(case.out, limits, case.normed[:0], case.x, case.residual, norm, counts, *rest)
+        assert case.out.keep.tolist() == [0]
+    counts = torch.tensor([0, 1], dtype=torch.int32, device=way.device)
+    nobody = ExitLimits(case.row_ids[:0], threshold_logit=limits.threshold_logit[:0])
+    run(case.out, nobody, case.normed, case.x, case.residual, norm, counts, *rest)
+    one = slice(1)
+    assert_no_worse(case.normed[one], case.norms(one), case.norms(one, wide=True), floor=2e-6)
 
 
 def test_every_layer_number(way):
@@ -277,7 +322,8 @@ def test_every_layer_number(way):
 
 
 @pytest.mark.gpu
-def test_a_graph_reads_the_count_at_every_replay():
+@pytest.mark.parametrize("stored", [False, True], ids=["norm", "add norm"])
+def test_a_graph_reads_the_count_at_every_replay(stored):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     from tests.kernels.conftest import Way
@@ -285,13 +331,15 @@ def test_a_graph_reads_the_count_at_every_replay():
     case = Case(Way("cuda", "cuda"), HALF, norm=True)
     counts = torch.tensor([case.live, 0], dtype=torch.int32, device="cuda")
     limits = case.limits(threshold_logit=[0.0] * case.live)
-    arguments = (case.out, limits, case.x, case.residual, (case.weight, case.bias, EPS), counts, LAYER, "policy",
-                 case.policy, case.classifier, case.index)  # fmt: skip
-    exit_norm_rows_(*arguments)
+    rest = (case.x, case.residual, (case.weight, case.bias, EPS), counts, LAYER, "policy", case.policy,
+            case.classifier, case.index)  # fmt: skip
+    op = exit_add_norm_rows_ if stored else exit_norm_rows_
+    arguments = (case.out, limits, *([case.normed] if stored else []), *rest)
+    op(*arguments)
     expected = case.out.exit_logits.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        exit_norm_rows_(*arguments)
+        op(*arguments)
     for live in (6, 2, 0):
         case.out.exit_logits.fill_(POISON)
         counts[0] = live
@@ -338,3 +386,16 @@ def test_messages_of_the_norm():
         exit_norm_rows_(DONE, FREE, X, X, (V, V[:7], EPS), *rest)
     with pytest.raises(ValueError, match=r"index must have shape \[4 or more\], got \[3\]"):
         exit_norm_rows_(DONE, FREE, X, X, (V, V, EPS), *rest, IDS[:3])
+
+
+def test_messages_of_the_stored_norm():
+    rest = ((V, V, EPS), N, 1, "policy", POLICY, HEAD, IDS)
+    for x, residual, name in ((X, X.clone(), "x"), (X.clone(), X, "residual")):
+        with pytest.raises(ValueError, match=f"out must not overlap {name} in memory"):
+            exit_add_norm_rows_(DONE, FREE, X, x, residual, *rest)
+    with pytest.raises(ValueError, match=r"normed must have shape \[0 or more, 8\], got \[4, 7\]"):
+        exit_add_norm_rows_(DONE, FREE, X[:, :7], X, X, *rest)
+    with pytest.raises(ValueError, match=r"x must have shape \[4 or more, 8\], got \[3, 8\]"):
+        exit_add_norm_rows_(DONE, FREE, X.clone(), X[:3], X, *rest)
+    with pytest.raises(ValueError, match=r"index must have shape \[4 or more\], got \[3\]"):
+        exit_add_norm_rows_(DONE, FREE, X.clone(), X, X, *rest[:-1], IDS[:3])

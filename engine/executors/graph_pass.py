@@ -1,0 +1,248 @@
+"""The kernels of one pass, in order: what a program of ``graph`` captures, or runs step by step.
+
+Everything has room for the capacity; which rows are live stands on the device (``Live``), and an exit writes it anew
+into the other one of two records. ``survivors_`` says where each token goes; who moves it is the next Add & Norm:
+
+* at once: the one behind the exit, for which the exit has taken the norm of the first tokens alone;
+* delayed: the first one of the next layer, whose attention still sees all rows, those that leave, too. The exit then
+  runs beside the norm in front of it, one launch, so it costs one launch more (``survivors_``) than no exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, PlainLinear
+from engine.kernels.gpu_attention import varlen_attention_
+from engine.kernels.gpu_common import ROWS, TOKENS
+from engine.kernels.gpu_exit import ExitDestinations, ExitLimits, exit_add_norm_rows_, exit_norm_rows_, exit_rows_
+from engine.kernels.gpu_linear import linear_rows_
+from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
+from engine.kernels.products import product_workspace
+from engine.kernels.survivors import survivors_
+
+# A nested IF costs 6.8 us where it is taken, a layer of empty kernels about 9: from probes, not yet from this pass.
+_STAGE_LAYERS = 3
+# Largest capacity at which tokens move with a delay. At every exit that saves the exit's own launch, 5 us of an H100. A
+# row pays once, where it leaves: QKV, attention and output projection for nobody, some 9 ns a token of BERT-base. So
+# eleven exits are worth about 6 000 tokens (reckoned from times of single kernels).
+_DELAY_TOKENS = 6144
+
+
+class Capacity(NamedTuple):
+    """What a program has room for."""
+
+    rows: int
+    tokens: int
+    longest: int
+
+
+class Steps(NamedTuple):
+    """What a program does, beside its capacity. reads: layers whose exit is read; criterion: of ``exit_rows_``."""
+
+    criterion: str
+    reads: tuple[int, ...]
+    deepest: int
+    token_types: bool
+
+
+class Live(NamedTuple):
+    """The live rows: how many rows and tokens, where their tokens stand, which rows of the batch they are."""
+
+    counts: Tensor
+    cu_seqlens: Tensor
+    row_ids: Tensor
+
+
+class Arena:
+    """Activations of up to ``tokens`` tokens. One pass at a time uses them, so all programs share the largest made."""
+
+    def __init__(self, tokens: int, hidden: int, wide: int, like: Tensor):
+        def rows(width: int) -> Tensor:
+            return torch.zeros(tokens, width, dtype=like.dtype, device=like.device)
+
+        self.tokens = tokens
+        self.hidden, self.attended, self.x, self.projected = (rows(hidden) for _ in range(4))
+        self.qkv, self.inner = rows(3 * hidden), rows(wide)
+        self.workspace = product_workspace(like.device)
+
+
+class Pass:
+    """Everything between a batch's ids and its results, for one capacity, in buffers that never move.
+
+    given  what the host has written: counts, cu_seqlens, row_ids; min_depth, max_depth, threshold_logit (the bits of
+           fp32) and script by original row; input_ids, positions, token_type_ids. All int32
+    out    where results go
+    """
+
+    def __init__(
+        self,
+        weights: EncoderWeights,
+        arena: Arena,
+        capacity: Capacity,
+        steps: Steps,
+        given: dict[str, Tensor],
+        out: ExitDestinations,
+    ):
+        self.weights, self.arena, self.capacity, self.steps = weights, arena, capacity, steps
+        self._given, self._out = given, out
+        self._delays = capacity.tokens <= _DELAY_TOKENS
+        first = Live(given["counts"], given["cu_seqlens"], given["row_ids"])
+        self._lives = first, Live(*map(torch.zeros_like, first))
+        self._token_dest = torch.zeros_like(given["input_ids"])
+        self._first, self._state = (torch.zeros_like(arena.hidden[:1]).repeat(capacity.rows, 1) for _ in range(2))
+
+    def record(self, when: Callable[[Tensor], AbstractContextManager[None]]) -> None:
+        """Launch it on the current stream. ``with when(flag)``: what is launched inside runs if the flag is not 0."""
+        w, steps, given = self.weights, self.steps, self._given
+        hidden, now = self.arena.hidden[: self.capacity.tokens], self._lives[0]
+        embed_layer_norm_rows_(
+            hidden,
+            given["input_ids"],
+            given["token_type_ids"] if steps.token_types else None,
+            given["positions"],
+            w.word,
+            w.token_type,
+            w.position,
+            *w.embedding_norm,
+            now.counts,
+        )
+        with ExitStack() as stages:
+            since, left_behind = 0, False  # layers since the last stage; whether rows can have left since
+            before: Live | None = None  # the rows as hidden still has them, where their move is delayed
+            for layer in range(1, steps.deepest + 1):
+                if left_behind and since >= _STAGE_LAYERS:
+                    stages.enter_context(when(now.counts[:1]))
+                    since, left_behind = 0, False
+                since += 1
+                if layer == steps.deepest:
+                    self._last_layer(layer, now)
+                    break
+                x, projected = self._layer(w.layers[layer - 1], now, before)
+                norm, before = w.layers[layer - 1].output_norm, None
+                if layer not in steps.reads:
+                    add_layer_norm_rows_(hidden, projected, x, *norm, now.counts, TOKENS)
+                    continue
+                after = self._lives[1] if now is self._lives[0] else self._lives[0]
+                # The last layer serves first tokens alone: it has no Add & Norm that could move the others.
+                if self._delays and layer + 1 < steps.deepest:
+                    self._exit(layer, now, x, projected, norm, normed=hidden)
+                    self._find_survivors(now, after)
+                    before = now
+                else:
+                    self._exit(layer, now, x, projected, norm)
+                    self._find_survivors(now, after)
+                    add_layer_norm_compact_(hidden, projected, x, *norm, now.counts, self._token_dest)
+                now, left_behind = after, True
+
+    def _layer(self, w: LayerWeights, now: Live, before: Live | None) -> tuple[Tensor, Tensor]:
+        """A layer up to its last Add & Norm: (x, projected), whose normed sum is its result. before: see ``record``."""
+        a, tokens = self.arena, self.capacity.tokens
+        hidden, attended, x, projected, inner = (
+            buffer[:tokens] for buffer in (a.hidden, a.attended, a.x, a.projected, a.inner)
+        )
+        standing = now if before is None else before
+        self._attend(w.qkv, attended, standing, first_only=False)
+        self._multiply(projected, attended, w.attention_output, standing.counts, TOKENS)
+        if before is None:
+            add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, now.counts, TOKENS)
+        else:
+            add_layer_norm_compact_(x, projected, hidden, *w.attention_norm, before.counts, self._token_dest)
+        self._multiply(inner, x, w.intermediate, now.counts, TOKENS, "gelu")
+        self._multiply(projected, inner, w.output, now.counts, TOKENS)
+        return x, projected
+
+    def _last_layer(self, layer: int, now: Live) -> None:
+        """Nobody goes on: behind keys and values, first tokens alone, one a row."""
+        w, a, rows, counts = self.weights.layers[layer - 1], self.arena, self.capacity.rows, now.counts
+        attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
+        self._attend(w.qkv, attended, now, first_only=True)
+        self._multiply(projected, attended, w.attention_output, counts, ROWS)
+        add_layer_norm_rows_(x, projected, a.hidden, *w.attention_norm, counts, ROWS, residual_index=now.cu_seqlens)
+        self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
+        self._multiply(projected, inner, w.output, counts, ROWS)
+        self._exit(layer, now, x, projected, w.output_norm, compact=True)
+
+    def _multiply(
+        self,
+        out: Tensor,
+        x: Tensor,
+        linear: PlainLinear,
+        counts: Tensor,
+        which: int,
+        act: str = "none",
+        index: Tensor | None = None,
+    ) -> None:
+        linear_rows_(out, x, *linear, counts, which, act, index, workspace=self.arena.workspace)
+
+    def _attend(self, qkv: PlainLinear, attended: Tensor, now: Live, first_only: bool) -> None:
+        a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
+        self._multiply(a.qkv[:tokens], a.hidden[:tokens], qkv, now.counts, TOKENS)
+        varlen_attention_(
+            attended,
+            a.qkv[:tokens],
+            now.cu_seqlens,
+            now.counts,
+            heads.num_heads,
+            heads.scale,
+            self.capacity.longest,
+            heads.position_bias,
+            first_only,
+        )
+
+    def _exit(
+        self,
+        layer: int,
+        now: Live,
+        x: Tensor,
+        projected: Tensor,
+        norm: tuple,
+        normed: Tensor | None = None,
+        compact: bool = False,
+    ) -> None:
+        """The exit behind ``layer``, on each row's first token. normed: where the norm of all tokens goes, if it is
+        wanted; compact: x and projected hold one row a row, and nobody goes on."""
+        weights: ExitWeights = self.weights.exits[layer]
+        given, out = self._given, self._out
+        limits = ExitLimits(
+            now.row_ids,
+            given["min_depth"],
+            given["max_depth"],
+            given["threshold_logit"].view(torch.float32),
+            given["script"],
+            by_row_id=True,
+        )
+        index = None if compact else now.cu_seqlens
+        criterion = "last" if compact else self.steps.criterion
+        decision = now.counts, layer, criterion, weights.policy, tuple(weights.classifier)
+        if weights.pooler is None:
+            if normed is None:
+                exit_norm_rows_(out, limits, projected, x, norm, *decision, index)
+            else:
+                exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, index)
+            return
+        if normed is None:
+            first, first_index = self._first, None
+            add_layer_norm_rows_(first, projected, x, *norm, now.counts, ROWS, index, index)
+        else:
+            first, first_index = normed, index
+            add_layer_norm_rows_(normed, projected, x, *norm, now.counts, TOKENS)
+        self._multiply(self._state, first, PlainLinear(*weights.pooler), now.counts, ROWS, "tanh", first_index)
+        exit_rows_(out, limits, self._state, *decision)
+
+    def _find_survivors(self, now: Live, after: Live) -> None:
+        survivors_(
+            self._out.keep,
+            now.cu_seqlens,
+            now.counts,
+            [now.row_ids],
+            after.cu_seqlens,
+            self._token_dest,
+            after.counts,
+            [after.row_ids],
+        )
