@@ -104,8 +104,9 @@ def run_products(device: str) -> None:
     """The Hopper kernel on every path; elsewhere nothing."""
     if device != "cuda":
         return
+    sizes = ((1, 1, 96, 64), (70, 37, 384, 384), (300, 257, 200, 200), (130, 0, 8, 8))
     for dtype in (torch.float16, torch.bfloat16):
-        for capacity, live, outputs, inputs in ((1, 1, 96, 64), (70, 37, 384, 384), (300, 257, 200, 200), (130, 0, 8, 8)):
+        for capacity, live, outputs, inputs in sizes:
             x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (capacity, outputs))
             out, bias = torch.empty(capacity, outputs, dtype=dtype, device=device), weight[:, 0].contiguous()
             if products.product_problem(out, x, weight, bias, "none") is not None:

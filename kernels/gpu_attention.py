@@ -57,7 +57,7 @@ def attention_configs_for(
     if dtype == torch.float32 or head_dim > 128:
         return (AttentionConfig(min(longest, 32), min(longest, 32), 4, 2), AttentionConfig(16, 16, 4, 2))
     wide = [AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)]
-    narrow = [AttentionConfig(64, 64, 4, 3), AttentionConfig(64, 32, 4, 3), AttentionConfig(32, 32, 2, 3)]
+    narrow = [AttentionConfig(64, 32, 4, 3), AttentionConfig(64, 64, 4, 3), AttentionConfig(32, 32, 2, 3)]
     if longest < 64:
         narrow = [AttentionConfig(longest, longest, 4 if longest == 32 else 2, 2)]
     return *narrow, *(wide if longest >= 128 else ())

@@ -60,7 +60,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 @lru_cache
 def early_launches(index: int) -> bool:
     """Whether kernels on that device may start while the one in front of them ends (programmatic dependent launch):
-    each then waits for that one's results itself, before its first load."""
+    each then waits for that one's results itself."""
     return torch.cuda.get_device_capability(index)[0] >= 9
 
 
@@ -84,7 +84,8 @@ def cdiv(a: int, b: int) -> int:
 
 @jit
 def begin(EARLY: tl.constexpr):
-    """First of all: with EARLY, wait for the kernel in front, and let the one behind start as soon as there is room."""
+    """With EARLY, wait for the kernel in front, and let the one behind start as soon as there is room. Weights, which
+    nothing in a pass writes, may be loaded ahead of it."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

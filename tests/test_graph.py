@@ -56,7 +56,7 @@ def test_graph_equals_reference(family, pooler, exits, device, moves):
 @pytest.mark.parametrize("exits", [None, (1, 2, 7), (1, 3, 6, 7), (2, 5, 7)], ids=str)
 def test_depths_and_stages(exits, stage, device, moves, monkeypatch):
     """Exits in a row and with layers between them, the last but one among them; a stage everywhere or nowhere."""
-    monkeypatch.setattr(graph_pass, "_STAGE_LAYERS", stage)
+    monkeypatch.setattr(graph_pass, "stage_layers", lambda deepest: stage)
     model = tiny_model("bert", "none", exits, layers=7).to(device)
     assert_equals_reference(model, *both(model))
 
@@ -174,6 +174,21 @@ def test_old_programs_go(device, monkeypatch):
         got, want = fast.run(padded(rows), batch_tokens=10**6), oracle.run(padded(rows), batch_tokens=10**6)
         assert torch.equal(got.exit_layers, want.exit_layers)
         assert len(fast.executor._programs) <= 2
+
+
+def test_programs_keep_to_their_share_of_memory(device, monkeypatch):
+    fast, oracle = both(tiny_model().to(device))
+    executor = fast.executor
+    for size in (2, 9, 30):
+        fast.run(padded(random_rows(size, seed=size)), batch_tokens=10**6)
+    assert len(executor._programs) == 3
+    held, largest = executor._bytes(), list(executor._programs.values())[-1]
+    assert held > largest.bytes + largest.arena.bytes
+    monkeypatch.setattr(executor, "_limit", lambda: largest.bytes + largest.arena.bytes + 1)
+    rows = random_rows(31, seed=5)
+    got = fast.run(padded(rows), batch_tokens=10**6, max_depth=2)
+    assert len(executor._programs) == 1 and executor._bytes() < held
+    assert torch.equal(got.exit_layers, oracle.run(padded(rows), batch_tokens=10**6, max_depth=2).exit_layers)
 
 
 def test_weights_changed_in_place_and_replaced_are_seen(device):

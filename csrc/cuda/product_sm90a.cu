@@ -1,19 +1,23 @@
-// out[:n] = act(x[:n] W^T + b) on Hopper's own instructions: the copy engine fills a ring in shared memory (TMA, 128-byte
-// swizzle), one warp starts the copies, two warpgroups multiply (wgmma). The launch is as wide as the device and every
-// program takes tiles in turn, so one launch serves any number of live rows; the tile is chosen by that number:
+// out[:n] = act(x[:n] W^T + b) on Hopper's own instructions: the copy engine fills a ring in shared memory (TMA,
+// 128-byte swizzle), one thread starts the copies, two warpgroups multiply (wgmma). The launch is as wide as the
+// device, every program takes tiles in turn, so one launch serves any number of live rows; the tile is chosen by that
+// number:
 //
 //   path 0   128 x 192, each warpgroup 64 rows         N of 768 k and 16 k rows come out as 97 % full rounds of 132
 //   path 1   128 x 96, the same                        fewer rows: twice the tiles
-//   path 2   64 x 48, warpgroups take turns along K    few rows
-//
-// On paths 1 and 2 programs that would idle share a tile along K.
+//   path 2   64 x 48, warpgroups take turns along K    few rows; programs that would idle share a tile along K
 //
 // A tile that is shared along K is summed by the program that comes last, always in the order of the shares, so the
-// result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and latency.
+// result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and
+// latency. L2 gives every multiprocessor some 84 GB/s, which is what a step of K takes on all paths.
+//
+// Loops are not unrolled without need: a pass brings the code of each kernel back from L2 or memory again and again,
+// and at twice its size the GELU form took 10 us more in a pass than in a loop of its own.
 //
 // Tried and left out: storing one tile while the next is multiplied (two sets of sums a thread, no spills): the product
-// takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it. Pairs of programs (clusters) that
-// bring x for each other: 2 us more for a launch, and a pair waits for its slower half at every tile.
+// takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it. Pairs of programs (clusters)
+// that bring x for each other: 2 us more for a launch, and a pair waits for its slower half at every tile. Sharing on
+// path 1: putting 48 KB of sums together takes what it saves.
 #include <cuda.h>
 
 #include "device.cuh"
@@ -146,10 +150,12 @@ struct Ring {
 template <class T>
 __device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring) {
   int32_t step = 0;
+#pragma unroll 1
   for (int32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     int32_t m, n;
     plan.place(item / plan.shares, m, n);
     const int32_t share = item % plan.shares;
+#pragma unroll 1
     for (int32_t k = plan.step_begin(share); k < plan.step_begin(share + 1); ++k, ++step) {
       const int stage = step % T::stages;
       barrier_wait(ring.empty + stage, (step / T::stages & 1) ^ 1);
@@ -190,7 +196,7 @@ __device__ inline float bias_at(const ProductArgs& args, int32_t column) {
   }
 }
 
-// x Phi(x) = h + |h| erf(|x| / sqrt 2), h = x / 2, with erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7) and the
+// x Phi(x) = h + |h| erf(|x| / sqrt 2), h = x / 2, with erf by Abramowitz and Stegun 7.1.26 (error 1.5e-7) and the
 // hardware's reciprocal and exponential: a third of erff's instructions, and no branch.
 __device__ inline float quick_gelu(float x) {
   const float size = fabsf(x), half = 0.5f * x;
@@ -234,8 +240,8 @@ __device__ inline void turn(uint32_t (&w)[4], int lane) {
   }
 }
 
-// The 64 rows of one warpgroup: bias, activation, rounding, 16 byte stores. `sums` as wgmma leaves them: lane l of warp w
-// holds rows 16 w + l / 4 and 8 further down, columns 8 j + 2 (l % 4) and the next.
+// The 64 rows of one warpgroup: bias, activation, rounding, 16 byte stores. `sums` as wgmma leaves them: lane l of warp
+// w holds rows 16 w + l / 4 and 8 further down, columns 8 j + 2 (l % 4) and the next.
 template <int kColumns, bool kBfloat16, bool kGelu>
 __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2], const float* biases, int32_t first_row,
                            int32_t live, int32_t first_column) {
@@ -244,28 +250,41 @@ __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2],
   uint16_t* const upper = static_cast<uint16_t*>(args.out) + row * args.out_stride;
   uint16_t* const lower = upper + 8 * args.out_stride;
   const bool upper_lives = row < live, lower_lives = row + 8 < live;
-  const auto words = [&](int j, uint32_t& high, uint32_t& low) {
-    const float2 bias = *reinterpret_cast<const float2*>(biases + 8 * j + 2 * quad);
+  const auto words = [&](int j, int at, uint32_t& high, uint32_t& low) {  // columns 8 at and on, whose sums are the j-th
+    const float2 bias = *reinterpret_cast<const float2*>(biases + 8 * at + 2 * quad);
     high = pack<kBfloat16>(finish<kGelu>(sums[4 * j] + bias.x), finish<kGelu>(sums[4 * j + 1] + bias.y));
     low = pack<kBfloat16>(finish<kGelu>(sums[4 * j + 2] + bias.x), finish<kGelu>(sums[4 * j + 3] + bias.y));
   };
-#pragma unroll
-  for (int g = 0; g < kColumns / 32; ++g) {
+  const auto store = [&](int g, int at) {  // columns 32 at to 32 at + 31, whose sums stand at group g
     uint32_t high[4], low[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words(4 * g + i, high[i], low[i]);
+    for (int i = 0; i < 4; ++i) words(4 * g + i, 4 * at + i, high[i], low[i]);
     turn(high, lane);
     turn(low, lane);
-    const int32_t column = first_column + 32 * g + 8 * quad;
+    const int32_t column = first_column + 32 * at + 8 * quad;
     if (column < args.outputs) {
       if (upper_lives) *reinterpret_cast<uint4*>(upper + column) = {high[0], high[1], high[2], high[3]};
       if (lower_lives) *reinterpret_cast<uint4*>(lower + column) = {low[0], low[1], low[2], low[3]};
     }
+  };
+  constexpr int kGroups = kColumns / 32;
+  if constexpr (kGelu && kGroups > 2) {
+    // A loop, though registers have no index: sums move down instead. Written out, the code is 24 KB that every launch
+    // in a pass fetches anew, which took 10 us.
+#pragma unroll 1
+    for (int at = 0; at < kGroups; ++at) {
+      store(0, at);
+#pragma unroll
+      for (int i = 0; i + 16 < kColumns / 2; ++i) sums[i] = sums[i + 16];
+    }
+  } else {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) store(g, g);
   }
 #pragma unroll
   for (int j = kColumns / 32 * 4; j < kColumns / 8; ++j) {
     uint32_t high, low;
-    words(j, high, low);
+    words(j, j, high, low);
     const int32_t column = first_column + 8 * j + 2 * quad;
     if (column < args.outputs) {
       if (upper_lives) *reinterpret_cast<uint32_t*>(upper + column) = high;
@@ -274,33 +293,33 @@ __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2],
   }
 }
 
-// The share of this warpgroup joins the others' of its tile. True for the one that came last: it has the whole sum. slot:
-// of the tile and the warpgroup's part of it.
+// The share of this program joins the others' of its tile. True for the one that came last: it has the whole sum.
 template <int kSize>
-__device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t slot, int32_t share,
-                            float (&sums)[kSize], int* last, int barrier) {
+__device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t item, float (&sums)[kSize], int* last) {
   const int thread = threadIdx.x % kWarpgroup;
+  const int32_t tile = item / plan.shares, share = item % plan.shares;
   // Four sums of a thread stand together, so that a warp moves 512 bytes at a time.
   static_assert(kSize % 4 == 0);
   float4* const base = reinterpret_cast<float4*>(args.shares) +
-                       static_cast<int64_t>(slot) * plan.shares * (kSize / 4 * kWarpgroup) + thread;
+                       static_cast<int64_t>(tile) * plan.shares * (kSize / 4 * kWarpgroup) + thread;
 #pragma unroll
   for (int i = 0; i < kSize / 4; ++i) {
     __stcg(base + (share * (kSize / 4) + i) * kWarpgroup,
            {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]});
   }
   __threadfence();
-  named_barrier(barrier, kWarpgroup);
+  named_barrier(3, kWarpgroup);
   if (thread == 0) {
-    const bool all = atomicAdd(args.arrived + slot, 1) == plan.shares - 1;
-    if (all) args.arrived[slot] = 0;  // for the next launch: nobody else comes in this one
+    const bool all = atomicAdd(args.arrived + tile, 1) == plan.shares - 1;
+    if (all) args.arrived[tile] = 0;  // for the next launch: nobody else comes in this one
     *last = all;
   }
-  named_barrier(barrier, kWarpgroup);
+  named_barrier(3, kWarpgroup);
   if (!*reinterpret_cast<volatile int*>(last)) return false;
   __threadfence();
 #pragma unroll
   for (int i = 0; i < kSize; ++i) sums[i] = 0.f;
+#pragma unroll 1
   for (int32_t other = 0; other < plan.shares; ++other) {
     float4 read[kSize / 4];  // all on their way before the first is used
 #pragma unroll
@@ -325,6 +344,7 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   const bool signals = threadIdx.x % (T::split ? 16 : 32) == 0;
   int32_t base = 0;
   bool turned = false;  // to the second set of biases
+#pragma unroll 1
   for (int32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     int32_t m, n;
     plan.place(item / plan.shares, m, n);
@@ -335,6 +355,7 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
     for (int i = 0; i < T::columns / 2; ++i) sums[i] = 0.f;
     const float bias = column < T::columns ? bias_at<kBfloat16>(args, n * T::columns + column) : 0.f;
     int32_t held = -1;  // the stage that the product in flight reads
+#pragma unroll 1
     for (int32_t k = T::split ? group : 0; k < steps; k += T::split ? 2 : 1) {
       const int32_t step = base + k;
       const int stage = step % T::stages;
@@ -364,7 +385,7 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
       if (group == 0) {
 #pragma unroll
         for (int i = 0; i < T::columns / 2; ++i) sums[i] += second[i * kWarpgroup + thread];
-        if (plan.shares == 1 || join_shares(args, plan, item / plan.shares, share, sums, last, 3)) {
+        if (plan.shares == 1 || join_shares(args, plan, item, sums, last)) {
           store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows, plan.live, n * T::columns);
         }
       }
@@ -372,11 +393,8 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
     } else {
       // One barrier is enough: who writes these biases again has met the other warpgroup at the next tile's.
       named_barrier(1, 2 * kWarpgroup);
-      const int32_t slot = item / plan.shares * 2 + group;
-      if (plan.shares == 1 || join_shares(args, plan, slot, share, sums, last + group, 3 + group)) {
-        store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows + group * kBoxRows, plan.live,
-                                                 n * T::columns);
-      }
+      store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows + group * kBoxRows, plan.live,
+                                               n * T::columns);
       biases += turned ? -192 : 192;
       turned = !turned;
     }
@@ -390,24 +408,27 @@ __device__ inline int32_t cost_of(const ProductArgs& args, int32_t live, int32_t
   const int32_t rounds = (plan.items + gridDim.x - 1) / gridDim.x;
   return rounds * (plan.steps / shares * step + tile);
 }
-// Programs for each tile where there are several: at least `least` steps of K each.
-template <class T>
-__device__ inline int32_t shares_of(const ProductArgs& args, int32_t live, int32_t least) {
-  if (args.shares == nullptr) return 1;
-  const Plan plan = plan_of<T>(live, args.inputs, args.outputs, 1);
-  const int32_t programs = gridDim.x;
-  int32_t shares = 1;
-  while (plan.items * shares * 2 <= programs && shares * 2 * least <= plan.steps && shares < 8) shares *= 2;
-  return shares;
-}
 __device__ inline int32_t choose(const ProductArgs& args, int32_t live, int32_t& shares) {
-  const int32_t shares1 = shares_of<Wide1>(args, live, 6), shares2 = shares_of<Narrow>(args, live, 3);
+  constexpr int32_t kStep2 = 165, kTile2 = 1300, kJoin = 2000;
+  int32_t cost2 = cost_of<Narrow>(args, live, 1, kStep2, kTile2);
+  shares = 1;
+  if (args.shares != nullptr) {
+    const Plan plan = plan_of<Narrow>(live, args.inputs, args.outputs, 1);
+    const int32_t programs = gridDim.x;
+    int32_t most = 1;
+#pragma unroll 1
+    while (plan.items * most * 2 <= programs && most * 4 < plan.steps && most < 8) most *= 2;
+    const int32_t shared = cost_of<Narrow>(args, live, most, kStep2, kTile2 + kJoin);
+    if (most > 1 && shared < cost2) {
+      cost2 = shared;
+      shares = most;
+    }
+  }
   const int32_t cost0 = cost_of<Wide0>(args, live, 1, 490, 2400);
-  const int32_t cost1 = cost_of<Wide1>(args, live, shares1, 340, shares1 > 1 ? 2800 : 1300);
-  const int32_t cost2 = cost_of<Narrow>(args, live, shares2, 165, shares2 > 1 ? 2700 : 1300);
+  const int32_t cost1 = cost_of<Wide1>(args, live, 1, 340, 1300);
   int32_t path = args.path;
   if (path < 0) path = cost2 < cost1 && cost2 < cost0 ? 2 : cost1 < cost0 ? 1 : 0;
-  shares = path == 0 ? 1 : path == 1 ? shares1 : shares2;
+  if (path != 2) shares = 1;
   return path;
 }
 
@@ -430,6 +451,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.weight) : "memory");
     // Full: the one thread that starts the copies. Empty: the warps that read a stage.
+#pragma unroll 1
     for (int i = 0; i < 16; ++i) {
       barrier_init(ring.full + i, 1);
       barrier_init(ring.empty + i, 8);
@@ -448,7 +470,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     if (path == 0) {
       produce<Wide0>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring);
     } else if (path == 1) {
-      produce<Wide1>(args, plan_of<Wide1>(live, args.inputs, args.outputs, shares), ring);
+      produce<Wide1>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring);
     } else {
       produce<Narrow>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring);
     }
@@ -457,9 +479,10 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     return;
   }
   if (path == 0) {
-    consume<Wide0, kBfloat16, kGelu>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring, second, biases, last);
+    consume<Wide0, kBfloat16, kGelu>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring, second, biases,
+                                     last);
   } else if (path == 1) {
-    consume<Wide1, kBfloat16, kGelu>(args, plan_of<Wide1>(live, args.inputs, args.outputs, shares), ring, second, biases,
+    consume<Wide1, kBfloat16, kGelu>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring, second, biases,
                                      last);
   } else {
     consume<Narrow, kBfloat16, kGelu>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring, second,
@@ -536,7 +559,7 @@ const char* consistentee_product(const ProductCall* call) {
   args.out = call->out;
   args.count = call->count;
   args.arrived = static_cast<int32_t*>(call->workspace);
-  args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + 2 * kProductPrograms);
+  args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + kProductPrograms);
   args.out_stride = call->out_stride;
   args.inputs = static_cast<int32_t>(call->inputs);
   args.outputs = static_cast<int32_t>(call->outputs);

@@ -20,10 +20,9 @@ struct ProductCall {
   int32_t path;  // one of the kernel's tiles, or -1: the kernel chooses by the live count
 };
 
-// Sums of tiles whose K is shared: a counter and room for a warpgroup's sums, for two warpgroups of each program.
-constexpr int64_t kProductPrograms = 160;
-constexpr int64_t kProductSums = 64 * 96;
-constexpr int64_t kProductWorkspace = 2 * kProductPrograms * 4 * (1 + kProductSums);
+constexpr int64_t kProductPrograms = 160;    // that share tiles at most
+constexpr int64_t kProductSums = 64 * 48;    // of one of them
+constexpr int64_t kProductWorkspace = kProductPrograms * 4 * (1 + kProductSums);
 
 // Null, or what went wrong.
 EE_EXPORT const char* consistentee_product(const ProductCall* call);

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +25,14 @@ from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights
+from engine.kernels.gpu_common import triton
 from engine.kernels.gpu_exit import ExitDestinations
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
 from engine.models.encoder import MultiExitEncoder
 
 _MAX_PROGRAMS = 64
+# Of the device's memory, for the buffers of all programs; beyond it, those used longest ago go.
+_MEMORY_SHARE = 0.25
 
 
 def capacity_for(rows: int, tokens: int, longest: int, max_length: int) -> Capacity:
@@ -53,6 +57,7 @@ class _Slot:
     def __init__(self, words: int, results: int, pinned: bool):
         self.given = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
         self.results = torch.zeros(results, dtype=torch.int32, pin_memory=pinned)
+        self.fields = self.given.numpy()  # written through numpy: torch's copies share even small work among threads
         self.done = torch.cuda.Event() if pinned else None
 
 
@@ -67,7 +72,7 @@ class _Program:
     """The pass for one capacity: buffers that never move, and the graph that works on them."""
 
     def __init__(self, weights: EncoderWeights, arena: Arena, capacity: Capacity, steps: Steps, num_labels: int):
-        self.capacity = capacity
+        self.capacity, self.arena = capacity, arena
         device, rows, tokens = weights.word.device, capacity.rows, capacity.tokens
         self.device, self.num_labels = device, num_labels
         self.graph: Graph | None = None
@@ -118,7 +123,7 @@ class _Program:
             slot = self._free.pop()
         except IndexError:
             slot = _Slot(self._given.shape[0], self._results.shape[0], pinned)
-        self._fill(slot.given, batch, options)
+        self._fill(slot.fields, batch, options)
         self._given.copy_(slot.given, non_blocking=True)
         if self.graph is not None:
             self.graph.launch(stream)
@@ -132,22 +137,19 @@ class _Program:
         def outputs() -> RowOutputs:
             if slot.done is not None:
                 slot.done.synchronize()
-            rows = self.capacity.rows
-            logits, layers, probs = slot.results.split([rows * self.num_labels, rows, rows])
-            found = RowOutputs(
-                logits.view(torch.float32).view(rows, -1)[:n].clone(),
-                layers[:n].clone(),
-                probs.view(torch.float32)[:n].clone(),
-            )
+            rows, found = self.capacity.rows, slot.results.clone()
             self._free.append(slot)
-            return found
+            logits, layers, probs = found.split([rows * self.num_labels, rows, rows])
+            return RowOutputs(
+                logits.view(torch.float32).view(rows, -1)[:n], layers[:n], probs.view(torch.float32)[:n]
+            )
 
         return outputs
 
     def replayer(self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream) -> Callable[[], None]:
-        host = torch.zeros(self._given.shape[0], dtype=torch.int32)
-        self._fill(host, batch, options)
-        given = host.to(self.device)
+        slot = _Slot(self._given.shape[0], 0, pinned=False)
+        self._fill(slot.fields, batch, options)
+        given = slot.given.to(self.device)
 
         def launch() -> None:
             with torch.cuda.stream(stream):
@@ -156,27 +158,31 @@ class _Program:
 
         return launch
 
-    def _fill(self, given: Tensor, batch: PackedBatch, options: ExitOptions) -> None:
-        n, tokens = len(batch.lengths), sum(batch.lengths)
-
-        def put(name: str, values: Tensor) -> None:
+    def _fill(self, fields: np.ndarray, batch: PackedBatch, options: ExitOptions) -> None:
+        def put(name: str, values: Tensor | np.ndarray) -> None:
             start = self._segments[name].start
-            given[start : start + len(values)] = values
+            fields[start : start + len(values)] = values
 
-        put("counts", torch.tensor([n, tokens], dtype=torch.int32))
-        put("cu_seqlens", batch.cu_seqlens)
-        put("row_ids", torch.arange(n, dtype=torch.int32))
-        put("min_depth", options.min_depth)
-        put("max_depth", options.max_depth)
+        n, tokens = len(batch.lengths), int(batch.cu_seqlens[-1])
+        put("counts", np.array([n, tokens]))
+        put("cu_seqlens", batch.cu_seqlens.numpy())
+        put("row_ids", np.arange(n))
+        put("min_depth", options.min_depth.numpy())
+        put("max_depth", options.max_depth.numpy())
         if options.exit_layers is not None:
-            put("script", options.exit_layers)
+            put("script", options.exit_layers.numpy())
         name = options.criterion.policy_threshold
         if name is not None:
-            put("threshold_logit", options.begin()[name].view(torch.int32))
-        put("input_ids", batch.input_ids[:tokens])
-        put("positions", batch.positions[:tokens])
+            put("threshold_logit", options.begin()[name].view(torch.int32).numpy())
+        put("input_ids", batch.input_ids[:tokens].numpy())
+        put("positions", batch.positions[:tokens].numpy())
         if batch.token_type_ids is not None:
-            put("token_type_ids", batch.token_type_ids[:tokens])
+            put("token_type_ids", batch.token_type_ids[:tokens].numpy())
+
+    @property
+    def bytes(self) -> int:
+        """Of its own on the device, without the arena."""
+        return self._given.nbytes + self._results.nbytes + self._pass.bytes
 
 
 class GraphExecutor:
@@ -201,6 +207,8 @@ class GraphExecutor:
         self._stream: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
             self._problem = conditional_nodes_problem(model.device)
+            if self._problem is None and triton is None:
+                self._problem = "triton is not installed"
             self._stream = torch.cuda.Stream(model.device)
 
     def watch(self) -> None:
@@ -288,10 +296,20 @@ class GraphExecutor:
             if self._stream is not None:
                 program.capture(self._stream)
             self._programs[key] = program
-            while len(self._programs) > _MAX_PROGRAMS:
+            while len(self._programs) > 1 and (len(self._programs) > _MAX_PROGRAMS or self._bytes() > self._limit()):
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
         return program
+
+    def _bytes(self) -> int:
+        """Device memory of all programs. One keeps the arena it was captured with when a larger one comes."""
+        arenas = {id(p.arena): p.arena.bytes for p in self._programs.values()}
+        return sum(arenas.values()) + sum(p.bytes for p in self._programs.values())
+
+    def _limit(self) -> float:
+        if self._stream is None:
+            return float("inf")
+        return _MEMORY_SHARE * torch.cuda.get_device_properties(self._stream.device).total_memory
 
     def _room(self, capacity: Capacity, weights: EncoderWeights) -> Arena:
         tokens = max(capacity.tokens, capacity.rows)
