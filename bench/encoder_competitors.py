@@ -109,15 +109,25 @@ def build(name: str, module: MultiExitEncoder, batch: Batch) -> Competitor:
 
 
 class FullDepth(nn.Module):
-    """Hugging Face's own forward and the last exit's classifier: ids, mask [B, S] -> logits [B, C]. mask None: full."""
+    """Hugging Face's own layers and the last exit's classifier: ids, mask [B, S] -> logits [B, C]. mask None: full.
+
+    Without a mask, embeddings and encoder are called one by one. Hugging Face's whole forward cannot know, while it is
+    compiled, that there is nothing to mask: it builds a mask of ones, which keeps SDPA from its flash kernel (3.1 ms
+    instead of 2.3 for 32 rows of 128 tokens, 12.0 instead of 8.1 for 128, on an H100).
+    """
 
     def __init__(self, module: MultiExitEncoder):
         super().__init__()
-        self.backbone, self.exits, self.last = module.backbone, module.exits, module.config.num_exits - 1
+        self.whole = module.backbone
+        self.parts = None if module.family.position_bias else module.encoder_backbone
+        self.exits, self.last = module.exits, module.config.num_exits - 1
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.exits.classify(self.last, self.exits.state(self.last, hidden[:, 0]))
+        if attention_mask is None and self.parts is not None:
+            hidden = self.parts.encoder(self.parts.embeddings(input_ids=input_ids), attention_mask=None)
+        else:
+            hidden = self.whole(input_ids=input_ids, attention_mask=attention_mask)
+        return self.exits.classify(self.last, self.exits.state(self.last, hidden.last_hidden_state[:, 0]))
 
 
 def keep_bias_on_device(module: MultiExitEncoder) -> None:

@@ -187,7 +187,12 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of a source checkout, "+" for changes on top; None for an installed package."""
+    """The commit of a source checkout, "+" for changes on top; None for an installed package.
+
+    CONSISTENTEE_COMMIT says it for a copy whose own record is not that of its files.
+    """
+    if stated := os.environ.get("CONSISTENTEE_COMMIT"):
+        return stated
     root = Path(engine.__file__).parent.parent
     if not (root / ".git").exists():
         return None
