@@ -67,6 +67,8 @@ MinDepth = Annotated[
 ]
 MaxDepth = Annotated[int | None, typer.Option(help="Every row has left by this layer.")]
 Executor = Annotated[str, typer.Option(help="auto (graph on CUDA, else packed), packed, reference or graph.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else the CPU) or any torch device.")]
+Dtype = Annotated[str, typer.Option(help="auto (float16 on CUDA, else float32), float32, bfloat16, float16 or float64.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens computed together (default: 2048, on CUDA 16384).")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of every setting; medians are shown.")]
 
@@ -91,6 +93,8 @@ def run(
     max_depth: MaxDepth = None,
     truncation: Annotated[bool, typer.Option("--truncation", help="Shorten texts beyond the model's limit.")] = False,
     executor: Executor = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Classify texts: arguments, or lines on stdin.
@@ -98,7 +102,7 @@ def run(
     A line is one text, or a JSON object with "text" (or "text_a" and "text_b").
     """
     rows = _argument_rows(texts, pair) if texts else _stdin_rows(pair)
-    result = _load(checkpoint, executor).run(
+    result = _load(checkpoint, executor, device, dtype).run(
         rows,
         threshold=threshold,
         min_depth=min_depth,
@@ -128,6 +132,8 @@ def evaluate(
     max_depth: MaxDepth = None,
     truncation: Annotated[bool, typer.Option(help="Shorten texts beyond the model's limit, as training did.")] = True,
     executor: Executor = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     batch_tokens: BatchTokens = None,
     repeats: Repeats = 3,
     output: Annotated[
@@ -140,7 +146,7 @@ def evaluate(
     if output is not None and output.is_dir():
         raise ValueError(f"--json must name a file to write, {output} is a folder")
     chosen = _thresholds(threshold, thresholds)
-    model = _load(checkpoint, executor)
+    model = _load(checkpoint, executor, device, dtype)
     examples = report.labelled_examples(data, model.config.labels, split)
     limits = {"min_depth": min_depth, "max_depth": max_depth}
     settings: dict[str, dict[str, Any]] = {report.FULL_DEPTH: report.full_depth(model)}
@@ -173,12 +179,14 @@ def explain(
     text_b: Annotated[str | None, typer.Argument(metavar="TEXT_B", help="Second text, for pairs.")] = None,
     threshold: Threshold = None,
     truncation: Annotated[bool, typer.Option("--truncation", help="Shorten a text beyond the model's limit.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """One text, layer by layer: what every exit decides and answers, and where the row leaves."""
     from engine.console import say, show_table
 
     row: Row = text if text_b is None else (text, text_b)
-    model = _load(checkpoint, "reference")
+    model = _load(checkpoint, "reference", device, dtype)
     result = model.run([row], threshold=threshold, truncation=truncation)
     left = int(result.exit_layers[0])
     limit = model.config.threshold if threshold is None else threshold
@@ -273,10 +281,10 @@ def main() -> None:
 # -- rows --------------------------------------------------------------------------------------------------------
 
 
-def _load(checkpoint: str, executor: str) -> Engine:
+def _load(checkpoint: str, executor: str, device: str, dtype: str) -> Engine:
     import engine
 
-    return engine.load(checkpoint, executor=executor)
+    return engine.load(checkpoint, executor=executor, device=device, dtype=dtype)
 
 
 def _argument_rows(texts: list[str], pair: bool) -> list[Row]:

@@ -107,6 +107,7 @@ def test_run_options_reach_the_engine(checkpoint):
     assert layers("--min-depth", tiny.NUM_LAYERS) == [tiny.NUM_LAYERS] * 3
     assert layers("--max-depth", "2", "--threshold", "1") == [2, 2, 2]
     assert layers("--executor", "reference", "--batch-tokens", "8") == layers()
+    assert layers("--device", "cpu", "--dtype", "float64") == layers("--device", "cpu", "--executor", "graph")
     long = "query " * 200
     assert "truncation" in refused("run", checkpoint, long)
     assert len(json_rows(call("run", checkpoint, long, "--json", "--truncation"))) == 1
@@ -125,6 +126,8 @@ def test_text_is_never_markup_nor_control(checkpoint):
         (["--min-depth", "9", "text"], None, "between 1 and 4, got 9"),
         (["--executor", "fast", "text"], None, "auto, packed, reference, graph, got 'fast'"),
         (["--batch-tokens", "0", "text"], None, "positive integer, got 0"),
+        (["--device", "moon", "text"], None, "device 'moon' cannot be used"),
+        (["--dtype", "int8", "text"], None, "dtype must be auto, float32"),
         ([" "], None, "row 0 is an empty string"),
         ([], b"fine\n\xff\xfe\n", "stdin, line 2: not UTF-8"),
         ([], '{"title": "x"}\n', """line 1: a JSON object must have "text", or"""),
