@@ -80,6 +80,8 @@ class Competitor:
     stream     the stream on_device works on, None for the current one
     note       what a reader of its times should know
     ready_s    seconds that compiling and warming up took
+    waits      on_device waits for the device inside
+    many_launches  on_device queues hundreds of kernels: few calls fit the device's queue
     """
 
     on_device: Callable[[], Any]
@@ -88,6 +90,8 @@ class Competitor:
     stream: torch.cuda.Stream | None = None
     note: str = ""
     ready_s: float = 0.0
+    waits: bool = False
+    many_launches: bool = False
 
 
 def build(name: str, module: MultiExitEncoder, batch: Batch) -> Competitor:
@@ -111,9 +115,10 @@ def build(name: str, module: MultiExitEncoder, batch: Batch) -> Competitor:
 class FullDepth(nn.Module):
     """Hugging Face's own layers and the last exit's classifier: ids, mask [B, S] -> logits [B, C]. mask None: full.
 
-    Without a mask, embeddings and encoder are called one by one. Hugging Face's whole forward cannot know, while it is
-    compiled, that there is nothing to mask: it builds a mask of ones, which keeps SDPA from its flash kernel (3.1 ms
-    instead of 2.3 for 32 rows of 128 tokens, 12.0 instead of 8.1 for 128, on an H100).
+    Embeddings and encoder are called one by one. Hugging Face's whole forward cannot know, while it is compiled, that
+    there is nothing to mask: it builds a mask of ones, which keeps SDPA from its flash kernel (3.1 ms instead of 2.3
+    for 32 rows of 128 tokens, 12.0 instead of 8.1 for 128, on an H100). Where there is padding, one additive mask
+    [B, 1, 1, S] serves all layers, rather than a boolean one of [B, 1, S, S].
     """
 
     def __init__(self, module: MultiExitEncoder):
@@ -123,8 +128,13 @@ class FullDepth(nn.Module):
         self.exits, self.last = module.exits, module.config.num_exits - 1
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None and self.parts is not None:
-            hidden = self.parts.encoder(self.parts.embeddings(input_ids=input_ids), attention_mask=None)
+        if self.parts is not None:
+            embedded = self.parts.embeddings(input_ids=input_ids)
+            if attention_mask is not None:
+                hidden_away = (attention_mask == 0)[:, None, None, :]
+                attention_mask = torch.zeros_like(hidden_away, dtype=embedded.dtype)
+                attention_mask = attention_mask.masked_fill(hidden_away, torch.finfo(embedded.dtype).min)
+            hidden = self.parts.encoder(embedded, attention_mask=attention_mask)
         else:
             hidden = self.whole(input_ids=input_ids, attention_mask=attention_mask)
         return self.exits.classify(self.last, self.exits.state(self.last, hidden.last_hidden_state[:, 0]))
@@ -163,10 +173,13 @@ def padded(module: MultiExitEncoder, batch: Batch, mode: str | None) -> Competit
         torch.compiler.cudagraph_mark_step_begin()
         return forward(ids, mask).clone()  # the next call overwrites what a graph returns
 
+    staged = _staged(batch, device)
+
     def from_host() -> Tensor:
-        ids.copy_(batch.input_ids, non_blocking=True)
-        if mask is not None:
-            mask.copy_(batch.attention_mask, non_blocking=True)
+        for to, pinned, given in zip((ids, mask), staged, (batch.input_ids, batch.attention_mask), strict=True):
+            if to is not None:
+                pinned.copy_(given)
+                to.copy_(pinned, non_blocking=True)
         return on_device().cpu()
 
     for _ in range(_WARM_CALLS):
@@ -174,7 +187,15 @@ def padded(module: MultiExitEncoder, batch: Batch, mode: str | None) -> Competit
     note = "" if batch.is_full else f"padded to {batch.input_ids.shape[1]}, with a mask"
     if module.family.position_bias:
         note = "; ".join(filter(None, [note, "eager attention (the model has no SDPA), position bias on the device"]))
-    return Competitor(on_device, from_host, note=note, ready_s=time.perf_counter() - started)
+    ready_s = time.perf_counter() - started
+    return Competitor(on_device, from_host, note=note, ready_s=ready_s, many_launches=mode is None)
+
+
+def _staged(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory that the device copies from at its full speed, for ids and mask."""
+    pin = device.type == "cuda"
+    ids, mask = (torch.empty(t.shape, dtype=t.dtype, pin_memory=pin) for t in (batch.input_ids, batch.attention_mask))
+    return ids, mask
 
 
 # -- packed: no padding, plain torch -----------------------------------------------------------------------------------
@@ -192,11 +213,19 @@ class _PackedLayer(nn.Module):
         self.intermediate, self.output, self.output_norm = parts.intermediate, parts.output, parts.output_norm
         self.num_heads = num_heads
 
-    def forward(self, hidden: Tensor, cu_seqlens: Tensor, longest: int, attend: Attend) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cu_seqlens: Tensor, longest: int, attend: Attend, first: Tensor | None = None
+    ) -> Tensor:
+        """first: places of the rows' first tokens, where they alone are wanted (the last layer)."""
         tokens, width = hidden.shape
         qkv = F.linear(hidden, self.qkv_weight, self.qkv_bias)
         q, k, v = qkv.view(tokens, 3, self.num_heads, width // self.num_heads).unbind(1)
-        attended = attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest).reshape(tokens, width)
+        if first is None:
+            attended = attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest).reshape(tokens, width)
+        else:
+            one_each = torch.arange(len(first) + 1, dtype=torch.int32, device=hidden.device)
+            q, hidden = q.index_select(0, first), hidden.index_select(0, first)
+            attended = attend(q, k, v, one_each, cu_seqlens, 1, longest).reshape(len(first), width)
         x = self.attention_norm(self.attention_output(attended) + hidden)
         return self.output_norm(self.output(F.gelu(self.intermediate(x))) + x)
 
@@ -225,9 +254,10 @@ class PackedBert(nn.Module):
         e = self.embeddings
         hidden = e.word_embeddings(input_ids) + e.token_type_embeddings.weight[0] + e.position_embeddings(positions)
         hidden = e.LayerNorm(hidden)
-        for layer in self.layers:
+        # As ours: nobody reads more of the last layer than its first tokens.
+        for layer in self.layers[:-1]:
             hidden = layer(hidden, cu_seqlens, longest, self.attend)
-        first = hidden.index_select(0, cu_seqlens[:-1])
+        first = self.layers[-1](hidden, cu_seqlens, longest, self.attend, first=cu_seqlens[:-1])
         return self.exits.classify(self.last, self.exits.state(self.last, first))
 
 
@@ -356,15 +386,21 @@ def naive_early_exit(
             break
         probability = torch.sigmoid(exits.policies[k](state).float())
         leave = probability > threshold if script is None else script <= layer
-        if not leave.any():
+        # One read on the host an exit; what it tells then serves all that is left.
+        decided = leave.tolist()
+        if not any(decided):
             continue
-        logits[rows[leave]], exit_layers[rows[leave]] = exits.classify(k, state[leave]), layer
-        stay = ~leave
-        rows, hidden = rows[stay], hidden[stay]
-        mask = None if mask is None else mask[stay]
-        script = None if script is None else script[stay]
-        if len(rows) == 0:
+        gone, stay = (
+            torch.tensor([i for i, d in enumerate(decided) if d is wanted], device=rows.device)
+            for wanted in (True, False)
+        )
+        left = rows.index_select(0, gone)
+        logits[left], exit_layers[left] = exits.classify(k, state.index_select(0, gone)), layer
+        if all(decided):
             break
+        rows, hidden = rows.index_select(0, stay), hidden.index_select(0, stay)
+        mask = None if mask is None else mask.index_select(0, stay)
+        script = None if script is None else script.index_select(0, stay)
     return logits, exit_layers
 
 
@@ -391,7 +427,8 @@ def naive(module: MultiExitEncoder, batch: Batch, scripts: Sequence[Sequence[int
     for _ in range(2):
         from_host()
     note = "reads the decision on the host at every exit"
-    return Competitor(on_device, from_host, len(layers), note=note, ready_s=time.perf_counter() - started)
+    ready_s = time.perf_counter() - started
+    return Competitor(on_device, from_host, len(layers), note=note, ready_s=ready_s, waits=True)
 
 
 def one_line(error: BaseException) -> str:

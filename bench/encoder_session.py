@@ -26,7 +26,8 @@ from engine.models.encoder import MultiExitEncoder
 HUB_IDS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "mpnet": "sentence-transformers/all-mpnet-base-v2"}
 _PEAK_FLOPS, _PEAK_BYTES = 600e12, 3.0e12  # a second: about the best fp16 product and the best copy seen on an H100
 _ALL_TOKENS = 10**9  # one micro-batch
-_MEASUREMENT_S, _MOST_CALLS = 0.01, 50
+_MEASUREMENT_S, _LEAST_CALLS, _MOST_CALLS = 0.01, 10, 50
+_SLEEP_CYCLES = 2.0e9  # a second of the device's clock, at most
 _LABELS = ("entailment", "neutral", "contradiction")
 # Seconds that a competitor takes to be ready, before one of its kind was seen.
 _EXPECTED_S = {peers.REDUCE_OVERHEAD: 20.0, peers.MAX_AUTOTUNE: 90.0, peers.PACKED: 60.0}
@@ -205,11 +206,12 @@ def half_depth(rows: int, layers: int) -> list[list[int]]:
 class Clocks:
     """Seconds a call, by both clocks, round by round."""
 
-    device: Timing
+    device: Timing | None  # None for who waits for the host inside: there is no time of the device alone
     host: Timing
 
     def to_dict(self) -> dict[str, Any]:
-        return {"device_s": _seconds(self.device), "host_s": _seconds(self.host)}
+        found = {} if self.device is None else {"device_s": _seconds(self.device)}
+        return found | {"host_s": _seconds(self.host)}
 
     def over(self, other: Clocks) -> dict[str, float]:
         """This one's time over the other's: median over the rounds, in which both ran side by side."""
@@ -217,6 +219,7 @@ class Clocks:
         return {
             name: float(np.median([a / b for a, b in zip(x.seconds, y.seconds, strict=True)]))
             for name, (x, y) in pairs.items()
+            if x is not None and y is not None
         }
 
 
@@ -234,16 +237,18 @@ def measure(session: Session, competitors: Mapping[str, Competitor]) -> dict[str
     host = {
         name: Timing(tuple(s / competitors[name].period for s in m.timing.seconds)) for name, m in measured.items()
     }
-    return {name: Clocks(device[name], host[name]) for name in competitors}
+    return {name: Clocks(device.get(name), host[name]) for name in competitors}
 
 
 def _device_clock(session: Session, competitors: Mapping[str, Competitor]) -> dict[str, Timing]:
+    competitors = {name: c for name, c in competitors.items() if not c.waits}
     calls = {}
     for name, c in competitors.items():
         for _ in range(c.period):
             c.on_device()
-        once = _queued_seconds(session, c, c.period)
-        calls[name] = c.period * max(1, min(_MOST_CALLS // c.period, round(_MEASUREMENT_S / c.period / once)))
+        once = min(_queued_seconds(session, c, c.period) for _ in range(3))
+        turns = min(_MOST_CALLS, max(_LEAST_CALLS, round(_MEASUREMENT_S / once))) // c.period
+        calls[name] = c.period * max(1, 2 if c.many_launches else turns)
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(-1, session.rounds):
         for name in competitors if number % 2 == 0 else reversed(list(competitors)):
@@ -254,7 +259,10 @@ def _device_clock(session: Session, competitors: Mapping[str, Competitor]) -> di
 
 
 def _queued_seconds(session: Session, competitor: Competitor, calls: int) -> float:
-    """Seconds a call on the device of several calls in a row; on a CPU, by the wall clock."""
+    """Seconds a call on the device of several calls in a row; on a CPU, by the wall clock.
+
+    The device sleeps until all of them are queued: what Python does in front of a launch is on the other clock.
+    """
     session.synchronise()
     if session.device.type == "cpu":
         started = time.perf_counter()
@@ -263,11 +271,23 @@ def _queued_seconds(session: Session, competitor: Competitor, calls: int) -> flo
         return (time.perf_counter() - started) / calls
     stream = competitor.stream or torch.cuda.current_stream(session.device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record(stream)
-    for _ in range(calls):
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        began = time.perf_counter()
         competitor.on_device()
-    end.record(stream)
-    end.synchronize()
+        queueing = time.perf_counter() - began
+        session.synchronise()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(int(_SLEEP_CYCLES * 1.5 * queueing * calls))
+        start.record(stream)
+        for _ in range(calls):
+            competitor.on_device()
+        end.record(stream)
+        end.synchronize()
+    finally:
+        if collecting:
+            gc.enable()
     return start.elapsed_time(end) * 1e-3 / calls
 
 

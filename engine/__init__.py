@@ -43,8 +43,8 @@ def load(
     device    "auto" (a CUDA device where there is one, else the CPU), or any torch device
     dtype     "auto" (float16 on CUDA, else float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
     executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass)
-    warmup    batches to be ready for, as (rows, tokens in all): compiled and captured now, not by the first call that
-              needs them. For the graph executor; nothing elsewhere
+    warmup    batches to be ready for, as (rows, tokens in all), each good for half to all of its size: compiled and
+              captured now, not by the first call that needs them. For the graph executor; nothing elsewhere
     Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
     ValueError that names the file, tensor or key that is wrong.
     """
@@ -83,8 +83,6 @@ def _sizes(warmup: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         if not whole or not all(isinstance(n, int) and not isinstance(n, bool) for n in size):
             raise TypeError(f"warmup must hold pairs (rows, tokens), got {size!r}")
         rows, tokens = size
-        if not 1 <= rows <= tokens:
-            raise ValueError(f"warmup needs at least one row, and a token in each, got {rows} rows of {tokens} tokens")
         sizes.append((rows, tokens))
     return sizes
 

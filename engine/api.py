@@ -69,20 +69,26 @@ class Engine:
         self.executor.refresh()
 
     def warm_up(self, rows: int, tokens: int) -> None:
-        """Be ready for batches of up to ``rows`` rows and ``tokens`` tokens in all, at default options: the graph
-        executor compiles and captures now. Nothing to do for the others.
+        """Be ready for batches of half to all of ``rows`` rows and ``tokens`` tokens in all, at default options: the
+        graph executor compiles and captures now. Nothing to do for the others.
 
-        The longest row is taken to be twice the mean (at least 32 tokens): others are captured when they come.
+        Rows of up to twice the mean length are expected (at least 32 tokens), and pairs where the model tells them
+        apart. Everything else is captured when it comes. ValueError where no batch has that size.
         """
+        most = rows * self.config.max_length
+        if not 1 <= rows <= tokens <= most:
+            raise ValueError(
+                f"a batch of {rows} rows has {max(rows, 1)} to {max(most, 1)} tokens and at least one row, got {tokens}"
+            )
         prepare = getattr(self.executor, "warmup", None)
         if prepare is None:
             return
         criterion = make_criterion(self.config.criterion)
         options = self._options_reader.options(self.config, 1, criterion, None, None, None, None)
-        mean = -(-tokens // rows)
-        longest = {min(n, self.config.max_length) for n in (mean, 2 * mean)}
-        for length in sorted(longest):
-            prepare(rows, max(tokens, length), length, options)
+        longest = min(2 * -(-tokens // rows), self.config.max_length)
+        pairs = self._model.family.token_types and self._model.encoder_backbone.config.type_vocab_size > 1
+        for token_types in (False, True) if pairs else (False,):
+            prepare(rows, max(tokens, longest), longest, options, token_types)
 
     def __repr__(self) -> str:
         c = self.config
@@ -219,7 +225,8 @@ def _softmax(logits: Tensor) -> Tensor:
     takes 6 ms where another process spins on the cores; numpy's exp wakes none, at 25 us more where they are free."""
     if len(logits) <= 1:
         return torch.softmax(logits, -1)
-    powers = torch.from_numpy(np.exp((logits - logits.amax(-1, True)).numpy()))
+    with np.errstate(all="ignore"):  # the caller's setting is for the caller's arithmetic
+        powers = torch.from_numpy(np.exp((logits - logits.amax(-1, True)).numpy()))
     return powers.div_(powers.sum(-1, True))
 
 

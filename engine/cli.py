@@ -68,7 +68,7 @@ MinDepth = Annotated[
 MaxDepth = Annotated[int | None, typer.Option(help="Every row has left by this layer.")]
 Executor = Annotated[str, typer.Option(help="auto (graph on CUDA, else packed), packed, reference or graph.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one, else the CPU) or any torch device.")]
-Dtype = Annotated[str, typer.Option(help="auto (float16 on CUDA, else float32), float32, bfloat16, float16 or float64.")]
+Dtype = Annotated[str, typer.Option(help="auto (float16 on CUDA, else float32), or its name.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens computed together (default: 2048, on CUDA 16384).")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs of every setting; medians are shown.")]
 

@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -255,11 +256,47 @@ def test_warmup_is_checked_and_changes_nothing_on_a_cpu(checkpoint):
         with pytest.raises(TypeError, match="warmup must hold pairs"):
             engine.load(checkpoint, warmup=wrong)
     for wrong in ([(0, 5)], [(8, 5)]):
-        with pytest.raises(ValueError, match="warmup needs at least one row"):
+        with pytest.raises(ValueError, match="a batch of . rows has . to .* tokens and at least one row, got 5"):
             engine.load(checkpoint, warmup=wrong)
     rows = {"input_ids": [[2, 7, 3]], "attention_mask": [[1, 1, 1]]}
     for executor in ("packed", "graph"):
         warm = engine.load(checkpoint, executor=executor, warmup=[(1, 16), (4, 64)])
         cold = engine.load(checkpoint, executor=executor)
         assert torch.equal(warm.run(rows).logits, cold.run(rows).logits)
-    assert len(warm.executor._programs) >= 2
+    assert warm.executor._programs
+
+
+def test_nothing_is_captured_for_batches_that_were_prepared_for(model):
+    fast, oracle = (engine.from_module(model, executor=name) for name in ("graph", "reference"))
+    fast.executor.weights.watching = False
+    fast.warm_up(16, 256)
+    made = set(fast.executor._programs)
+    for rows, length in ((16, 16), (9, 17), (8, 16), (15, 12), (12, 20)):
+        ids = torch.randint(5, 60, (rows, length))
+        for types in (None, torch.randint(0, 2, (rows, length))):
+            batch = {"input_ids": ids} | ({} if types is None else {"token_type_ids": types})
+            got, want = fast.run(batch), oracle.run(batch)
+            assert torch.equal(got.exit_layers, want.exit_layers)
+            torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=3e-5)
+    assert set(fast.executor._programs) == made
+    fast.run({"input_ids": torch.randint(5, 60, (3, 16))})
+    assert len(fast.executor._programs) == len(made) + 1
+
+
+def test_softmax_ignores_the_callers_floating_point_errors(model):
+    packed = engine.from_module(model, executor="packed")
+    with torch.no_grad():
+        model.exits.classifiers[-1].weight.mul_(1e4)
+    with np.errstate(all="raise"):
+        found = packed.run({"input_ids": torch.randint(5, 60, (3, 9))}, min_depth=model.config.num_layers)
+    assert bool(found.probabilities.isfinite().all())
+
+
+@pytest.mark.parametrize("executor", ["packed", "graph", "reference"])
+def test_results_share_no_memory(model, executor):
+    got = engine.from_module(model, executor=executor).run({"input_ids": torch.randint(5, 60, (3, 9))})
+    weight = torch.ones(3, requires_grad=True)
+    loss = (got.logits * weight).sum()
+    got.exit_layers.add_(1)
+    got.exit_probabilities.add_(1)
+    loss.backward()

@@ -137,12 +137,16 @@ class _Program:
         def outputs() -> RowOutputs:
             if slot.done is not None:
                 slot.done.synchronize()
-            rows, found = self.capacity.rows, slot.results.clone()
-            self._free.append(slot)
-            logits, layers, probs = found.split([rows * self.num_labels, rows, rows])
-            return RowOutputs(
-                logits.view(torch.float32).view(rows, -1)[:n], layers[:n], probs.view(torch.float32)[:n]
+            rows = self.capacity.rows
+            logits, layers, probs = slot.results.split([rows * self.num_labels, rows, rows])
+            # Three tensors of their own: who changes one of them in place changes no other.
+            found = RowOutputs(
+                logits.view(torch.float32).view(rows, -1)[:n].clone(),
+                layers[:n].clone(),
+                probs.view(torch.float32)[:n].clone(),
             )
+            self._free.append(slot)
+            return found
 
         return outputs
 
@@ -203,6 +207,7 @@ class GraphExecutor:
         self._lock = threading.Lock()
         self._held: EncoderWeights | None = None  # what the programs were made of
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
+        self._warm: set[tuple[Capacity, Steps]] = set()  # of those that were made ahead
         self._arena: Arena | None = None
         self._stream: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
@@ -233,17 +238,26 @@ class GraphExecutor:
             problem = self._problem or _unserved(self._model, options)
             if problem is None:
                 with self._own_stream():
-                    try:
-                        program = self._program(batch, options)
-                    except torch.OutOfMemoryError:
-                        raise
-                    except RuntimeError as error:
-                        if self._stream is None:
-                            raise
-                        self._problem = problem = f"a capture failed ({error})"
-                    else:
+                    program = self._made(lambda: self._program(batch, options))
+                    if program is not None:
                         return program.submit(batch, options, self._stream)
+                    problem = self._problem
         return self._fall_back(problem, batch, options)
+
+    def _made(self, make: Callable[[], _Program]) -> _Program | None:
+        """What ``make`` returns; None where the program cannot be had, which is then this executor's problem.
+
+        Out of memory is the caller's: a smaller batch may do. Triton's and the compiler's errors share no base class.
+        """
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._stream is None:
+                raise
+            self._problem = f"a capture failed ({type(error).__name__}: {error})"
+            return None
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -262,11 +276,13 @@ class GraphExecutor:
             yield
 
     def warmup(self, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool = False) -> None:
-        """Make the program of a batch of that size ready."""
+        """Make the program of a batch of that size ready; it then serves all batches from half of that size on (rows
+        and tokens, whatever their longest row up to ``longest``). Where a capture fails, the first run says so."""
         with torch.inference_mode(), self._lock:
             if (self._problem or _unserved(self._model, options)) is None:
                 with self._own_stream():
-                    self._program_of(rows, tokens, longest, options, token_types)
+                    self._made(lambda: self._program_of(rows, tokens, longest, options, token_types))
+                    self._warm.add(self._key(rows, tokens, longest, options, token_types))
 
     def replayer(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], None]:
         """For benchmarks: the batch stands on the device; every call launches its pass again, and waits for nothing."""
@@ -286,15 +302,14 @@ class GraphExecutor:
         if weights is not self._held:
             self._programs.clear()
             self._held = weights
-        config = self._model.config
-        capacity = capacity_for(rows, tokens, longest, config.max_length)
-        reads = tuple(k for k in config.exit_layers if k < options.deepest and options.reads_exit(k))
-        criterion = "policy" if options.criterion.policy_threshold is not None else "scripted"
-        steps = Steps(criterion, reads, options.deepest, token_types)
-        key = capacity, steps
+        key = self._key(rows, tokens, longest, options, token_types)
+        if key not in self._programs:
+            key = self._covering(key) or key
         program = self._programs.get(key)
         if program is None:
-            program = _Program(weights, self._room(capacity, weights), capacity, steps, config.num_labels)
+            capacity, steps = key
+            labels = self._model.config.num_labels
+            program = _Program(weights, self._room(capacity, weights), capacity, steps, labels)
             if self._stream is not None:
                 program.capture(self._stream)
             self._programs[key] = program
@@ -302,6 +317,28 @@ class GraphExecutor:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
         return program
+
+    def _key(
+        self, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool
+    ) -> tuple[Capacity, Steps]:
+        config = self._model.config
+        reads = tuple(k for k in config.exit_layers if k < options.deepest and options.reads_exit(k))
+        criterion = "policy" if options.criterion.policy_threshold is not None else "scripted"
+        capacity = capacity_for(rows, tokens, longest, config.max_length)
+        return capacity, Steps(criterion, reads, options.deepest, token_types)
+
+    def _covering(self, key: tuple[Capacity, Steps]) -> tuple[Capacity, Steps] | None:
+        """The smallest program that was made ahead and is not too large: up to twice the rows and tokens."""
+        (rows, tokens, longest), steps = key
+        found = [
+            (have, others)
+            for have, others in self._warm & self._programs.keys()
+            if others == steps
+            and rows <= have.rows <= 2 * rows
+            and tokens <= have.tokens <= 2 * tokens
+            and longest <= have.longest
+        ]
+        return min(found, key=lambda candidate: candidate[0].tokens, default=None)
 
     def _bytes(self) -> int:
         """Device memory of all programs. One keeps the arena it was captured with when a larger one comes."""
@@ -315,7 +352,9 @@ class GraphExecutor:
 
     def _room(self, capacity: Capacity, weights: EncoderWeights) -> Arena:
         tokens = max(capacity.tokens, capacity.rows)
-        if self._arena is None or self._arena.tokens < tokens or self._arena.hidden.dtype != weights.word.dtype:
+        have, word = self._arena, weights.word
+        fits = have is not None and have.tokens >= tokens
+        if not fits or have.hidden.dtype != word.dtype or have.hidden.device != word.device:
             wide = weights.layers[0].intermediate.weight.shape[0]
             self._arena = Arena(tokens, weights.word.shape[1], wide, weights.word)
         return self._arena
