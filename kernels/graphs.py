@@ -34,6 +34,7 @@ from torch import Tensor
 from engine.kernels import extension
 
 __all__ = [
+    "AllocationError",
     "Cases",
     "Graph",
     "GraphBuilder",
@@ -273,9 +274,13 @@ def _allocations(device: int | torch.device | None) -> tuple[int, int]:
     return stats.get("allocation.all.allocated", 0), stats.get("segment.all.allocated", 0)
 
 
+class AllocationError(RuntimeError):
+    """Memory was asked for where none may be: perhaps by another thread, since the allocator counts for all of them."""
+
+
 @contextmanager
 def no_allocation(device: int | torch.device | None = None) -> Iterator[None]:
-    """RuntimeError where the block asked torch's caching allocator for memory, freed again or not.
+    """AllocationError where the block asked torch's caching allocator for memory, freed again or not.
 
     What is allocated while a graph is captured goes back to the allocator afterwards, and the graph would write into
     what somebody else then holds.
@@ -284,7 +289,7 @@ def no_allocation(device: int | torch.device | None = None) -> Iterator[None]:
     yield
     asked, segments = (now - then for now, then in zip(_allocations(device), before, strict=True))
     if asked or segments:
-        raise RuntimeError(
+        raise AllocationError(
             f"{asked} allocations ({segments} new segments) where none may happen: pass out= buffers, and warm up on "
             "the same stream first"
         )

@@ -288,6 +288,69 @@ def test_what_it_cannot_serve_is_packed_with_one_warning(device):
         fast.run(padded(rows))
 
 
+class Late(Policy):
+    """Decides from the third exit on."""
+
+    name = "late"
+
+    def may_decide(self, layer):
+        return layer >= 3
+
+
+def test_who_decides_at_some_exits_only_is_packed_where_limits_differ(device):
+    fast, oracle = both(tiny_model(layers=5).to(device))
+    rows = random_rows(6)
+    options = dict(criterion=Late(), threshold=0.0)
+    assert_same(fast.run(padded(rows), **options), oracle.run(padded(rows), **options), rtol=1e-4, atol=3e-5)
+    options["max_depth"] = [5, 4, 5, 4, 5, 4]
+    with pytest.warns(UserWarning, match="'late' decides at some exits only"):
+        got = fast.run(padded(rows), **options)
+    assert got.exit_layers.tolist() == [3] * 6
+    assert_same(got, oracle.run(padded(rows), **options), rtol=1e-4, atol=3e-5)
+
+
+def test_layers_of_different_width(device):
+    model = tiny_model().to(device)
+    fast, oracle = both(model)
+    rows = random_rows(9)
+    fast.run(padded(rows))
+    for number, width in ((1, 80), (2, 24)):  # wider, and narrower, than the buffers of the first run
+        layer = model.encoder_backbone.encoder.layer[number]
+        hidden = layer.intermediate.dense.in_features
+        layer.intermediate.dense = torch.nn.Linear(hidden, width, device=device)
+        layer.output.dense = torch.nn.Linear(width, hidden, device=device)
+    got, want = fast.run(padded(rows)), oracle.run(padded(rows))
+    assert torch.equal(got.exit_layers, want.exit_layers)
+    torch.testing.assert_close(got.logits, want.logits, **FP32)
+
+
+def test_a_model_that_moves_is_followed(device):
+    model = tiny_model()
+    fast = engine.from_module(model, executor="graph")
+    rows = random_rows(7)
+    before = fast.run(padded(rows))
+    model.to(device)
+    after = fast.run(padded(rows))
+    assert torch.equal(after.exit_layers, before.exit_layers)
+    assert (fast.executor._stream is None) == (device == "cpu") and fast.executor._packed is None
+
+
+def test_results_may_be_asked_for_twice(device):
+    fast = engine.from_module(tiny_model().to(device), executor="graph")
+    batches = [padded(random_rows(7, seed=s)) for s in range(3)]
+    alone = [fast.run(batch) for batch in batches]
+
+    def start(batch):
+        options = fast._options_reader.options(fast.config, 7, Policy(), None, None, None, None)
+        return fast._start(fast._reader.read(batch, False), options)
+
+    first = start(batches[0])
+    assert torch.equal(first().logits, first().logits)
+    waiting = [start(batch) for batch in batches[1:]]
+    for outputs, want in zip(waiting, alone[1:], strict=True):
+        torch.testing.assert_close(outputs().logits, want.logits)
+
+
 def test_float64_is_packed(device):
     fast, oracle = both(tiny_model().double().to(device))
     with pytest.warns(UserWarning, match="float16, bfloat16 and float32, not float64"):
@@ -309,6 +372,29 @@ def test_a_failing_capture_falls_back(monkeypatch):
     with pytest.warns(UserWarning, match="a capture failed .*no luck.*packed serves instead"):
         got = fast.run(padded(rows))
     assert torch.equal(got.exit_layers, oracle.run(padded(rows)).exit_layers)
+
+
+@pytest.mark.gpu
+def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    fast, oracle = both(tiny_model().cuda())
+    original, tries = graph_module.GraphBuilder.capture, []
+
+    def disturbed(self, stream):
+        tries.append(1)
+        if len(tries) in (1, 2, *range(4, 4 + graph_module._CAPTURES)):
+            torch.empty(1 << 20, device="cuda")
+        return original(self, stream)
+
+    monkeypatch.setattr(graph_module.GraphBuilder, "capture", disturbed)
+    rows = random_rows(9)
+    want = oracle.run(padded(rows))
+    assert torch.equal(fast.run(padded(rows)).exit_layers, want.exit_layers) and len(tries) == 3
+    with pytest.warns(UserWarning, match="other threads allocate"):
+        got = fast.run(padded(rows), max_depth=3)  # another program: disturbed every time
+    assert torch.equal(got.exit_layers, oracle.run(padded(rows), max_depth=3).exit_layers)
+    assert fast.executor._problem is None
 
 
 @pytest.mark.gpu

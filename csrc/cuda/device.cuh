@@ -12,6 +12,12 @@
 namespace consistentee {
 namespace cuda {
 
+// What went wrong, or null. The runtime remembers its last error until somebody asks: once said, it is nobody's any more.
+inline const char* error_text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -35,7 +41,7 @@ const char* launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigne
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return error_text(error);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = major >= 9;
@@ -47,7 +53,7 @@ const char* launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigne
   config.attrs = &attribute;
   config.numAttrs = 1;
   error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  return error == cudaSuccess ? launch_error() : cudaGetErrorString(error);
+  return error == cudaSuccess ? launch_error() : error_text(error);
 }
 
 // Arithmetic type of a storage type: fp32, or fp64 for fp64.

@@ -242,6 +242,7 @@ class Builder {
   }
 
   void abort() noexcept {
+    if (open() && rehearse_ && stream_ != nullptr) cudaGetLastError();
     if (open() && !rehearse_) {
       cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
       if (cudaStreamIsCapturing(stream_, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone) {
@@ -396,7 +397,9 @@ class Builder {
 Builder* of(void* builder) { return static_cast<Builder*>(builder); }
 
 const char* text_of(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // once said, nobody's error any more
+  return cudaGetErrorString(error);
 }
 
 }  // namespace

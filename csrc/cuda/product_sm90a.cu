@@ -501,9 +501,13 @@ const char* encoder(Encode* encode) {
   static void* found = nullptr;
   if (found == nullptr) {
     cudaDriverEntryPointQueryResult state;
+#if CUDART_VERSION >= 12050
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
+#endif
+    if (error != cudaSuccess) return error_text(error);
     if (found == nullptr) return "the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12";
   }
   *encode = reinterpret_cast<Encode>(found);
@@ -528,7 +532,7 @@ template <bool kBfloat16, bool kGelu>
 const char* launch(const ProductArgs& args, unsigned programs, void* stream) {
   const auto kernel = product_kernel<kBfloat16, kGelu>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return error_text(error);
   return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
 }
 
@@ -545,7 +549,7 @@ const char* consistentee_product(const ProductCall* call) {
   int device = 0, programs = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&programs, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return error_text(error);
   ProductArgs args;
   const bool bfloat16 = call->bfloat16 != 0;
   if (const char* text = encode_map(&args.x, call->x, call->rows, call->inputs, call->x_stride, kBoxRows, bfloat16)) {

@@ -11,6 +11,7 @@ against the other executors.
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections import OrderedDict
@@ -27,10 +28,11 @@ from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights
 from engine.kernels.gpu_common import triton
 from engine.kernels.gpu_exit import ExitDestinations
-from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
+from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem, no_allocation
 from engine.models.encoder import MultiExitEncoder
 
 _MAX_PROGRAMS = 64
+_CAPTURES = 5
 # Of the device's memory, for the buffers of all programs; beyond it, those used longest ago go.
 _MEMORY_SHARE = 0.25
 
@@ -103,17 +105,31 @@ class _Program:
         self._pass = Pass(weights, arena, capacity, steps, given, out)
 
     def capture(self, stream: torch.cuda.Stream) -> None:
-        """Rehearse (compiles what is not compiled, on no rows), then capture: inside, nothing may allocate."""
+        """Rehearse (compiles what is not compiled, on no rows), then capture: inside, nothing may allocate.
+
+        Tried again where something did: it may have been another thread, a capture is short.
+        """
         builder = GraphBuilder()
+        collecting = gc.isenabled()
         try:
             with builder.rehearse(stream):
                 self._pass.record(builder.when)
             stream.synchronize()
-            with no_allocation(self.device), builder.capture(stream):
-                self._pass.record(builder.when)
+            gc.disable()  # what a collection frees may touch the stream that is captured
+            for attempt in range(_CAPTURES):
+                try:
+                    with no_allocation(self.device), builder.capture(stream):
+                        self._pass.record(builder.when)
+                    break
+                except AllocationError:
+                    builder.abort()
+                    if attempt == _CAPTURES - 1:
+                        raise
             self.graph = builder.instantiate()
             self.graph.upload(stream)
         finally:
+            if collecting:
+                gc.enable()
             builder.close()
 
     def submit(self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
@@ -133,8 +149,11 @@ class _Program:
         if slot.done is not None:
             slot.done.record(stream)
         n = len(batch.lengths)
+        results: list[RowOutputs] = []
 
         def outputs() -> RowOutputs:
+            if results:  # the slot has gone back: it may hold another batch
+                return results[0]
             if slot.done is not None:
                 slot.done.synchronize()
             rows = self.capacity.rows
@@ -145,18 +164,21 @@ class _Program:
                 layers[:n].clone(),
                 probs.view(torch.float32)[:n].clone(),
             )
+            results.append(found)
             self._free.append(slot)
             return found
 
         return outputs
 
-    def replayer(self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream) -> Callable[[], None]:
+    def replayer(
+        self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream, lock: threading.Lock
+    ) -> Callable[[], None]:
         slot = _Slot(self._given.shape[0], 0, pinned=False)
         self._fill(slot.fields, batch, options)
         given = slot.given.to(self.device)
 
         def launch() -> None:
-            with torch.cuda.stream(stream):
+            with lock, torch.cuda.stream(stream):
                 self._given.copy_(given)  # a pass works on the counts that it is given
                 self.graph.launch(stream)
 
@@ -205,16 +227,26 @@ class GraphExecutor:
         self._packed: PackedExecutor | None = None
         self._problem: str | None = None
         self._lock = threading.Lock()
-        self._held: EncoderWeights | None = None  # what the programs were made of
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
         self._warm: set[tuple[Capacity, Steps]] = set()  # of those that were made ahead
+        self._forget()
+        self._place(model.device)
+
+    def _forget(self) -> None:
+        """Give back what all programs hold."""
+        self._programs.clear()
+        self._warm.clear()
+        self._held: EncoderWeights | None = None  # what the programs were made of
         self._arena: Arena | None = None
+
+    def _place(self, device: torch.device) -> None:
+        self._device, self._problem = device, None
         self._stream: torch.cuda.Stream | None = None
-        if model.device.type == "cuda":
-            self._problem = conditional_nodes_problem(model.device)
+        if device.type == "cuda":
+            self._problem = conditional_nodes_problem(device)
             if self._problem is None and triton is None:
                 self._problem = "triton is not installed"
-            self._stream = torch.cuda.Stream(model.device)
+            self._stream = torch.cuda.Stream(device)
 
     def watch(self) -> None:
         """From now on somebody else may change the module: look before every run."""
@@ -235,27 +267,39 @@ class GraphExecutor:
     def submit(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
         with torch.inference_mode(), self._lock:
-            problem = self._problem or _unserved(self._model, options)
+            problem = self._trouble(options)
             if problem is None:
                 with self._own_stream():
-                    program = self._made(lambda: self._program(batch, options))
+                    weights = self.weights.current()  # what it refuses is the caller's to mend
+                    program = self._made(lambda: self._program(weights, batch, options))
                     if program is not None:
                         return program.submit(batch, options, self._stream)
-                    problem = self._problem
+                    problem = self._problem or "other threads allocate while a graph is captured"
         return self._fall_back(problem, batch, options)
 
-    def _made(self, make: Callable[[], _Program]) -> _Program | None:
-        """What ``make`` returns; None where the program cannot be had, which is then this executor's problem.
+    def _trouble(self, options: ExitOptions) -> str | None:
+        """Why graphs cannot serve these options, or None; first of all, go where the model has gone."""
+        if self.weights.watching and self._model.device != self._device:
+            self._forget()
+            self._place(self._model.device)
+        return self._problem or _unserved(self._model, options)
 
-        Out of memory is the caller's: a smaller batch may do. Triton's and the compiler's errors share no base class.
-        """
+    def _made(self, make: Callable[[], _Program]) -> _Program | None:
+        """What ``make`` returns; None where the program cannot be had, which is then this executor's problem (but for
+        what other threads did). Out of memory is the caller's: a smaller batch may do."""
         try:
             return make()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except AllocationError:
+            return None
+        except Exception as error:  # Triton's and the compiler's share no base class
             if self._stream is None:
                 raise
+            self._forget()
+            if "out of memory" in str(error):  # of the driver, not of torch's allocator, which holds the rest
+                torch.cuda.empty_cache()
+                raise torch.OutOfMemoryError(f"a graph could not be made: {error}") from error
             self._problem = f"a capture failed ({type(error).__name__}: {error})"
             return None
 
@@ -279,26 +323,26 @@ class GraphExecutor:
         """Make the program of a batch of that size ready; it then serves all batches from half of that size on (rows
         and tokens, whatever their longest row up to ``longest``). Where a capture fails, the first run says so."""
         with torch.inference_mode(), self._lock:
-            if (self._problem or _unserved(self._model, options)) is None:
+            if self._trouble(options) is None:
                 with self._own_stream():
-                    self._made(lambda: self._program_of(rows, tokens, longest, options, token_types))
+                    weights = self.weights.current()
+                    self._made(lambda: self._program_of(weights, rows, tokens, longest, options, token_types))
                     self._warm.add(self._key(rows, tokens, longest, options, token_types))
 
     def replayer(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], None]:
         """For benchmarks: the batch stands on the device; every call launches its pass again, and waits for nothing."""
         with torch.inference_mode(), self._lock, self._own_stream():
-            program = self._program(batch, options)
-            return program.replayer(batch, options, self._stream)
+            program = self._program(self.weights.current(), batch, options)
+            return program.replayer(batch, options, self._stream, self._lock)
 
-    def _program(self, batch: PackedBatch, options: ExitOptions) -> _Program:
+    def _program(self, weights: EncoderWeights, batch: PackedBatch, options: ExitOptions) -> _Program:
         longest = max(batch.lengths)
         types = batch.token_type_ids is not None
-        return self._program_of(len(batch.lengths), sum(batch.lengths), longest, options, types)
+        return self._program_of(weights, len(batch.lengths), sum(batch.lengths), longest, options, types)
 
     def _program_of(
-        self, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool
+        self, weights: EncoderWeights, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool
     ) -> _Program:
-        weights = self.weights.current()
         if weights is not self._held:
             self._programs.clear()
             self._held = weights
@@ -353,9 +397,9 @@ class GraphExecutor:
     def _room(self, capacity: Capacity, weights: EncoderWeights) -> Arena:
         tokens = max(capacity.tokens, capacity.rows)
         have, word = self._arena, weights.word
-        fits = have is not None and have.tokens >= tokens
+        wide = max(layer.intermediate.weight.shape[0] for layer in weights.layers)
+        fits = have is not None and have.tokens >= tokens and have.inner.shape[1] >= wide
         if not fits or have.hidden.dtype != word.dtype or have.hidden.device != word.device:
-            wide = weights.layers[0].intermediate.weight.shape[0]
             self._arena = Arena(tokens, weights.word.shape[1], wide, weights.word)
         return self._arena
 
@@ -373,4 +417,9 @@ def _unserved(model: MultiExitEncoder, options: ExitOptions) -> str | None:
         return f"its kernels take float16, bfloat16 and float32, not {str(model.dtype).removeprefix('torch.')}"
     if options.criterion.policy_threshold is None and options.criterion.name != "scripted":
         return f"criterion {options.criterion.name!r} is neither a threshold on the policy nor a script"
+    if not options.uniform:
+        # An exit at which some row's limit may end is read for all rows, and its kernel then decides about all of them.
+        exits = (k for k in model.config.exit_layers if options.shallowest <= k < options.deepest)
+        if not all(options.criterion.may_decide(k) for k in exits):
+            return f"criterion {options.criterion.name!r} decides at some exits only, and rows have limits of their own"
     return None

@@ -168,6 +168,7 @@ class Pass:
             add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, now.counts, TOKENS)
         else:
             add_layer_norm_compact_(x, projected, hidden, *w.attention_norm, before.counts, self._token_dest)
+        inner = inner[:, : w.intermediate.weight.shape[0]]  # layers may differ
         self._multiply(inner, x, w.intermediate, now.counts, TOKENS, "gelu")
         self._multiply(projected, inner, w.output, now.counts, TOKENS)
         return x, projected
@@ -179,6 +180,7 @@ class Pass:
         self._attend(w.qkv, attended, now, first_only=True)
         self._multiply(projected, attended, w.attention_output, counts, ROWS)
         add_layer_norm_rows_(x, projected, a.hidden, *w.attention_norm, counts, ROWS, residual_index=now.cu_seqlens)
+        inner = inner[:, : w.intermediate.weight.shape[0]]
         self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
         self._multiply(projected, inner, w.output, counts, ROWS)
         self._exit(layer, now, x, projected, w.output_norm, compact=True)
