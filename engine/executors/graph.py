@@ -54,13 +54,48 @@ def _up(n: int, least: int) -> int:
 
 
 class _Slot:
-    """Host memory of one batch in flight, both ways."""
+    """Host memory of one batch in flight, both ways. segments: fields of what is given; results: rows and classes."""
 
-    def __init__(self, words: int, results: int, pinned: bool):
+    def __init__(self, words: int, segments: dict[str, slice], results: tuple[int, int], pinned: bool):
+        rows, labels = results
         self.given = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
-        self.results = torch.zeros(results, dtype=torch.int32, pin_memory=pinned)
-        self.fields = self.given.numpy()  # written through numpy: torch's copies share even small work among threads
+        self.results = torch.zeros(rows * (labels + 2), dtype=torch.int32, pin_memory=pinned)
         self.done = torch.cuda.Event() if pinned else None
+        logits, self.exit_layers, probs = self.results.split([rows * labels, rows, rows])
+        self.logits, self.exit_probs = logits.view(torch.float32).view(rows, labels), probs.view(torch.float32)
+        # Written through numpy: torch's copies share even small work among threads.
+        whole = self.given.numpy()
+        self._fields = {name: whole[segment] for name, segment in segments.items()}
+        self._fields["row_ids"][:] = np.arange(rows)
+        self._filled: tuple[ExitOptions, int] | None = None
+
+    def fill(self, batch: PackedBatch, options: ExitOptions) -> None:
+        """The batch, and how its rows may leave: unless it is what the slot already holds (read-only records)."""
+
+        def put(name: str, values: Tensor) -> None:
+            self._fields[name][: len(values)] = values.numpy()
+
+        n, tokens = len(batch.lengths), int(batch.cu_seqlens[-1])
+        self._fields["counts"][:] = n, tokens
+        put("cu_seqlens", batch.cu_seqlens)
+        put("input_ids", batch.input_ids[:tokens])
+        put("positions", batch.positions[:tokens])
+        if batch.token_type_ids is not None:
+            put("token_type_ids", batch.token_type_ids[:tokens])
+        if self._filled is not None and self._filled[0] is options and self._filled[1] == n:
+            return
+        put("min_depth", options.min_depth)
+        put("max_depth", options.max_depth)
+        if options.exit_layers is not None:
+            put("script", options.exit_layers)
+        name = options.criterion.policy_threshold
+        if name is not None:
+            put("threshold_logit", options.begin()[name].view(torch.int32))
+        self._filled = options, n
+
+    def take(self, n: int) -> RowOutputs:
+        """Copies of the first rows, each in memory of its own."""
+        return RowOutputs(self.logits[:n].clone(), self.exit_layers[:n].clone(), self.exit_probs[:n].clone())
 
 
 @contextmanager
@@ -138,8 +173,8 @@ class _Program:
         try:
             slot = self._free.pop()
         except IndexError:
-            slot = _Slot(self._given.shape[0], self._results.shape[0], pinned)
-        self._fill(slot.fields, batch, options)
+            slot = self._slot(pinned)
+        slot.fill(batch, options)
         self._given.copy_(slot.given, non_blocking=True)
         if self.graph is not None:
             self.graph.launch(stream)
@@ -156,14 +191,7 @@ class _Program:
                 return results[0]
             if slot.done is not None:
                 slot.done.synchronize()
-            rows = self.capacity.rows
-            logits, layers, probs = slot.results.split([rows * self.num_labels, rows, rows])
-            # Three tensors of their own: who changes one of them in place changes no other.
-            found = RowOutputs(
-                logits.view(torch.float32).view(rows, -1)[:n].clone(),
-                layers[:n].clone(),
-                probs.view(torch.float32)[:n].clone(),
-            )
+            found = slot.take(n)
             results.append(found)
             self._free.append(slot)
             return found
@@ -173,8 +201,8 @@ class _Program:
     def replayer(
         self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream, lock: threading.Lock
     ) -> Callable[[], None]:
-        slot = _Slot(self._given.shape[0], 0, pinned=False)
-        self._fill(slot.fields, batch, options)
+        slot = self._slot(pinned=False)
+        slot.fill(batch, options)
         given = slot.given.to(self.device)
 
         def launch() -> None:
@@ -184,26 +212,8 @@ class _Program:
 
         return launch
 
-    def _fill(self, fields: np.ndarray, batch: PackedBatch, options: ExitOptions) -> None:
-        def put(name: str, values: Tensor | np.ndarray) -> None:
-            start = self._segments[name].start
-            fields[start : start + len(values)] = values
-
-        n, tokens = len(batch.lengths), int(batch.cu_seqlens[-1])
-        put("counts", np.array([n, tokens]))
-        put("cu_seqlens", batch.cu_seqlens.numpy())
-        put("row_ids", np.arange(n))
-        put("min_depth", options.min_depth.numpy())
-        put("max_depth", options.max_depth.numpy())
-        if options.exit_layers is not None:
-            put("script", options.exit_layers.numpy())
-        name = options.criterion.policy_threshold
-        if name is not None:
-            put("threshold_logit", options.begin()[name].view(torch.int32).numpy())
-        put("input_ids", batch.input_ids[:tokens].numpy())
-        put("positions", batch.positions[:tokens].numpy())
-        if batch.token_type_ids is not None:
-            put("token_type_ids", batch.token_type_ids[:tokens].numpy())
+    def _slot(self, pinned: bool) -> _Slot:
+        return _Slot(self._given.shape[0], self._segments, (self.capacity.rows, self.num_labels), pinned)
 
     @property
     def bytes(self) -> int:
