@@ -7,7 +7,8 @@ Every competitor of an op is captured as one graph of several calls, each on ten
 than L2 holds: weights and activations come from memory (but where one call takes less than 1/64 of L2, such as the exit
 of a few rows, they stay in L2, as they would in a pass). Graphs are replayed in turns; the median is of one call.
 All sequences have one length and the buffer is full, unless the name says otherwise: "1/4 live" and "none live" run the
-kernel's whole grid with a smaller count. Who computes something else than plain torch is refused. GB/s counts every
+kernel's whole grid with a smaller count. "kernel" is what the op chooses, as in a pass: for products on Hopper its own,
+while tiles are those of the Triton kernel. Who computes something else than plain torch is refused. GB/s counts every
 input once and what is written once, whatever the caches make of it.
 
 The exit beside the norm in front of it is also held to a copy that reads and writes as many bytes, on buffers that
@@ -52,6 +53,7 @@ from engine.kernels.gpu_norms import (
     add_layer_norm_rows_,
     embed_layer_norm_rows_,
 )
+from engine.kernels.products import product_workspace
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OPS = ("linear", "attention", "norms", "exit")
@@ -178,11 +180,14 @@ def linear_ops(m: _Maker) -> list[Op]:
                 "b": m.randn(features),
                 "index": m.cu_seqlens() if gathered else None,
                 "places": m.cu_seqlens()[:-1].long() if gathered else None,
+                "workspace": product_workspace(m.device),
                 **m.counts(),
             }
 
         def launch(t, counts, which=which, act=act, config=None) -> Tensor:
-            linear_rows_(t["out"], t["x"], t["w"], t["b"], counts, which, act, t["index"], config)
+            linear_rows_(
+                t["out"], t["x"], t["w"], t["b"], counts, which, act, t["index"], config, t["workspace"]
+            )
             return t["out"]
 
         def plain(t, act=act) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "bind", "cpu_kernels", "cuda_kernels", "library"]
+__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "library"]
 
 _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
@@ -31,6 +31,20 @@ def available() -> bool:
 def library() -> ctypes.CDLL | None:
     """The extension's plain C functions, or None where it is absent."""
     return _dll
+
+
+def c_functions(name: str, prototypes: dict[str, tuple]) -> dict[str, Callable] | str:
+    """The CUDA half's plain C functions ``consistentee_<name><key>``, each with its (result, arguments) of ctypes; or
+    why there are none."""
+    if _dll is None:
+        return "the extension is not built"
+    if not all(hasattr(_dll, f"consistentee_{name}{key}") for key in prototypes):
+        return "the extension was built without CUDA (nvcc was absent)"
+    functions = {}
+    for key, (result, arguments) in prototypes.items():
+        functions[key] = getattr(_dll, f"consistentee_{name}{key}")
+        functions[key].restype, functions[key].argtypes = result, arguments
+    return functions
 
 
 def cuda_kernels() -> bool:

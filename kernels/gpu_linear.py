@@ -135,6 +135,7 @@ def linear_rows__ref(
     act: str = "none",
     index: Tensor | None = None,
     config: LinearConfig | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     n = int(counts[which])
     rows = x[:n] if index is None else x[index[:n].long()]

@@ -67,16 +67,7 @@ _PROTOTYPES = {
 
 def _native() -> dict | str:
     """The functions of graph.h by their short names, or why there are none."""
-    dll = extension.library()
-    if dll is None:
-        return "the extension is not built"
-    if not hasattr(dll, "consistentee_graph_new"):
-        return "the extension was built without CUDA (nvcc was absent)"
-    functions = {}
-    for name, (result, arguments) in _PROTOTYPES.items():
-        functions[name] = getattr(dll, f"consistentee_graph_{name}")
-        functions[name].restype, functions[name].argtypes = result, arguments
-    return functions
+    return extension.c_functions("graph_", _PROTOTYPES)
 
 
 def _check(error: bytes | None) -> None:

@@ -34,18 +34,18 @@ class _Call(ctypes.Structure):
 
 
 @lru_cache
-def _native():
-    dll = extension.library()
-    if dll is None or not hasattr(dll, "consistentee_product"):
-        return None
-    dll.consistentee_product.restype, dll.consistentee_product.argtypes = ctypes.c_char_p, [ctypes.POINTER(_Call)]
-    dll.consistentee_product_workspace.restype = c_int64
-    return dll
+def _native() -> dict | str:
+    """The functions of product.h by their short names, or why there are none."""
+    prototypes = {"": (ctypes.c_char_p, [ctypes.POINTER(_Call)]), "_workspace": (c_int64, [])}
+    return extension.c_functions("product", prototypes)
 
 
 @lru_cache
 def _device_problem(index: int) -> str | None:
-    if _native() is None or not extension.cuda_kernels():
+    native = _native()
+    if isinstance(native, str):
+        return native
+    if not extension.cuda_kernels():
         return "the extension has no usable CUDA half"
     major, minor = torch.cuda.get_device_capability(index)
     return None if (major, minor) == (9, 0) else f"it needs compute capability 9.0, this device has {major}.{minor}"
@@ -69,9 +69,9 @@ def product_problem(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
 def product_workspace(device: torch.device | str) -> Tensor | None:
     """Memory that one product at a time uses to share a tile's sums among programs; None where there is no kernel."""
     native = _native()
-    if native is None or torch.device(device).type != "cuda":
+    if isinstance(native, str) or torch.device(device).type != "cuda":
         return None
-    return torch.zeros(native.consistentee_product_workspace(), dtype=torch.uint8, device=device)
+    return torch.zeros(native["_workspace"](), dtype=torch.uint8, device=device)
 
 
 def hopper_product(
@@ -107,7 +107,7 @@ def hopper_product(
         path=-1 if path is None else path,
     )
     with torch.cuda.device(out.device):
-        error = _native().consistentee_product(ctypes.byref(call))
+        error = _native()[""](ctypes.byref(call))
     if error is not None:
         raise RuntimeError(f"CUDA: a product of [{out.shape[0]}, {weight.shape[1]}] by {list(weight.shape)}: "
                            f"{error.decode()}")  # fmt: skip

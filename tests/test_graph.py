@@ -37,6 +37,12 @@ def moves(request, monkeypatch):
     monkeypatch.setattr(graph_pass, "_DELAY_TOKENS", request.param)
 
 
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 def both(model):
     return engine.from_module(model, executor="graph"), engine.from_module(model, executor="reference")
 
@@ -359,10 +365,7 @@ def test_float64_is_packed(device):
 
 
 @pytest.mark.gpu
-def test_a_failing_capture_falls_back(monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
-
+def test_a_failing_capture_falls_back(gpu, monkeypatch):
     def fail(self, stream):
         raise RuntimeError("CUDA: no luck")
 
@@ -375,9 +378,7 @@ def test_a_failing_capture_falls_back(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(gpu, monkeypatch):
     fast, oracle = both(tiny_model().cuda())
     original, tries = graph_module.GraphBuilder.capture, []
 
@@ -398,9 +399,7 @@ def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(monkeypat
 
 
 @pytest.mark.gpu
-def test_a_pass_is_one_launch_without_host_synchronisation():
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+def test_a_pass_is_one_launch_without_host_synchronisation(gpu):
     fast = engine.from_module(tiny_model().cuda(), executor="graph")
     fast.executor.weights.watching = False
     rows = random_rows(9)
@@ -419,9 +418,7 @@ def test_a_pass_is_one_launch_without_host_synchronisation():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_ten_thousand_batches_without_a_mismatch_or_growth():
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+def test_ten_thousand_batches_without_a_mismatch_or_growth(gpu):
     fast, oracle = both(tiny_model().cuda())
     fast.executor.weights.watching = False
     kinds = [(random_rows(size, seed=size), kind) for size in (1, 3, 8, 21, 60) for kind in ("plain", "scripted")]
