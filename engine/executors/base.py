@@ -80,6 +80,16 @@ def capacity(rows: int, tokens: int, exact: int = 0) -> int:
     return ladder(rows + ladder(tokens - rows, exact), exact)
 
 
+def _lead_order(cu_seqlens: np.ndarray, size: int) -> np.ndarray:
+    """int64 [size]: where the tokens of lead layout stand end to end; spare rows repeat token 0."""
+    n, tokens = len(cu_seqlens) - 1, int(cu_seqlens[-1])
+    others = np.ones(tokens, bool)
+    others[cu_seqlens[:-1]] = False
+    order = np.zeros(size, np.int64)
+    order[:n], order[n:tokens] = cu_seqlens[:-1], np.flatnonzero(others)
+    return order
+
+
 class AtOnce:
     """For executors that are done with a batch when ``run`` returns. batch_layout: how they want it."""
 
@@ -125,7 +135,7 @@ class PackedBatch:
     ) -> PackedBatch:
         """rows: one or more. exact: see ``ladder``."""
         n, tokens = len(rows), rows.num_tokens
-        cu_seqlens = np.array([0, *accumulate(rows.lengths)], np.int32)
+        cu_seqlens = rows.cu_seqlens.astype(np.int32)
         positions = np.arange(first_position, first_position + tokens, dtype=np.int64)
         if n > 1:
             positions -= np.repeat(cu_seqlens[:-1], rows.lengths)
@@ -134,10 +144,7 @@ class PackedBatch:
         size = capacity(n, tokens, exact) if lead else tokens
         order = None  # as they stand: so does one row in either layout
         if lead and (n > 1 or size > tokens):
-            others = np.ones(tokens, bool)
-            others[cu_seqlens[:-1]] = False
-            order = np.zeros(size, np.int64)  # spare rows repeat token 0
-            order[:n], order[n:tokens] = cu_seqlens[:-1], np.flatnonzero(others)
+            order = _lead_order(cu_seqlens, size)
 
         def tensor(values: np.ndarray) -> Tensor:
             given = torch.from_numpy(values)
@@ -159,10 +166,7 @@ class PackedBatch:
         """This batch in lead layout on ``device``, without spare rows."""
         if self.layout == "lead":
             return self
-        starts = self.cu_seqlens[:-1].long()
-        others = torch.ones(sum(self.lengths), dtype=torch.bool)
-        others[starts] = False
-        order = torch.cat([starts, others.nonzero()[:, 0]])
+        order = torch.from_numpy(_lead_order(self.cu_seqlens.numpy(), sum(self.lengths)))
         fields = (self.input_ids, self.token_type_ids, self.positions)
         ids, types, positions = (None if x is None else x[order].to(device) for x in fields)
         return PackedBatch(ids, types, positions, self.cu_seqlens.to(device), self.lengths)
