@@ -52,8 +52,7 @@ const char* launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigne
   config.stream = as_stream(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  return error == cudaSuccess ? launch_error() : error_text(error);
+  return error_text(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
 // Arithmetic type of a storage type: fp32, or fp64 for fp64.

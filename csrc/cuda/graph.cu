@@ -19,7 +19,9 @@ namespace consistentee {
 namespace {
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail<std::runtime_error>("CUDA: ", what, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // once said, nobody's error any more
+  fail<std::runtime_error>("CUDA: ", what, ": ", cudaGetErrorString(error));
 }
 
 enum class Condition { branch, choice };
@@ -96,8 +98,11 @@ Conditional add_conditional(cudaStream_t stream, cudaGraph_t graph, const int32_
   // A handle belongs to the graph that holds its node: for a nested node, the body around it.
   check(cudaGraphConditionalHandleCreate(&params.conditional.handle, graph, 0, cudaGraphCondAssignDefault),
         "create a conditional handle");
-  set_condition_kernel<<<1, 1, 0, stream>>>(params.conditional.handle, value);
-  check(cudaGetLastError(), "record the kernel that reads a condition");
+  cudaLaunchConfig_t config{};
+  config.gridDim = config.blockDim = 1;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, set_condition_kernel, params.conditional.handle, value),
+        "record the kernel that reads a condition");
   const Tail tail = capture_tail(stream);
   cudaGraph_t ended = nullptr;
   check(cudaStreamEndCapture(stream, &ended), "end the capture in front of a conditional node");
@@ -248,6 +253,9 @@ class Builder {
       if (cudaStreamIsCapturing(stream_, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone) {
         cudaGraph_t ended = nullptr;
         cudaStreamEndCapture(stream_, &ended);  // fails where the capture was invalidated, and ends it all the same
+        // The driver takes apart what it was recording into, which may be a body inside graph_: destroying that again
+        // has crashed. A small host object is lost instead.
+        if (status == cudaStreamCaptureStatusInvalidated) static_cast<void>(graph_.release());
       }
       cudaGetLastError();  // nobody's error any more
     }
