@@ -25,6 +25,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny.tiny_tokenizer()

@@ -22,8 +22,7 @@ from tests.tiny import FAMILIES, MAX_LENGTH, POOLERS, assert_same, padded, rando
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("there is no CUDA device")
+        request.getfixturevalue("gpu")
         from engine.kernels.graphs import conditional_nodes_problem
 
         if reason := conditional_nodes_problem():
@@ -35,12 +34,6 @@ def device(request):
 def moves(request, monkeypatch):
     """Whether tokens move in the layer behind an exit or at once, whatever the capacity would choose."""
     monkeypatch.setattr(graph_pass, "_DELAY_TOKENS", request.param)
-
-
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
 
 
 def both(model):

@@ -18,10 +18,7 @@ inline const char* error_text(cudaError_t error) {
   cudaGetLastError();
   return cudaGetErrorString(error);
 }
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+inline const char* launch_error() { return error_text(cudaGetLastError()); }
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }

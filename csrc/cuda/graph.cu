@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "device.cuh"
 #include "fail.h"
 
 #ifndef EE_CONDITIONAL_NODES
@@ -19,9 +20,7 @@ namespace consistentee {
 namespace {
 
 void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // once said, nobody's error any more
-  fail<std::runtime_error>("CUDA: ", what, ": ", cudaGetErrorString(error));
+  if (const char* text = cuda::error_text(error)) fail<std::runtime_error>("CUDA: ", what, ": ", text);
 }
 
 enum class Condition { branch, choice };
@@ -404,12 +403,6 @@ class Builder {
 
 Builder* of(void* builder) { return static_cast<Builder*>(builder); }
 
-const char* text_of(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // once said, nobody's error any more
-  return cudaGetErrorString(error);
-}
-
 }  // namespace
 }  // namespace consistentee
 
@@ -452,11 +445,11 @@ const char* consistentee_graph_instantiate(void* builder, void** executable) {
 }
 
 const char* consistentee_graph_launch(void* executable, void* stream) {
-  return consistentee::text_of(
+  return consistentee::cuda::error_text(
       cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)));
 }
 const char* consistentee_graph_upload(void* executable, void* stream) {
-  return consistentee::text_of(
+  return consistentee::cuda::error_text(
       cudaGraphUpload(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)));
 }
 void consistentee_graph_destroy(void* executable) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable)); }
@@ -481,8 +474,7 @@ int32_t consistentee_graph_supported(int32_t device, char* reason, int32_t size)
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) {
-    std::snprintf(reason, size, "CUDA: %s", cudaGetErrorString(error));
-    cudaGetLastError();
+    std::snprintf(reason, size, "CUDA: %s", consistentee::cuda::error_text(error));
     return 0;
   }
   if (major < 8) {

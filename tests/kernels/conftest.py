@@ -44,8 +44,7 @@ class Way:
 def way(request) -> Way:
     """The torch twin, the kernel in Triton's interpreter, the kernel on a device."""
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
+        request.getfixturevalue("gpu")
         if triton is None:
             pytest.skip("triton is not installed")
     return Way(request.param, "cuda" if request.param == "cuda" else "cpu")
@@ -54,17 +53,14 @@ def way(request) -> Way:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
+        request.getfixturevalue("gpu")
         if not extension.cuda_kernels():
             pytest.skip("the extension has no usable CUDA half")
     return request.param
 
 
 @pytest.fixture
-def cuda_device() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def cuda_device(gpu) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("consistentee::gather_rows", "CUDA"):
         pytest.skip("the dispatch table has no CUDA kernel for consistentee::gather_rows")
     return "cuda"

@@ -323,9 +323,7 @@ def test_every_layer_number(way):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stored", [False, True], ids=["norm", "add norm"])
-def test_a_graph_reads_the_count_at_every_replay(stored):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_a_graph_reads_the_count_at_every_replay(gpu, stored):
     from tests.kernels.conftest import Way
 
     case = Case(Way("cuda", "cuda"), HALF, norm=True)

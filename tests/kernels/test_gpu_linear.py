@@ -106,9 +106,7 @@ def test_nan_stays_in_its_row(way):
 
 
 @pytest.fixture
-def hopper():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def hopper(gpu):
     x, weight, bias = case(8, 8, 8, HALF, "cuda")
     if (reason := product_problem(torch.empty_like(x), x, weight, bias, "none")) is not None:
         pytest.skip(f"no Hopper kernel: {reason}")
@@ -169,9 +167,7 @@ def test_the_hopper_kernel_is_for_cuda_tensors():
 
 
 @pytest.mark.gpu
-def test_a_graph_reads_the_count_at_every_replay():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_a_graph_reads_the_count_at_every_replay(gpu):
     x, weight, bias = case(300, 384, 768, HALF, "cuda")
     counts, out = counts_of(0, 300, "cuda"), poisoned(300, 384, HALF, "cuda")
     linear_rows_(out, x, weight, bias, counts, TOKENS, "gelu")
