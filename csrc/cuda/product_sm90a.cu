@@ -24,6 +24,10 @@
 #include "product.h"
 #include "wgmma.cuh"
 
+#ifndef EE_AHEAD
+#define EE_AHEAD 1
+#endif
+
 namespace consistentee {
 namespace cuda {
 
@@ -46,6 +50,8 @@ struct ProductArgs {
   int32_t* arrived;
   float* shares;
   int64_t out_stride;
+  const void* ahead;
+  int64_t ahead_bytes;
   int32_t inputs, outputs, bias_fp32, path;
 };
 
@@ -109,9 +115,21 @@ struct Tile {
   static constexpr int x_bytes = kRows * kStep * 2, bytes = x_bytes + kColumns * kStep * 2;
   static_assert(kStages * bytes <= kRing && kStages <= 16 && bytes % 1024 == 0, "the ring must fit");
 };
-using Wide0 = Tile<128, 192, 5, false>;
-using Wide1 = Tile<128, 96, 7, false>;
-using Narrow = Tile<64, 48, 14, true>;
+using Tile0 = Tile<128, 192, 5, false>;
+using Tile1 = Tile<128, 96, 7, false>;
+using Tile2 = Tile<64, 48, 14, true>;
+using Tile3 = Tile<128, 48, 9, false>;
+using Tile4 = Tile<128, 144, 5, false>;
+template <class F>
+__device__ inline void with_tile(int32_t path, F&& f) {
+  switch (path) {
+    case 0: return f(Tile0{});
+    case 1: return f(Tile1{});
+    case 2: return f(Tile2{});
+    case 3: return f(Tile3{});
+    default: return f(Tile4{});
+  }
+}
 
 // How the work of a launch is cut: items, each a tile and a share of its K.
 struct Plan {
@@ -268,7 +286,8 @@ __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2],
     }
   };
   constexpr int kGroups = kColumns / 32;
-  if constexpr (kGelu && kGroups > 2) {
+  constexpr bool kLoops = kGelu && kGroups > 2;
+  if constexpr (kLoops) {
     // A loop, though registers have no index: sums move down instead. Written out, the code is 24 KB that every launch
     // in a pass fetches anew, which took 10 us.
 #pragma unroll 1
@@ -282,9 +301,9 @@ __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2],
     for (int g = 0; g < kGroups; ++g) store(g, g);
   }
 #pragma unroll
-  for (int j = kColumns / 32 * 4; j < kColumns / 8; ++j) {
+  for (int j = kGroups * 4; j < kColumns / 8; ++j) {
     uint32_t high, low;
-    words(j, j, high, low);
+    words(kLoops ? j - kGroups * 4 : j, j, high, low);
     const int32_t column = first_column + 8 * j + 2 * quad;
     if (column < args.outputs) {
       if (upper_lives) *reinterpret_cast<uint32_t*>(upper + column) = high;
@@ -401,35 +420,60 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   }
 }
 
-// What a path takes: rounds of the device times a tile's time, in ns, fitted to measured launches.
+// What a path takes: rounds of the device times a tile's time, in ns. A step takes what 84 GB/s take for its bytes;
+// beginning and end of a tile are fitted to measured launches.
 template <class T>
-__device__ inline int32_t cost_of(const ProductArgs& args, int32_t live, int32_t shares, int32_t step, int32_t tile) {
+__device__ inline int32_t cost_of(const ProductArgs& args, int32_t live, int32_t shares, int32_t join) {
   const Plan plan = plan_of<T>(live, args.inputs, args.outputs, shares);
   const int32_t rounds = (plan.items + gridDim.x - 1) / gridDim.x;
-  return rounds * (plan.steps / shares * step + tile);
+  constexpr int32_t kStepTime = T::bytes / 84, kTile = T::split ? 1300 : T::columns <= 96 ? 1300 : 12 * T::columns;
+  return rounds * (plan.steps / shares * kStepTime + kTile + join);
 }
 __device__ inline int32_t choose(const ProductArgs& args, int32_t live, int32_t& shares) {
-  constexpr int32_t kStep2 = 165, kTile2 = 1300, kJoin = 2000;
-  int32_t cost2 = cost_of<Narrow>(args, live, 1, kStep2, kTile2);
   shares = 1;
+  int32_t best = 2, cost = cost_of<Tile2>(args, live, 1, 0);
   if (args.shares != nullptr) {
-    const Plan plan = plan_of<Narrow>(live, args.inputs, args.outputs, 1);
+    const Plan plan = plan_of<Tile2>(live, args.inputs, args.outputs, 1);
     const int32_t programs = gridDim.x;
     int32_t most = 1;
 #pragma unroll 1
     while (plan.items * most * 2 <= programs && most * 4 < plan.steps && most < 8) most *= 2;
-    const int32_t shared = cost_of<Narrow>(args, live, most, kStep2, kTile2 + kJoin);
-    if (most > 1 && shared < cost2) {
-      cost2 = shared;
+    constexpr int32_t kJoin = 2000;
+    const int32_t shared = cost_of<Tile2>(args, live, most, kJoin);
+    if (most > 1 && shared < cost) {
+      cost = shared;
       shares = most;
     }
   }
-  const int32_t cost0 = cost_of<Wide0>(args, live, 1, 490, 2400);
-  const int32_t cost1 = cost_of<Wide1>(args, live, 1, 340, 1300);
-  int32_t path = args.path;
-  if (path < 0) path = cost2 < cost1 && cost2 < cost0 ? 2 : cost1 < cost0 ? 1 : 0;
-  if (path != 2) shares = 1;
-  return path;
+  const auto consider = [&](int32_t path, int32_t other) {
+    if (other > cost) return;
+    best = path;
+    cost = other;
+  };
+  consider(3, cost_of<Tile3>(args, live, 1, 0));
+  consider(1, cost_of<Tile1>(args, live, 1, 0));
+  consider(4, cost_of<Tile4>(args, live, 1, 0));
+  consider(0, cost_of<Tile0>(args, live, 1, 0));
+  if (args.path >= 0) best = args.path;
+  if (best != 2) shares = 1;
+  return best;
+}
+
+// Brings the weights of the next product to L2 while this one multiplies; each program a piece.
+__device__ inline void bring_ahead(const ProductArgs& args, int lane) {
+#if EE_AHEAD == 1
+  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * 128; at < args.ahead_bytes;
+       at += static_cast<int64_t>(gridDim.x) * 32 * 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(args.ahead) + at));
+  }
+#elif EE_AHEAD == 2
+  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * 2048; at < args.ahead_bytes;
+       at += static_cast<int64_t>(gridDim.x) * 32 * 2048) {
+    const int64_t rest = args.ahead_bytes - at;
+    const uint32_t size = static_cast<uint32_t>(rest < 2048 ? rest : 2048);
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(args.ahead) + at), "r"(size));
+  }
+#endif
 }
 
 #endif  // EE_HOPPER
@@ -466,28 +510,20 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   const int32_t path = choose(args, live, shares);
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
+    if (threadIdx.x / 32 == 1) bring_ahead(args, threadIdx.x % 32);
     if (threadIdx.x != 0) return;
-    if (path == 0) {
-      produce<Wide0>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring);
-    } else if (path == 1) {
-      produce<Wide1>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring);
-    } else {
-      produce<Narrow>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring);
-    }
+    with_tile(path, [&](auto tile) {
+      using T = decltype(tile);
+      produce<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring);
+    });
     // Only now: what waits on this multiprocessor meanwhile would be in the way.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     return;
   }
-  if (path == 0) {
-    consume<Wide0, kBfloat16, kGelu>(args, plan_of<Wide0>(live, args.inputs, args.outputs, 1), ring, second, biases,
-                                     last);
-  } else if (path == 1) {
-    consume<Wide1, kBfloat16, kGelu>(args, plan_of<Wide1>(live, args.inputs, args.outputs, 1), ring, second, biases,
-                                     last);
-  } else {
-    consume<Narrow, kBfloat16, kGelu>(args, plan_of<Narrow>(live, args.inputs, args.outputs, shares), ring, second,
-                                      biases, last);
-  }
+  with_tile(path, [&](auto tile) {
+    using T = decltype(tile);
+    consume<T, kBfloat16, kGelu>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring, second, biases, last);
+  });
 #endif
 }
 
@@ -565,6 +601,8 @@ const char* consistentee_product(const ProductCall* call) {
   args.arrived = static_cast<int32_t*>(call->workspace);
   args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + kProductPrograms);
   args.out_stride = call->out_stride;
+  args.ahead = call->ahead;
+  args.ahead_bytes = call->ahead_bytes;
   args.inputs = static_cast<int32_t>(call->inputs);
   args.outputs = static_cast<int32_t>(call->outputs);
   args.bias_fp32 = call->bias_fp32;
