@@ -229,7 +229,6 @@ def linear_rows_(
     index: Tensor | None = None,
     config: LinearConfig | None = None,
     workspace: Tensor | None = None,
-    ahead: Tensor | None = None,
 ) -> None:
     """``out[:n] = act(x[:n] @ weight^T + bias)`` with n = counts[which]; rows of out from n on are left alone.
 
@@ -245,7 +244,6 @@ def linear_rows_(
             else the Triton kernel with its default
     workspace  of ``product_workspace``: lets the Hopper kernel share few rows' sums among programs. No two launches
             that may run at once may have the same
-    ahead   what the next product reads, contiguous: the Hopper kernel brings it from memory to L2 meanwhile
     Sums are in fp32, fp32 products exact (no TF32). A row's result does not depend on the values of the other rows; on
     their number only by the order of a sum, where the Hopper kernel shares it.
     """
@@ -273,7 +271,7 @@ def linear_rows_(
     if capacity == 0 or features == 0:
         return
     if config is None and index is None and product_problem(out, x, weight, bias, act) is None:
-        hopper_product(out, x, weight, bias, counts[which:], act == "gelu", workspace, ahead=ahead)
+        hopper_product(out, x, weight, bias, counts[which:], act == "gelu", workspace)
         return
     config = configs_for(capacity, features, width, out.dtype, act)[0] if config is None else config
     grid = (cdiv(capacity, config.block_m) * cdiv(features, config.block_n),)

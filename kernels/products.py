@@ -17,7 +17,7 @@ from engine.kernels import extension
 __all__ = ["PATHS", "hopper_product", "product_problem", "product_workspace"]
 
 # Tiles of the kernel: rows x outputs. That of 64 rows may share a tile's sums among programs.
-PATHS = ((128, 192), (128, 96), (64, 48), (128, 48), (128, 144))
+PATHS = ((128, 192), (128, 96), (64, 48), (128, 48))
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -26,9 +26,9 @@ class _Call(ctypes.Structure):
     """ProductCall of csrc/include/product.h."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "weight", "bias", "out", "count", "workspace", "ahead", "stream")),
+        *((name, c_void_p) for name in ("x", "weight", "bias", "out", "count", "workspace", "stream")),
         *((name, c_int64) for name in ("rows", "capacity", "inputs", "outputs")),
-        *((name, c_int64) for name in ("x_stride", "weight_stride", "out_stride", "ahead_bytes")),
+        *((name, c_int64) for name in ("x_stride", "weight_stride", "out_stride")),
         *((name, c_int32) for name in ("bfloat16", "bias_fp32", "gelu", "path")),
     ]
 
@@ -83,12 +83,9 @@ def hopper_product(
     gelu: bool,
     workspace: Tensor | None,
     path: int | None = None,
-    ahead: Tensor | None = None,
 ) -> None:
     """``linear_rows_`` with n = count[0], checked operands, on the current stream. path: a tile of PATHS; None: chosen
     on the device, by the live count. Sums are shared among programs only where a workspace is given."""
-    if ahead is not None and not (ahead.is_contiguous() and ahead.data_ptr() % 16 == 0 and ahead.nbytes % 16 == 0):
-        ahead = None  # it is a hint
     call = _Call(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
@@ -96,7 +93,6 @@ def hopper_product(
         out=out.data_ptr(),
         count=count.data_ptr(),
         workspace=None if workspace is None else workspace.data_ptr(),
-        ahead=None if ahead is None else ahead.data_ptr(),
         stream=torch.cuda.current_stream(out.device).cuda_stream,
         rows=x.shape[0],
         capacity=out.shape[0],
@@ -105,7 +101,6 @@ def hopper_product(
         x_stride=x.stride(0),
         weight_stride=weight.stride(0),
         out_stride=out.stride(0),
-        ahead_bytes=0 if ahead is None else ahead.nbytes,
         bfloat16=out.dtype == torch.bfloat16,
         bias_fp32=bias is not None and bias.dtype == torch.float32,
         gelu=gelu,

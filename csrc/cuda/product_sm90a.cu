@@ -20,13 +20,11 @@
 // path 1: putting 48 KB of sums together takes what it saves.
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "device.cuh"
 #include "product.h"
 #include "wgmma.cuh"
-
-#ifndef EE_AHEAD
-#define EE_AHEAD 1
-#endif
 
 namespace consistentee {
 namespace cuda {
@@ -40,6 +38,8 @@ constexpr int kRing = 5 * (128 + 192) * kStep * 2;
 constexpr int kSums = 64 * 48 * 4;  // of the second warpgroup, on path 2
 constexpr int kBias = 2 * 192 * 4;  // of two tiles: one is read while the next is written
 constexpr int kBarriers = 2 * 16 * 8;
+constexpr int kChoices = 128;
+constexpr int kChoiceRows = 64;
 constexpr int kShared = 1024 + kRing + kSums + kBias + kBarriers + 16;
 
 struct ProductArgs {
@@ -50,14 +50,52 @@ struct ProductArgs {
   int32_t* arrived;
   float* shares;
   int64_t out_stride;
-  const void* ahead;
-  int64_t ahead_bytes;
-  int32_t inputs, outputs, bias_fp32, path;
+  int32_t inputs, outputs, bias_fp32;
+  uint8_t choice[kChoices];  // by the live count in steps of kChoiceRows: the path, and 4 times log2 of the shares
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define EE_HOPPER 1
 #endif
+
+// kSplit: both warpgroups work on the same 64 rows, one on even, one on odd steps of K.
+template <int kRows, int kColumns, int kStages, bool kSplit>
+struct Tile {
+  static constexpr int rows = kRows, columns = kColumns, stages = kStages;
+  static constexpr bool split = kSplit;
+  static constexpr int x_bytes = kRows * kStep * 2, bytes = x_bytes + kColumns * kStep * 2;
+  static_assert(kStages * bytes <= kRing && kStages <= 16 && bytes % 1024 == 0, "the ring must fit");
+};
+using Tile0 = Tile<128, 192, 5, false>;
+using Tile1 = Tile<128, 96, 7, false>;
+using Tile2 = Tile<64, 48, 14, true>;
+using Tile3 = Tile<128, 48, 9, false>;
+
+// How the work of a launch is cut: items, each a tile and a share of its K.
+struct Plan {
+  uint32_t live, blocks_m, blocks_n, shares, items, steps;
+
+  // Blocks of rows vary fastest within a group of 16, so that programs at work together share rows of both operands.
+  __device__ void place(uint32_t tile, int32_t& m, int32_t& n) const {
+    const uint32_t group = tile / (16 * blocks_n), within = tile - group * 16 * blocks_n;
+    const uint32_t height = min(16u, blocks_m - group * 16), column = within / height;
+    m = static_cast<int32_t>(group * 16 + within - column * height);
+    n = static_cast<int32_t>(column);
+  }
+  __device__ int32_t step_begin(uint32_t share) const { return static_cast<int32_t>(steps * share / shares); }
+};
+
+template <class T>
+__host__ __device__ inline Plan plan_of(uint32_t live, uint32_t inputs, uint32_t outputs, uint32_t shares) {
+  Plan plan;
+  plan.live = live;
+  plan.blocks_m = (live + T::rows - 1) / T::rows;
+  plan.blocks_n = (outputs + T::columns - 1) / T::columns;
+  plan.shares = shares;
+  plan.items = plan.blocks_m * plan.blocks_n * shares;
+  plan.steps = (inputs + kStep - 1) / kStep;
+  return plan;
+}
 
 #ifdef EE_HOPPER
 
@@ -107,56 +145,14 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// kSplit: both warpgroups work on the same 64 rows, one on even, one on odd steps of K.
-template <int kRows, int kColumns, int kStages, bool kSplit>
-struct Tile {
-  static constexpr int rows = kRows, columns = kColumns, stages = kStages;
-  static constexpr bool split = kSplit;
-  static constexpr int x_bytes = kRows * kStep * 2, bytes = x_bytes + kColumns * kStep * 2;
-  static_assert(kStages * bytes <= kRing && kStages <= 16 && bytes % 1024 == 0, "the ring must fit");
-};
-using Tile0 = Tile<128, 192, 5, false>;
-using Tile1 = Tile<128, 96, 7, false>;
-using Tile2 = Tile<64, 48, 14, true>;
-using Tile3 = Tile<128, 48, 9, false>;
-using Tile4 = Tile<128, 144, 5, false>;
 template <class F>
 __device__ inline void with_tile(int32_t path, F&& f) {
   switch (path) {
     case 0: return f(Tile0{});
     case 1: return f(Tile1{});
     case 2: return f(Tile2{});
-    case 3: return f(Tile3{});
-    default: return f(Tile4{});
+    default: return f(Tile3{});
   }
-}
-
-// How the work of a launch is cut: items, each a tile and a share of its K.
-struct Plan {
-  int32_t live, blocks_m, blocks_n, shares, items, steps;
-
-  // Blocks of rows vary fastest within a group of 16, so that programs at work together share rows of both operands.
-  __device__ void place(int32_t tile, int32_t& m, int32_t& n) const {
-    const int32_t in_group = 16 * blocks_n;
-    const int32_t group = tile / in_group, first = group * 16;
-    const int32_t height = blocks_m - first < 16 ? blocks_m - first : 16;
-    const int32_t within = tile - group * in_group;
-    m = first + within % height;
-    n = within / height;
-  }
-  __device__ int32_t step_begin(int32_t share) const { return steps * share / shares; }
-};
-
-template <class T>
-__device__ inline Plan plan_of(int32_t live, int32_t inputs, int32_t outputs, int32_t shares) {
-  Plan plan;
-  plan.live = live;
-  plan.blocks_m = (live + T::rows - 1) / T::rows;
-  plan.blocks_n = (outputs + T::columns - 1) / T::columns;
-  plan.shares = shares;
-  plan.items = plan.blocks_m * plan.blocks_n * shares;
-  plan.steps = (inputs + kStep - 1) / kStep;
-  return plan;
 }
 
 struct Ring {
@@ -167,16 +163,16 @@ struct Ring {
 
 template <class T>
 __device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring) {
-  int32_t step = 0;
+  int stage = 0;
+  uint32_t phase = 1;  // a fresh barrier counts as passed
 #pragma unroll 1
-  for (int32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+  for (uint32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     int32_t m, n;
     plan.place(item / plan.shares, m, n);
-    const int32_t share = item % plan.shares;
+    const uint32_t share = item % plan.shares;
 #pragma unroll 1
-    for (int32_t k = plan.step_begin(share); k < plan.step_begin(share + 1); ++k, ++step) {
-      const int stage = step % T::stages;
-      barrier_wait(ring.empty + stage, (step / T::stages & 1) ^ 1);
+    for (int32_t k = plan.step_begin(share); k < plan.step_begin(share + 1); ++k) {
+      barrier_wait(ring.empty + stage, phase);
       barrier_expect(ring.full + stage, T::bytes);
       char* to = ring.data + stage * T::bytes;
 #pragma unroll
@@ -187,6 +183,10 @@ __device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& r
       for (int i = 0; i < T::columns / kBoxColumns; ++i) {
         copy_tile(to + T::x_bytes + i * kBoxColumns * kStep * 2, &args.weight, ring.full + stage, k * kStep,
                   n * T::columns + i * kBoxColumns);
+      }
+      if (++stage == T::stages) {
+        stage = 0;
+        phase ^= 1;
       }
     }
   }
@@ -235,11 +235,13 @@ __device__ inline float finish(float x) {
   return x;
 }
 
-// Turns a 4 x 4 block of words held by the four lanes of a quad, so that each lane has 16 bytes that stand together.
-__device__ inline void turn(uint32_t (&w)[4], int lane) {
+// Turns a block of words held by the four lanes of a quad (4 x 4, or two of 2 x 2), so that each lane has its words
+// side by side.
+template <int kWords>
+__device__ inline void turn(uint32_t (&w)[kWords], int lane) {
   const bool odd = lane & 1, upper = lane & 2;
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
+  for (int i = 0; i < kWords; i += 2) {
     const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
     if (odd) {
       w[i] = got;
@@ -247,68 +249,57 @@ __device__ inline void turn(uint32_t (&w)[4], int lane) {
       w[i + 1] = got;
     }
   }
+  if constexpr (kWords == 4) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + 2], 2);
-    if (upper) {
-      w[i] = got;
-    } else {
-      w[i + 2] = got;
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + 2], 2);
+      if (upper) {
+        w[i] = got;
+      } else {
+        w[i + 2] = got;
+      }
     }
   }
 }
 
-// The 64 rows of one warpgroup: bias, activation, rounding, 16 byte stores. `sums` as wgmma leaves them: lane l of warp
-// w holds rows 16 w + l / 4 and 8 further down, columns 8 j + 2 (l % 4) and the next.
+// The 64 rows of one warpgroup: bias, activation, rounding, stores of 16 bytes (8 where the tile is 48 wide). `sums` as
+// wgmma leaves them: lane l of warp w holds rows 16 w + l / 4 and 8 further down, columns 8 j + 2 (l % 4) and the next.
 template <int kColumns, bool kBfloat16, bool kGelu>
 __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2], const float* biases, int32_t first_row,
                            int32_t live, int32_t first_column) {
+  constexpr int kWords = kColumns % 32 == 0 ? 4 : 2;  // of a lane and row at a time
+  using Words = typename std::conditional<kWords == 4, uint4, uint2>::type;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, quad = lane % 4;
   const int32_t row = first_row + warp * 16 + lane / 4;
-  uint16_t* const upper = static_cast<uint16_t*>(args.out) + row * args.out_stride;
-  uint16_t* const lower = upper + 8 * args.out_stride;
   const bool upper_lives = row < live, lower_lives = row + 8 < live;
-  const auto words = [&](int j, int at, uint32_t& high, uint32_t& low) {  // columns 8 at and on, whose sums are the j-th
-    const float2 bias = *reinterpret_cast<const float2*>(biases + 8 * at + 2 * quad);
-    high = pack<kBfloat16>(finish<kGelu>(sums[4 * j] + bias.x), finish<kGelu>(sums[4 * j + 1] + bias.y));
-    low = pack<kBfloat16>(finish<kGelu>(sums[4 * j + 2] + bias.x), finish<kGelu>(sums[4 * j + 3] + bias.y));
-  };
-  const auto store = [&](int g, int at) {  // columns 32 at to 32 at + 31, whose sums stand at group g
-    uint32_t high[4], low[4];
+  // Behind `turn` a lane has block `quad` of 4 x 8 columns, or one half of block `quad % 2` of 2 x 8.
+  int32_t column = first_column + (kWords == 4 ? 8 * quad : quad % 2 * 8 + quad / 2 * 4);
+  uint16_t* upper = static_cast<uint16_t*>(args.out) + row * args.out_stride + column;
+  uint16_t* lower = upper + 8 * args.out_stride;
+  biases += 2 * quad;
+  // A loop, though registers have no index: sums move down instead. Written out, the code is several times as long, and
+  // every launch in a pass fetches it anew.
+#pragma unroll 1
+  for (int32_t at = 0; at < kColumns; at += 8 * kWords) {
+    uint32_t high[kWords], low[kWords];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words(4 * g + i, 4 * at + i, high[i], low[i]);
+    for (int i = 0; i < kWords; ++i) {
+      const float2 bias = *reinterpret_cast<const float2*>(biases + 8 * i);
+      high[i] = pack<kBfloat16>(finish<kGelu>(sums[4 * i] + bias.x), finish<kGelu>(sums[4 * i + 1] + bias.y));
+      low[i] = pack<kBfloat16>(finish<kGelu>(sums[4 * i + 2] + bias.x), finish<kGelu>(sums[4 * i + 3] + bias.y));
+    }
     turn(high, lane);
     turn(low, lane);
-    const int32_t column = first_column + 32 * at + 8 * quad;
     if (column < args.outputs) {
-      if (upper_lives) *reinterpret_cast<uint4*>(upper + column) = {high[0], high[1], high[2], high[3]};
-      if (lower_lives) *reinterpret_cast<uint4*>(lower + column) = {low[0], low[1], low[2], low[3]};
+      if (upper_lives) *reinterpret_cast<Words*>(upper) = reinterpret_cast<const Words&>(high);
+      if (lower_lives) *reinterpret_cast<Words*>(lower) = reinterpret_cast<const Words&>(low);
     }
-  };
-  constexpr int kGroups = kColumns / 32;
-  constexpr bool kLoops = kGelu && kGroups > 2;
-  if constexpr (kLoops) {
-    // A loop, though registers have no index: sums move down instead. Written out, the code is 24 KB that every launch
-    // in a pass fetches anew, which took 10 us.
-#pragma unroll 1
-    for (int at = 0; at < kGroups; ++at) {
-      store(0, at);
+    column += 8 * kWords;
+    upper += 8 * kWords;
+    lower += 8 * kWords;
+    biases += 8 * kWords;
 #pragma unroll
-      for (int i = 0; i + 16 < kColumns / 2; ++i) sums[i] = sums[i + 16];
-    }
-  } else {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) store(g, g);
-  }
-#pragma unroll
-  for (int j = kGroups * 4; j < kColumns / 8; ++j) {
-    uint32_t high, low;
-    words(kLoops ? j - kGroups * 4 : j, j, high, low);
-    const int32_t column = first_column + 8 * j + 2 * quad;
-    if (column < args.outputs) {
-      if (upper_lives) *reinterpret_cast<uint32_t*>(upper + column) = high;
-      if (lower_lives) *reinterpret_cast<uint32_t*>(lower + column) = low;
-    }
+    for (int i = 0; i + 4 * kWords < kColumns / 2; ++i) sums[i] = sums[i + 4 * kWords];
   }
 }
 
@@ -326,16 +317,18 @@ __device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t i
     __stcg(base + (share * (kSize / 4) + i) * kWarpgroup,
            {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]});
   }
-  __threadfence();
+  // One fence for all: what the others wrote before the barrier is released with the count, and what the last one reads
+  // behind the next barrier is acquired with it.
   named_barrier(3, kWarpgroup);
   if (thread == 0) {
-    const bool all = atomicAdd(args.arrived + tile, 1) == plan.shares - 1;
+    int32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(args.arrived + tile) : "memory");
+    const bool all = before == static_cast<int32_t>(plan.shares) - 1;
     if (all) args.arrived[tile] = 0;  // for the next launch: nobody else comes in this one
     *last = all;
   }
   named_barrier(3, kWarpgroup);
   if (!*reinterpret_cast<volatile int*>(last)) return false;
-  __threadfence();
 #pragma unroll
   for (int i = 0; i < kSize; ++i) sums[i] = 0.f;
 #pragma unroll 1
@@ -361,40 +354,50 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   const int column = threadIdx.x - kWarpgroup;     // of a tile, whose bias this thread fetches
   // Every warp on its own: it knows of its own reads only. A stage is empty after 8 arrivals, on path 2 two of a warp.
   const bool signals = threadIdx.x % (T::split ? 16 : 32) == 0;
-  int32_t base = 0;
+  uint32_t base = 0;  // steps of the tiles before
   bool turned = false;  // to the second set of biases
 #pragma unroll 1
-  for (int32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+  for (uint32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     int32_t m, n;
     plan.place(item / plan.shares, m, n);
-    const int32_t share = item % plan.shares;
+    const uint32_t share = item % plan.shares;
     const int32_t steps = plan.step_begin(share + 1) - plan.step_begin(share);
-    float sums[T::columns / 2];
-#pragma unroll
-    for (int i = 0; i < T::columns / 2; ++i) sums[i] = 0.f;
+    float sums[T::columns / 2];  // the first product writes them
     const float bias = column < T::columns ? bias_at<kBfloat16>(args, n * T::columns + column) : 0.f;
     int32_t held = -1;  // the stage that the product in flight reads
+    const uint32_t first = base + (T::split ? group : 0);
+    int stage = static_cast<int>(first % T::stages);
+    uint32_t phase = first / T::stages & 1;
 #pragma unroll 1
     for (int32_t k = T::split ? group : 0; k < steps; k += T::split ? 2 : 1) {
-      const int32_t step = base + k;
-      const int stage = step % T::stages;
-      barrier_wait(ring.full + stage, step / T::stages & 1);
+      barrier_wait(ring.full + stage, phase);
       const char* const tile = ring.data + stage * T::bytes;
       const uint64_t x = tile_descriptor(tile + (T::split ? 0 : group * kBoxRows * kStep * 2));
       const uint64_t weight = tile_descriptor(tile + T::x_bytes);
       warpgroup_arrive();
 #pragma unroll
-      for (int i = 0; i < kStep / 16; ++i) multiply<T::columns, kBfloat16>(sums, x + 2 * i, weight + 2 * i);
+      for (int i = 0; i < kStep / 16; ++i) {
+        multiply<T::columns, kBfloat16>(sums, x + 2 * i, weight + 2 * i, i > 0 || held >= 0);
+      }
       warpgroup_commit();
       warpgroup_wait<1>();
       if (held >= 0 && signals) barrier_arrive(ring.empty + held);
       held = stage;
+      stage += T::split ? 2 : 1;
+      if (stage >= T::stages) {
+        stage -= T::stages;
+        phase ^= 1;
+      }
     }
     warpgroup_wait<0>();
     if (held >= 0 && signals) barrier_arrive(ring.empty + held);
     base += steps;
     if (column < T::columns) biases[column] = bias;
     if constexpr (T::split) {
+      if (held < 0) {  // K has one step, which is the other warpgroup's
+#pragma unroll
+        for (int i = 0; i < T::columns / 2; ++i) sums[i] = 0.f;
+      }
       const int thread = threadIdx.x % kWarpgroup;
       if (group == 1) {
 #pragma unroll
@@ -420,69 +423,13 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   }
 }
 
-// What a path takes: rounds of the device times a tile's time, in ns. A step takes what 84 GB/s take for its bytes;
-// beginning and end of a tile are fitted to measured launches.
-template <class T>
-__device__ inline int32_t cost_of(const ProductArgs& args, int32_t live, int32_t shares, int32_t join) {
-  const Plan plan = plan_of<T>(live, args.inputs, args.outputs, shares);
-  const int32_t rounds = (plan.items + gridDim.x - 1) / gridDim.x;
-  constexpr int32_t kStepTime = T::bytes / 84, kTile = T::split ? 1300 : T::columns <= 96 ? 1300 : 12 * T::columns;
-  return rounds * (plan.steps / shares * kStepTime + kTile + join);
-}
-__device__ inline int32_t choose(const ProductArgs& args, int32_t live, int32_t& shares) {
-  shares = 1;
-  int32_t best = 2, cost = cost_of<Tile2>(args, live, 1, 0);
-  if (args.shares != nullptr) {
-    const Plan plan = plan_of<Tile2>(live, args.inputs, args.outputs, 1);
-    const int32_t programs = gridDim.x;
-    int32_t most = 1;
-#pragma unroll 1
-    while (plan.items * most * 2 <= programs && most * 4 < plan.steps && most < 8) most *= 2;
-    constexpr int32_t kJoin = 2000;
-    const int32_t shared = cost_of<Tile2>(args, live, most, kJoin);
-    if (most > 1 && shared < cost) {
-      cost = shared;
-      shares = most;
-    }
-  }
-  const auto consider = [&](int32_t path, int32_t other) {
-    if (other > cost) return;
-    best = path;
-    cost = other;
-  };
-  consider(3, cost_of<Tile3>(args, live, 1, 0));
-  consider(1, cost_of<Tile1>(args, live, 1, 0));
-  consider(4, cost_of<Tile4>(args, live, 1, 0));
-  consider(0, cost_of<Tile0>(args, live, 1, 0));
-  if (args.path >= 0) best = args.path;
-  if (best != 2) shares = 1;
-  return best;
-}
-
-// Brings the weights of the next product to L2 while this one multiplies; each program a piece.
-__device__ inline void bring_ahead(const ProductArgs& args, int lane) {
-#if EE_AHEAD == 1
-  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * 128; at < args.ahead_bytes;
-       at += static_cast<int64_t>(gridDim.x) * 32 * 128) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(args.ahead) + at));
-  }
-#elif EE_AHEAD == 2
-  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * 2048; at < args.ahead_bytes;
-       at += static_cast<int64_t>(gridDim.x) * 32 * 2048) {
-    const int64_t rest = args.ahead_bytes - at;
-    const uint32_t size = static_cast<uint32_t>(rest < 2048 ? rest : 2048);
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(args.ahead) + at), "r"(size));
-  }
-#endif
-}
-
 #endif  // EE_HOPPER
 
 template <bool kBfloat16, bool kGelu>
 __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __grid_constant__ ProductArgs args) {
 #ifdef EE_HOPPER
   extern __shared__ char memory[];
-  char* const start = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  char* const start = memory + (-shared_address(memory) & 1023);  // not a rounded pointer: it would no longer be "shared"
   float* const second = reinterpret_cast<float*>(start + kRing);
   float* const biases = second + kSums / 4;
   Ring ring;
@@ -506,11 +453,10 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int32_t live = *args.count;
   if (live <= 0) return;
-  int32_t shares;
-  const int32_t path = choose(args, live, shares);
+  const int32_t choice = args.choice[min((live - 1) / kChoiceRows, kChoices - 1)], path = choice & 3;
+  const uint32_t shares = 1u << (choice >> 2);
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
-    if (threadIdx.x / 32 == 1) bring_ahead(args, threadIdx.x % 32);
     if (threadIdx.x != 0) return;
     with_tile(path, [&](auto tile) {
       using T = decltype(tile);
@@ -564,6 +510,38 @@ const char* encode_map(CUtensorMap* map, const void* data, int64_t rows, int64_t
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the operand's address, size or stride";
 }
 
+// The tile for a live count, by what it takes in ns: rounds of the device times a tile's time. A step takes what 84 GB/s
+// take for its bytes; the beginning and end of a tile are fitted to measured launches.
+template <class T>
+uint32_t cost_of(const ProductCall& call, uint32_t live, uint32_t programs, uint32_t shares) {
+  constexpr uint32_t kTile = T::columns == 192 ? 2400 : 1300, kJoin = 2000;
+  const Plan plan = plan_of<T>(live, static_cast<uint32_t>(call.inputs), static_cast<uint32_t>(call.outputs), shares);
+  const uint32_t rounds = (plan.items + programs - 1) / programs;
+  return rounds * (plan.steps / shares * (T::bytes / 84) + kTile + (shares > 1 ? kJoin : 0));
+}
+uint8_t choose(const ProductCall& call, uint32_t live, uint32_t programs) {
+  const Plan narrow = plan_of<Tile2>(live, static_cast<uint32_t>(call.inputs), static_cast<uint32_t>(call.outputs), 1);
+  uint32_t doublings = 0;  // of the shares
+  if (call.workspace != nullptr) {
+    while (narrow.items << (doublings + 1) <= programs && 4u << doublings < narrow.steps && doublings < 3) ++doublings;
+    if (doublings > 0 && cost_of<Tile2>(call, live, programs, 1u << doublings) >= cost_of<Tile2>(call, live, programs, 1)) {
+      doublings = 0;
+    }
+  }
+  const uint32_t costs[] = {
+      cost_of<Tile0>(call, live, programs, 1),
+      cost_of<Tile1>(call, live, programs, 1),
+      cost_of<Tile2>(call, live, programs, 1u << doublings),
+      cost_of<Tile3>(call, live, programs, 1),
+  };
+  int path = call.path;
+  if (path < 0) {
+    path = 0;
+    for (const int other : {1, 3, 2}) path = costs[other] < costs[path] ? other : path;
+  }
+  return static_cast<uint8_t>(path == 2 ? path | doublings << 2 : path);
+}
+
 template <bool kBfloat16, bool kGelu>
 const char* launch(const ProductArgs& args, unsigned programs, void* stream) {
   const auto kernel = product_kernel<kBfloat16, kGelu>;
@@ -601,13 +579,11 @@ const char* consistentee_product(const ProductCall* call) {
   args.arrived = static_cast<int32_t*>(call->workspace);
   args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + kProductPrograms);
   args.out_stride = call->out_stride;
-  args.ahead = call->ahead;
-  args.ahead_bytes = call->ahead_bytes;
   args.inputs = static_cast<int32_t>(call->inputs);
   args.outputs = static_cast<int32_t>(call->outputs);
   args.bias_fp32 = call->bias_fp32;
-  args.path = call->path;
   if (programs > kProductPrograms) programs = kProductPrograms;
+  for (int i = 0; i < kChoices; ++i) args.choice[i] = choose(*call, (i + 1) * kChoiceRows, programs);
   const unsigned grid = static_cast<unsigned>(programs);
   if (bfloat16) {
     return call->gelu ? launch<true, true>(args, grid, call->stream) : launch<true, false>(args, grid, call->stream);

@@ -13,11 +13,9 @@ struct ProductCall {
   void* out;           // (capacity, outputs), row stride out_stride
   const int32_t* count;  // live rows, on the device
   void* workspace;       // kProductWorkspace bytes, zeros before its first use, or null: no sum is split across programs
-  const void* ahead;     // what the next product will read, or null: brought to L2 meanwhile
   void* stream;
   int64_t rows, capacity, inputs, outputs;
   int64_t x_stride, weight_stride, out_stride;
-  int64_t ahead_bytes;  // a multiple of 16, as is the address
   int32_t bfloat16, bias_fp32, gelu;
   int32_t path;  // one of the kernel's tiles, or -1: the kernel chooses by the live count
 };

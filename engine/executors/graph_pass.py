@@ -138,7 +138,7 @@ class Pass:
                 if layer == steps.deepest:
                     self._last_layer(layer, now)
                     break
-                x, projected = self._layer(layer, now, before)
+                x, projected = self._layer(w.layers[layer - 1], now, before)
                 norm, before = w.layers[layer - 1].output_norm, None
                 if layer not in steps.reads:
                     add_layer_norm_rows_(hidden, projected, x, *norm, now.counts, TOKENS)
@@ -155,33 +155,33 @@ class Pass:
                     add_layer_norm_compact_(hidden, projected, x, *norm, now.counts, self._token_dest)
                 now, left_behind = after, True
 
-    def _layer(self, layer: int, now: Live, before: Live | None) -> tuple[Tensor, Tensor]:
+    def _layer(self, w: LayerWeights, now: Live, before: Live | None) -> tuple[Tensor, Tensor]:
         """A layer up to its last Add & Norm: (x, projected), whose normed sum is its result. before: see ``record``."""
-        a, tokens, w = self.arena, self.capacity.tokens, self.weights.layers[layer - 1]
+        a, tokens = self.arena, self.capacity.tokens
         hidden, attended, x, projected, inner = (
             buffer[:tokens] for buffer in (a.hidden, a.attended, a.x, a.projected, a.inner)
         )
         standing = now if before is None else before
-        self._attend(w, attended, standing, first_only=False)
-        self._multiply(projected, attended, w.attention_output, standing.counts, TOKENS, ahead=w.intermediate)
+        self._attend(w.qkv, attended, standing, first_only=False)
+        self._multiply(projected, attended, w.attention_output, standing.counts, TOKENS)
         if before is None:
             add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, now.counts, TOKENS)
         else:
             add_layer_norm_compact_(x, projected, hidden, *w.attention_norm, before.counts, self._token_dest)
         inner = inner[:, : w.intermediate.weight.shape[0]]  # layers may differ
-        self._multiply(inner, x, w.intermediate, now.counts, TOKENS, "gelu", ahead=w.output)
-        self._multiply(projected, inner, w.output, now.counts, TOKENS, ahead=self.weights.layers[layer].qkv)
+        self._multiply(inner, x, w.intermediate, now.counts, TOKENS, "gelu")
+        self._multiply(projected, inner, w.output, now.counts, TOKENS)
         return x, projected
 
     def _last_layer(self, layer: int, now: Live) -> None:
         """Nobody goes on: behind keys and values, first tokens alone, one a row."""
         w, a, rows, counts = self.weights.layers[layer - 1], self.arena, self.capacity.rows, now.counts
         attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
-        self._attend(w, attended, now, first_only=True)
-        self._multiply(projected, attended, w.attention_output, counts, ROWS, ahead=w.intermediate)
+        self._attend(w.qkv, attended, now, first_only=True)
+        self._multiply(projected, attended, w.attention_output, counts, ROWS)
         add_layer_norm_rows_(x, projected, a.hidden, *w.attention_norm, counts, ROWS, residual_index=now.cu_seqlens)
         inner = inner[:, : w.intermediate.weight.shape[0]]
-        self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu", ahead=w.output)
+        self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
         self._multiply(projected, inner, w.output, counts, ROWS)
         self._exit(layer, now, x, projected, w.output_norm, compact=True)
 
@@ -194,17 +194,12 @@ class Pass:
         which: int,
         act: str = "none",
         index: Tensor | None = None,
-        ahead: PlainLinear | None = None,
     ) -> None:
-        """ahead: of the product behind this one, whose weights come to L2 meanwhile."""
-        next_weight = None if ahead is None else ahead.weight
-        linear_rows_(
-            out, x, *linear, counts, which, act, index, workspace=self.arena.workspace, ahead=next_weight
-        )
+        linear_rows_(out, x, *linear, counts, which, act, index, workspace=self.arena.workspace)
 
-    def _attend(self, w: LayerWeights, attended: Tensor, now: Live, first_only: bool) -> None:
+    def _attend(self, qkv: PlainLinear, attended: Tensor, now: Live, first_only: bool) -> None:
         a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
-        self._multiply(a.qkv[:tokens], a.hidden[:tokens], w.qkv, now.counts, TOKENS, ahead=w.attention_output)
+        self._multiply(a.qkv[:tokens], a.hidden[:tokens], qkv, now.counts, TOKENS)
         varlen_attention_(
             attended,
             a.qkv[:tokens],
