@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from engine.inputs import InputReader
 from engine.kernels.linear import own_rows
 from engine.models.encoder import MultiExitEncoder
 from engine.options import OptionsReader, select_rows
-from engine.results import Classification, RunStats
+from engine.results import Classification
 
 # Tokens per micro-batch. CPU: activations of one layer stay near the last-level cache of a small machine. CUDA: enough
 # for whole rounds of every product, and for launches to weigh nothing.
@@ -146,18 +145,19 @@ class Engine:
 
     def _start(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start one micro-batch; calling what comes back waits for its results. Too large for memory: in halves."""
-        weight = self._model.exits.classifiers[0].weight
-        device, exact = weight.device, own_rows(weight.device, weight.dtype)
-        if self.executor.batch_layout == "rows":  # it stages batches itself
-            device = torch.device("cpu")
+        layout = self.executor.batch_layout
+        device, exact = torch.device("cpu"), 0
+        if layout != "rows":  # who wants "rows" stages batches itself
+            weight = self._model.exits.classifiers[0].weight
+            device, exact = weight.device, own_rows(weight.device, weight.dtype)
         first = self._model.family.first_position
         try:
-            batch = PackedBatch.from_rows(rows, first, device, exact, self.executor.batch_layout)
+            batch = PackedBatch.from_rows(rows, first, device, exact, layout)
             return self.executor.submit(batch, options.to(device))
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise RuntimeError(
-                    f"out of memory on {weight.device} for a single row of {rows.num_tokens} tokens ({error}): free "
+                    f"out of memory on {self.device} for a single row of {rows.num_tokens} tokens ({error}): free "
                     "memory, or load the model in a smaller dtype"
                 ) from error
         torch.cuda.empty_cache()
@@ -201,33 +201,8 @@ class Engine:
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
         # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.
         logits, exit_layers, exit_probs = (x.clone() if x.is_cpu and x.is_inference() else x.cpu() for x in outputs)
-        config, n = self.config, len(logits)
-        probabilities = _softmax(logits)
-        label_ids = logits.argmax(-1)
-        labels = list(map(config.labels.__getitem__, label_ids.tolist()))
-        layers = exit_layers.tolist()
-        mean_depth = sum(layers) / n if n else math.nan
-        stats = RunStats(
-            rows=n,
-            tokens=tokens,
-            num_layers=config.num_layers,
-            mean_depth=mean_depth,
-            saved_layers=1 - mean_depth / config.num_layers,
-            exit_histogram={layer: layers.count(layer) for layer in config.exit_layers},
-            micro_batches=micro_batches,
-            wall_time_s=time.perf_counter() - started,
-        )
-        return Classification(labels, label_ids, probabilities, logits, exit_layers, exit_probs, stats)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Over classes: fp32 [N, C] on the host. torch's softmax and exp wake all threads for anything above one row, which
-    takes 6 ms where another process spins on the cores; numpy's exp wakes none, at 25 us more where they are free."""
-    if len(logits) <= 1:
-        return torch.softmax(logits, -1)
-    with np.errstate(all="ignore"):  # the caller's setting is for the caller's arithmetic
-        powers = torch.from_numpy(np.exp((logits - logits.amax(-1, True)).numpy()))
-    return powers.div_(powers.sum(-1, True))
+        seconds = time.perf_counter() - started
+        return Classification(logits, exit_layers, exit_probs, self.config, tokens, micro_batches, seconds)
 
 
 def _cuts(cu_seqlens: np.ndarray, batch_tokens: int) -> Iterator[slice]:

@@ -232,14 +232,11 @@ def _embed_norm_kernel(
 
 
 def _block(capacity: int, hidden: int) -> dict[str, int]:
-    """Four rows a program once that leaves several programs a multiprocessor: a warp then has a row to itself."""
-    rows = 4 if capacity >= 4096 and hidden <= 1024 else 1
-    return {
-        "BLOCK_ROWS": rows,
-        "BLOCK_H": next_power_of_2(hidden),
-        "num_warps": 4 if rows * hidden <= 4096 else 8,
-        "num_stages": 1,
-    }
+    """Measured at 128 to 16 384 rows of 768 on an H100: the more rows, the more of them a program takes."""
+    rows, warps = (1, 4) if capacity < 512 else (2, 8) if capacity < 1536 else (4, 2) if capacity < 8192 else (4, 4)
+    if rows * hidden > 4096:
+        rows, warps = 1, 4 if hidden <= 4096 else 8
+    return {"BLOCK_ROWS": rows, "BLOCK_H": next_power_of_2(hidden), "num_warps": warps, "num_stages": 1}
 
 
 def _check_norm(out: Tensor, weight: Tensor, bias: Tensor) -> int:

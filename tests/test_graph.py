@@ -392,6 +392,41 @@ def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(gpu, monk
 
 
 @pytest.mark.gpu
+def test_batches_seen_before_take_a_short_way(gpu, monkeypatch):
+    model = tiny_model("bert", "none").cuda()
+    fast, oracle = both(model)
+    fast.executor.weights.watching = False
+    cases = [(padded(random_rows(n, seed=n)), options) for n in (1, 5, 33) for options in ({}, {"threshold": 0.3})]
+    first = [fast.run(batch, **options) for batch, options in cases]
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.executor, "_program", None)  # the long way would call it
+        again = [fast.run(batch, **options) for batch, options in reversed(cases)][::-1]
+        for got, before, (batch, options) in zip(again, first, cases, strict=True):
+            assert_same(got, before)
+            assert_same(got, oracle.run(batch, **options))
+    with torch.no_grad():
+        for classifier in model.exits.classifiers:
+            classifier.bias += 3.0 * torch.arange(len(classifier.bias), device="cuda")
+    fast.refresh()
+    batch, options = cases[-1]
+    assert_same(fast.run(batch, **options), oracle.run(batch, **options))
+
+
+@pytest.mark.gpu
+def test_a_batch_nobody_waits_for_disturbs_no_other(gpu):
+    model = tiny_model("bert", "none").cuda()
+    fast, oracle = both(model)
+    fast.executor.weights.watching = False
+    batch = padded(random_rows(20))
+    want = oracle.run(batch)
+    for _ in range(50):
+        rows = fast._reader.read(batch, False)
+        options = fast._options_reader.options(fast.config, 20, Policy(), None, None, None, None)
+        fast._start(rows, options)  # and forgotten
+        assert_same(fast.run(batch), want)
+
+
+@pytest.mark.gpu
 def test_a_pass_is_one_launch_without_host_synchronisation(gpu):
     fast = engine.from_module(tiny_model().cuda(), executor="graph")
     fast.executor.weights.watching = False

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import engine
-from engine.api import _softmax
+from engine.results import _softmax
 from tests.tiny import LABELS, assert_same, every_exit, padded, random_rows, random_texts, tiny_backbone, tiny_model
 
 FP32 = dict(rtol=1e-5, atol=3e-5)
@@ -44,6 +44,7 @@ def test_results(model, executor):
     torch.testing.assert_close(got.probabilities, got.logits.softmax(-1))
     assert torch.equal(got.label_ids, got.logits.argmax(-1))
     assert got.labels == [LABELS[i] for i in got.label_ids.tolist()]
+    assert repr(got).startswith("Classification(50 rows: [") and got.labels is got.labels
 
     stats, layers = got.stats, got.exit_layers.tolist()
     assert (stats.rows, stats.tokens, stats.num_layers) == (50, sum(map(len, rows)), 4)

@@ -448,6 +448,17 @@ const char* consistentee_graph_launch(void* executable, void* stream) {
   return consistentee::cuda::error_text(
       cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)));
 }
+const char* consistentee_graph_launch_batch(const GraphBatch* batch) {
+  const auto stream = static_cast<cudaStream_t>(batch->stream);
+  cudaError_t error =
+      cudaMemcpyAsync(batch->given, batch->host_given, batch->given_bytes, cudaMemcpyHostToDevice, stream);
+  if (error == cudaSuccess) error = cudaGraphLaunch(static_cast<cudaGraphExec_t>(batch->executable), stream);
+  if (error == cudaSuccess) {
+    error = cudaMemcpyAsync(batch->host_results, batch->results, batch->results_bytes, cudaMemcpyDeviceToHost, stream);
+  }
+  if (error == cudaSuccess) error = cudaEventRecord(static_cast<cudaEvent_t>(batch->done), stream);
+  return consistentee::cuda::error_text(error);
+}
 const char* consistentee_graph_upload(void* executable, void* stream) {
   return consistentee::cuda::error_text(
       cudaGraphUpload(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)));

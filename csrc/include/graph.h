@@ -33,6 +33,18 @@ EE_EXPORT const char* consistentee_graph_counts(void* builder, int64_t* nodes, i
 EE_EXPORT const char* consistentee_graph_instantiate(void* builder, void** executable);
 
 EE_EXPORT const char* consistentee_graph_launch(void* executable, void* stream);
+// A batch: what the host gives is copied in, the graph runs, its results are copied out, `done` is recorded.
+struct GraphBatch {
+  void* executable;
+  void* stream;
+  void* given;  // on the device
+  const void* host_given;
+  const void* results;  // on the device
+  void* host_results;
+  void* done;  // cudaEvent_t
+  int64_t given_bytes, results_bytes;
+};
+EE_EXPORT const char* consistentee_graph_launch_batch(const GraphBatch* batch);
 EE_EXPORT const char* consistentee_graph_upload(void* executable, void* stream);
 EE_EXPORT void consistentee_graph_destroy(void* executable);
 

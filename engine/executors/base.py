@@ -172,9 +172,9 @@ class PackedBatch:
         return PackedBatch(ids, types, positions, self.cu_seqlens.to(device), self.lengths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExitOptions:
-    """How the rows of one batch may leave. B rows; tensors on the executor's device.
+    """How the rows of one batch may leave. B rows; tensors on the executor's device. A record equals itself alone.
 
     criterion    decides between min_depth and max_depth
     threshold    fp32 [B]

@@ -33,6 +33,7 @@ from engine.models.encoder import MultiExitEncoder
 
 _MAX_PROGRAMS = 64
 _CAPTURES = 5
+_REMEMBERED = 256  # batches whose program is known at once
 # Of the device's memory, for the buffers of all programs; beyond it, those used longest ago go.
 _MEMORY_SHARE = 0.25
 
@@ -54,15 +55,20 @@ def _up(n: int, least: int) -> int:
 
 
 class _Slot:
-    """Host memory of one batch in flight, both ways. segments: fields of what is given; results: rows and classes."""
+    """Host memory of one batch in flight, both ways. segments: fields of what is given; results: rows and classes.
+
+    launch  puts the batch on its way, where a graph does
+    """
+
+    launch: Callable[[], None] | None = None
 
     def __init__(self, words: int, segments: dict[str, slice], results: tuple[int, int], pinned: bool):
         rows, labels = results
         self.given = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
         self.results = torch.zeros(rows * (labels + 2), dtype=torch.int32, pin_memory=pinned)
         self.done = torch.cuda.Event() if pinned else None
-        logits, self.exit_layers, probs = self.results.split([rows * labels, rows, rows])
-        self.logits, self.exit_probs = logits.view(torch.float32).view(rows, labels), probs.view(torch.float32)
+        logits, self._exit_layers, probs = np.split(self.results.numpy(), [rows * labels, rows * (labels + 1)])
+        self._logits, self._exit_probs = logits.view(np.float32).reshape(rows, labels), probs.view(np.float32)
         # Written through numpy: torch's copies share even small work among threads.
         whole = self.given.numpy()
         self._fields = {name: whole[segment] for name, segment in segments.items()}
@@ -95,7 +101,13 @@ class _Slot:
 
     def take(self, n: int) -> RowOutputs:
         """Copies of the first rows, each in memory of its own."""
-        return RowOutputs(self.logits[:n].clone(), self.exit_layers[:n].clone(), self.exit_probs[:n].clone())
+        found = self._logits, self._exit_layers, self._exit_probs
+        return RowOutputs(*(torch.from_numpy(values[:n].copy()) for values in found))
+
+    def __del__(self) -> None:
+        # A batch that nobody waited for may still be on its way into this memory.
+        if self.launch is not None and not self.done.query():
+            self.done.synchronize()
 
 
 @contextmanager
@@ -123,7 +135,8 @@ class _Program:
         for name, size in sizes.items():
             self._segments[name] = slice(end, end + size)
             end += -(-size // 4) * 4
-        self._given = torch.zeros(end, dtype=torch.int32, device=device)
+        self._given = torch.zeros(end, dtype=torch.int32, device=device)  # a pass leaves it as it is
+        self._holds: Tensor | None = None  # which replayer's batch
         given = {name: self._given[segment] for name, segment in self._segments.items()}
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -169,20 +182,18 @@ class _Program:
 
     def submit(self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
         """Put one batch on the stream. Calling what comes back waits for it and returns its RowOutputs."""
-        pinned = stream is not None
         try:
             slot = self._free.pop()
         except IndexError:
-            slot = self._slot(pinned)
+            slot = self._slot(stream)
         slot.fill(batch, options)
-        self._given.copy_(slot.given, non_blocking=True)
-        if self.graph is not None:
-            self.graph.launch(stream)
+        self._holds = None
+        if slot.launch is not None:
+            slot.launch()
         else:
+            self._given.copy_(slot.given)
             self._pass.record(_always)
-        slot.results.copy_(self._results, non_blocking=True)
-        if slot.done is not None:
-            slot.done.record(stream)
+            slot.results.copy_(self._results)
         n = len(batch.lengths)
         results: list[RowOutputs] = []
 
@@ -201,19 +212,28 @@ class _Program:
     def replayer(
         self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream, lock: threading.Lock
     ) -> Callable[[], None]:
-        slot = self._slot(pinned=False)
+        slot = self._slot(None)
         slot.fill(batch, options)
         given = slot.given.to(self.device)
 
         def launch() -> None:
-            with lock, torch.cuda.stream(stream):
-                self._given.copy_(given)  # a pass works on the counts that it is given
+            with lock:
+                if self._holds is not given:
+                    with torch.cuda.stream(stream):
+                        self._given.copy_(given)
+                    self._holds = given
                 self.graph.launch(stream)
 
         return launch
 
-    def _slot(self, pinned: bool) -> _Slot:
-        return _Slot(self._given.shape[0], self._segments, (self.capacity.rows, self.num_labels), pinned)
+    def _slot(self, stream: torch.cuda.Stream | None) -> _Slot:
+        results = self.capacity.rows, self.num_labels
+        slot = _Slot(self._given.shape[0], self._segments, results, pinned=stream is not None)
+        if stream is not None:
+            slot.launch = self.graph.batch_launcher(
+                stream, self._given, slot.given, self._results, slot.results, slot.done
+            )
+        return slot
 
     @property
     def bytes(self) -> int:
@@ -239,6 +259,7 @@ class GraphExecutor:
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
         self._warm: set[tuple[Capacity, Steps]] = set()  # of those that were made ahead
+        self._recent: dict[tuple, tuple[tuple[Capacity, Steps], _Program]] = {}  # see ``_remember``
         self._forget()
         self._place(model.device)
 
@@ -246,6 +267,7 @@ class GraphExecutor:
         """Give back what all programs hold."""
         self._programs.clear()
         self._warm.clear()
+        self._recent.clear()
         self._held: EncoderWeights | None = None  # what the programs were made of
         self._arena: Arena | None = None
 
@@ -266,6 +288,8 @@ class GraphExecutor:
 
     def refresh(self) -> None:
         """Read the module's weights again now; graphs are captured anew."""
+        with self._lock:
+            self._recent.clear()
         self.weights.refresh()
         if self._packed is not None:
             self._packed.refresh()
@@ -276,6 +300,12 @@ class GraphExecutor:
 
     def submit(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
+        seen = len(batch.lengths), len(batch.input_ids), max(batch.lengths), batch.token_type_ids is None, options
+        with self._lock:
+            if seen in self._recent and not self.weights.watching:
+                key, program = self._recent[seen]
+                self._programs.move_to_end(key)
+                return program.submit(batch, options, self._stream)
         with torch.inference_mode(), self._lock:
             problem = self._trouble(options)
             if problem is None:
@@ -283,9 +313,20 @@ class GraphExecutor:
                     weights = self.weights.current()  # what it refuses is the caller's to mend
                     program = self._made(lambda: self._program(weights, batch, options))
                     if program is not None:
+                        self._remember(seen, program)
                         return program.submit(batch, options, self._stream)
                     problem = self._problem or "other threads allocate while a graph is captured"
         return self._fall_back(problem, batch, options)
+
+    def _remember(self, seen: tuple, program: _Program) -> None:
+        """The way of a batch like this one is short from now on, while nobody changes the model: same sizes, same
+        options (records that ``OptionsReader`` hands out again), same program, and nothing on the caller's stream to
+        wait for."""
+        if self._stream is None or program.graph is None:
+            return
+        if len(self._recent) >= _REMEMBERED:
+            self._recent.clear()
+        self._recent[seen] = next(reversed(self._programs)), program
 
     def _trouble(self, options: ExitOptions) -> str | None:
         """Why graphs cannot serve these options, or None; first of all, go where the model has gone."""
@@ -355,6 +396,7 @@ class GraphExecutor:
     ) -> _Program:
         if weights is not self._held:
             self._programs.clear()
+            self._recent.clear()
             self._held = weights
         key = self._key(rows, tokens, longest, options, token_types)
         if key not in self._programs:
@@ -369,6 +411,7 @@ class GraphExecutor:
             self._programs[key] = program
             while len(self._programs) > 1 and (len(self._programs) > _MAX_PROGRAMS or self._bytes() > self._limit()):
                 self._programs.popitem(last=False)
+                self._recent.clear()
         self._programs.move_to_end(key)
         return program
 

@@ -1,7 +1,7 @@
 """The kernels of one pass, in order: what a program of ``graph`` captures, or runs step by step.
 
 Everything has room for the capacity; which rows are live stands on the device (``Live``), and an exit writes it anew
-into the other one of two records. ``survivors_`` says where each token goes; who moves it is the next Add & Norm:
+into a record of its own. ``survivors_`` says where each token goes; who moves it is the next Add & Norm:
 
 * at once: the one behind the exit, for which the exit has taken the norm of the first tokens alone;
 * delayed: the first one of the next layer, whose attention still sees all rows, those that leave, too. The exit then
@@ -101,14 +101,15 @@ class Pass:
         self._given, self._out = given, out
         self._delays = capacity.tokens <= _DELAY_TOKENS
         first = Live(given["counts"], given["cu_seqlens"], given["row_ids"])
-        self._lives = first, Live(*map(torch.zeros_like, first))
+        # What an exit writes goes into one of two records by turns; what was given stays for the next launch.
+        self._lives = first, *(Live(*map(torch.zeros_like, first)) for _ in range(2))
         self._token_dest = torch.zeros_like(given["input_ids"])
         self._first, self._state = (torch.zeros_like(arena.hidden[:1]).repeat(capacity.rows, 1) for _ in range(2))
 
     @property
     def bytes(self) -> int:
         """Of its own on the device."""
-        own = (*self._lives[1], self._token_dest, self._first, self._state)
+        own = (*self._lives[1], *self._lives[2], self._token_dest, self._first, self._state)
         return sum(t.nbytes for t in own)
 
     def record(self, when: Callable[[Tensor], AbstractContextManager[None]]) -> None:
@@ -143,7 +144,7 @@ class Pass:
                 if layer not in steps.reads:
                     add_layer_norm_rows_(hidden, projected, x, *norm, now.counts, TOKENS)
                     continue
-                after = self._lives[1] if now is self._lives[0] else self._lives[0]
+                after = self._lives[2] if now is self._lives[1] else self._lives[1]
                 # The last layer serves first tokens alone: it has no Add & Norm that could move the others.
                 if self._delays and layer + 1 < steps.deepest:
                     self._exit(layer, now, x, projected, norm, normed=hidden)
