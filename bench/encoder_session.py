@@ -20,7 +20,8 @@ from engine.bench import encoder_competitors as peers
 from engine.bench.encoder_competitors import Batch, Competitor
 from engine.bench.timer import Timing, interleave
 from engine.criteria import make_criterion
-from engine.executors import ExitOptions, PackedBatch
+from engine.executors import ExitOptions
+from engine.executors.base import TokenRows
 from engine.models.encoder import MultiExitEncoder
 
 HUB_IDS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "mpnet": "sentence-transformers/all-mpnet-base-v2"}
@@ -138,14 +139,13 @@ def subject(session: Session, name: str) -> Subject:
 # -- ours ----------------------------------------------------------------------------------------------------------
 
 
-def prepared(model: Engine, batch: Batch, case: Mapping[str, Any]) -> tuple[PackedBatch, ExitOptions]:
+def prepared(model: Engine, batch: Batch, case: Mapping[str, Any]) -> tuple[TokenRows, ExitOptions]:
     """What ``Engine.run`` hands to its executor for these arguments: the only place that knows how."""
     rows = model._reader.read(batch.inputs, False)
     criterion = make_criterion(case.get("criterion") or model.config.criterion)
     values = (case.get(name) for name in ("threshold", "min_depth", "max_depth", "exit_layers"))
     options = model._options_reader.options(model.config, len(rows), criterion, *values)
-    first_position = model._model.family.first_position
-    return PackedBatch.from_rows(rows, first_position, torch.device("cpu"), layout="rows"), options
+    return rows, options
 
 
 def run_ours(model: Engine, batch: Batch, case: Mapping[str, Any]) -> engine.Classification:

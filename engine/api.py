@@ -145,14 +145,12 @@ class Engine:
 
     def _start(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start one micro-batch; calling what comes back waits for its results. Too large for memory: in halves."""
-        layout = self.executor.batch_layout
-        device, exact = torch.device("cpu"), 0
-        if layout != "rows":  # who wants "rows" stages batches itself
+        try:
+            if self.executor.batch_layout == "rows":
+                return self.executor.submit(rows, options)
             weight = self._model.exits.classifiers[0].weight
             device, exact = weight.device, own_rows(weight.device, weight.dtype)
-        first = self._model.family.first_position
-        try:
-            batch = PackedBatch.from_rows(rows, first, device, exact, layout)
+            batch = PackedBatch.from_rows(rows, self._model.family.first_position, device, exact)
             return self.executor.submit(batch, options.to(device))
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:

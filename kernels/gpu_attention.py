@@ -37,10 +37,6 @@ from engine.kernels.gpu_common import (
 __all__ = ["AttentionConfig", "attention_configs_for", "varlen_attention_", "varlen_attention__ref"]
 
 
-# One for each multiprocessor of an H100: from there on a program's own latency is all, and wide steps are the fewest.
-_FEW_PROGRAMS = 132
-
-
 class AttentionConfig(NamedTuple):
     """block_m: queries of one program (first_only has one); block_n: keys of one step."""
 
@@ -51,9 +47,9 @@ class AttentionConfig(NamedTuple):
 
 
 def attention_configs_for(
-    max_seqlen: int, head_dim: int, dtype: torch.dtype, first_only: bool = False, sequences: int = 1 << 20
+    max_seqlen: int, head_dim: int, dtype: torch.dtype, first_only: bool = False
 ) -> tuple[AttentionConfig, ...]:
-    """Candidates for up to ``sequences`` (rows times heads) of up to ``max_seqlen`` tokens, the default first."""
+    """Candidates for sequences of up to ``max_seqlen`` tokens, the default first."""
     longest = max(16, next_power_of_2(max_seqlen))
     if first_only:
         tall = min(longest, max(16, 4096 // next_power_of_2(head_dim)))  # 4 096 elements of K and of V a step
@@ -63,9 +59,7 @@ def attention_configs_for(
     wide = [AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)]
     narrow = [AttentionConfig(64, 32, 4, 3), AttentionConfig(64, 64, 4, 3), AttentionConfig(32, 32, 2, 3)]
     if longest < 64:
-        narrow = [AttentionConfig(longest, longest, 2, 2)]
-    elif longest >= 128 and sequences * cdiv(longest, 64) <= _FEW_PROGRAMS:
-        narrow.insert(0, AttentionConfig(64, 128, 4, 2))
+        narrow = [AttentionConfig(longest, longest, 4 if longest == 32 else 2, 2)]
     return *narrow, *(wide if longest >= 128 else ())
 
 
@@ -307,8 +301,7 @@ def varlen_attention_(
         return
     if cap_rows == 0 or hidden == 0:
         return
-    if config is None:
-        config = attention_configs_for(max_seqlen, head_dim, out.dtype, first_only, cap_rows * num_heads)[0]
+    config = attention_configs_for(max_seqlen, head_dim, out.dtype, first_only)[0] if config is None else config
     pointers = (out, qkv, cu_seqlens, counts, position_bias, scale * math.log2(math.e), out.stride(0), qkv.stride(0))
     sizes = dict(
         HIDDEN=hidden,

@@ -461,15 +461,14 @@ def test_rows_move_and_are_cut(lengths, types):
 
 
 @pytest.mark.parametrize("exact", [0, 4096])
-@pytest.mark.parametrize("layout", ["lead", "rows"])
 @pytest.mark.parametrize("lengths", [[1], [12], [9, 1, 17], [6] * 5, [1] * 3])
-def test_packed_batches(lengths, layout, exact):
+def test_packed_batches(lengths, exact):
     rows, first, tokens = token_rows(lengths, True), 2, sum(lengths)
-    batch = PackedBatch.from_rows(rows, first, torch.device("cpu"), exact, layout)
+    batch = PackedBatch.from_rows(rows, first, torch.device("cpu"), exact)
     spans = [list(range(sum(lengths[:k]), sum(lengths[: k + 1]))) for k in range(len(lengths))]
-    order = sum(spans, []) if layout == "rows" else [s[0] for s in spans] + sum((s[1:] for s in spans), [])
+    order = [s[0] for s in spans] + sum((s[1:] for s in spans), [])
     position = [first + k for n in lengths for k in range(n)]
-    assert len(batch.input_ids) == (capacity(len(lengths), tokens, exact) if layout == "lead" else tokens)
+    assert len(batch.input_ids) == capacity(len(lengths), tokens, exact)
     assert batch.input_ids[:tokens].tolist() == [100 + k for k in order]
     assert batch.positions[:tokens].tolist() == [position[k] for k in order]
     if max(lengths) > 1 or len(lengths) > 1:

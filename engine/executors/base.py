@@ -42,6 +42,11 @@ class TokenRows:
         """int64 [N + 1]: row i is ids[cu_seqlens[i] : cu_seqlens[i + 1]]."""
         return np.array([0, *accumulate(self.lengths)])
 
+    @cached_property
+    def segments(self) -> np.ndarray | None:
+        """types, None where all are 0."""
+        return self.types if self.types is not None and self.types.any() else None
+
     def __getitem__(self, rows: slice) -> TokenRows:
         """Neighbouring rows, without copying a token."""
         start, end, _ = rows.indices(len(self))
@@ -91,7 +96,10 @@ def _lead_order(cu_seqlens: np.ndarray, size: int) -> np.ndarray:
 
 
 class AtOnce:
-    """For executors that are done with a batch when ``run`` returns. batch_layout: how they want it."""
+    """For executors that are done with a batch when ``run`` returns.
+
+    batch_layout  "lead": a PackedBatch on their device; "rows": the TokenRows themselves, and options on the host
+    """
 
     batch_layout = "lead"
 
@@ -110,9 +118,6 @@ class PackedBatch:
     serve them: each group is one contiguous slice, so that serving the first tokens first costs no gather. Rows from T
     on are spare (``capacity``): they are computed and never read.
 
-    With layout "rows" the tokens of each row stand end to end instead, row i at cu_seqlens[i] ... cu_seqlens[i+1] - 1,
-    and there are no spare rows.
-
     input_ids       int64 [R]
     token_type_ids  int64 [R], None where all are 0
     positions       int64 [R], from the family's first position on
@@ -127,23 +132,18 @@ class PackedBatch:
     positions: Tensor
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
-    layout: str = "lead"
 
     @classmethod
-    def from_rows(
-        cls, rows: TokenRows, first_position: int, device: torch.device, exact: int = 0, layout: str = "lead"
-    ) -> PackedBatch:
+    def from_rows(cls, rows: TokenRows, first_position: int, device: torch.device, exact: int = 0) -> PackedBatch:
         """rows: one or more. exact: see ``ladder``."""
         n, tokens = len(rows), rows.num_tokens
         cu_seqlens = rows.cu_seqlens.astype(np.int32)
         positions = np.arange(first_position, first_position + tokens, dtype=np.int64)
         if n > 1:
             positions -= np.repeat(cu_seqlens[:-1], rows.lengths)
-        types = rows.types if rows.types is not None and rows.types.any() else None
-        lead = layout == "lead"
-        size = capacity(n, tokens, exact) if lead else tokens
-        order = None  # as they stand: so does one row in either layout
-        if lead and (n > 1 or size > tokens):
+        types, size = rows.segments, capacity(n, tokens, exact)
+        order = None  # as they stand: so does one row
+        if n > 1 or size > tokens:
             order = _lead_order(cu_seqlens, size)
 
         def tensor(values: np.ndarray) -> Tensor:
@@ -159,17 +159,7 @@ class PackedBatch:
             positions=pack(positions),
             cu_seqlens=tensor(cu_seqlens),
             lengths=rows.lengths,
-            layout=layout,
         )
-
-    def to_lead(self, device: torch.device) -> PackedBatch:
-        """This batch in lead layout on ``device``, without spare rows."""
-        if self.layout == "lead":
-            return self
-        order = torch.from_numpy(_lead_order(self.cu_seqlens.numpy(), sum(self.lengths)))
-        fields = (self.input_ids, self.token_type_ids, self.positions)
-        ids, types, positions = (None if x is None else x[order].to(device) for x in fields)
-        return PackedBatch(ids, types, positions, self.cu_seqlens.to(device), self.lengths)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.executors.base import ExitOptions, PackedBatch, RowOutputs
+from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights
@@ -62,8 +62,11 @@ class _Slot:
 
     launch: Callable[[], None] | None = None
 
-    def __init__(self, words: int, segments: dict[str, slice], results: tuple[int, int], pinned: bool):
+    def __init__(
+        self, words: int, segments: dict[str, slice], results: tuple[int, int], first_position: int, pinned: bool
+    ):
         rows, labels = results
+        self._first_position = first_position
         self.given = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
         self.results = torch.zeros(rows * (labels + 2), dtype=torch.int32, pin_memory=pinned)
         self.done = torch.cuda.Event() if pinned else None
@@ -74,22 +77,27 @@ class _Slot:
         self._fields = {name: whole[segment] for name, segment in segments.items()}
         self._fields["row_ids"][:] = np.arange(rows)
         self._filled: tuple[ExitOptions, int] | None = None
+        self._lengths: tuple[int, ...] = ()  # whose cu_seqlens and positions it holds
 
-    def fill(self, batch: PackedBatch, options: ExitOptions) -> None:
+    def fill(self, rows: TokenRows, options: ExitOptions) -> None:
         """The batch, and how its rows may leave: unless it is what the slot already holds (read-only records)."""
-
-        def put(name: str, values: Tensor) -> None:
-            self._fields[name][: len(values)] = values.numpy()
-
-        n, tokens = len(batch.lengths), int(batch.cu_seqlens[-1])
-        self._fields["counts"][:] = n, tokens
-        put("cu_seqlens", batch.cu_seqlens)
-        put("input_ids", batch.input_ids[:tokens])
-        put("positions", batch.positions[:tokens])
-        if batch.token_type_ids is not None:
-            put("token_type_ids", batch.token_type_ids[:tokens])
+        fields, n, tokens = self._fields, len(rows), rows.num_tokens
+        fields["counts"][:] = n, tokens
+        fields["input_ids"][:tokens] = rows.ids
+        if rows.lengths != self._lengths:
+            fields["cu_seqlens"][: n + 1] = rows.cu_seqlens
+            positions = fields["positions"][:tokens]
+            positions[:] = np.arange(self._first_position, self._first_position + tokens)
+            positions -= np.repeat(fields["cu_seqlens"][:n], rows.lengths)
+            self._lengths = rows.lengths
+        if rows.segments is not None:
+            fields["token_type_ids"][:tokens] = rows.segments
         if self._filled is not None and self._filled[0] is options and self._filled[1] == n:
             return
+
+        def put(name: str, values: Tensor) -> None:
+            fields[name][: len(values)] = values.numpy()
+
         put("min_depth", options.min_depth)
         put("max_depth", options.max_depth)
         if options.exit_layers is not None:
@@ -120,8 +128,16 @@ def _always(flag: Tensor) -> Iterator[None]:
 class _Program:
     """The pass for one capacity: buffers that never move, and the graph that works on them."""
 
-    def __init__(self, weights: EncoderWeights, arena: Arena, capacity: Capacity, steps: Steps, num_labels: int):
-        self.capacity, self.arena = capacity, arena
+    def __init__(
+        self,
+        weights: EncoderWeights,
+        arena: Arena,
+        capacity: Capacity,
+        steps: Steps,
+        num_labels: int,
+        first_position: int,
+    ):
+        self.capacity, self.arena, self._first_position = capacity, arena, first_position
         device, rows, tokens = weights.word.device, capacity.rows, capacity.tokens
         self.device, self.num_labels = device, num_labels
         self.graph: Graph | None = None
@@ -180,13 +196,13 @@ class _Program:
                 gc.enable()
             builder.close()
 
-    def submit(self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
+    def submit(self, rows: TokenRows, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
         """Put one batch on the stream. Calling what comes back waits for it and returns its RowOutputs."""
         try:
             slot = self._free.pop()
         except IndexError:
             slot = self._slot(stream)
-        slot.fill(batch, options)
+        slot.fill(rows, options)
         self._holds = None
         if slot.launch is not None:
             slot.launch()
@@ -194,7 +210,7 @@ class _Program:
             self._given.copy_(slot.given)
             self._pass.record(_always)
             slot.results.copy_(self._results)
-        n = len(batch.lengths)
+        n = len(rows)
         results: list[RowOutputs] = []
 
         def outputs() -> RowOutputs:
@@ -210,10 +226,10 @@ class _Program:
         return outputs
 
     def replayer(
-        self, batch: PackedBatch, options: ExitOptions, stream: torch.cuda.Stream, lock: threading.Lock
+        self, rows: TokenRows, options: ExitOptions, stream: torch.cuda.Stream, lock: threading.Lock
     ) -> Callable[[], None]:
         slot = self._slot(None)
-        slot.fill(batch, options)
+        slot.fill(rows, options)
         given = slot.given.to(self.device)
 
         def launch() -> None:
@@ -228,7 +244,8 @@ class _Program:
 
     def _slot(self, stream: torch.cuda.Stream | None) -> _Slot:
         results = self.capacity.rows, self.num_labels
-        slot = _Slot(self._given.shape[0], self._segments, results, pinned=stream is not None)
+        pinned = stream is not None
+        slot = _Slot(self._given.shape[0], self._segments, results, self._first_position, pinned)
         if stream is not None:
             slot.launch = self.graph.batch_launcher(
                 stream, self._given, slot.given, self._results, slot.results, slot.done
@@ -294,29 +311,29 @@ class GraphExecutor:
         if self._packed is not None:
             self._packed.refresh()
 
-    def run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
+    def run(self, rows: TokenRows, options: ExitOptions) -> RowOutputs:
         """Exit layer, exit probability and class logits of every row, on the host. Waits once, for the results."""
-        return self.submit(batch, options)()
+        return self.submit(rows, options)()
 
-    def submit(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
+    def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
-        seen = len(batch.lengths), len(batch.input_ids), max(batch.lengths), batch.token_type_ids is None, options
+        seen = len(rows), rows.num_tokens, max(rows.lengths), rows.segments is None, options
         with self._lock:
             if seen in self._recent and not self.weights.watching:
                 key, program = self._recent[seen]
                 self._programs.move_to_end(key)
-                return program.submit(batch, options, self._stream)
+                return program.submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
             problem = self._trouble(options)
             if problem is None:
                 with self._own_stream():
                     weights = self.weights.current()  # what it refuses is the caller's to mend
-                    program = self._made(lambda: self._program(weights, batch, options))
+                    program = self._made(lambda: self._program(weights, rows, options))
                     if program is not None:
                         self._remember(seen, program)
-                        return program.submit(batch, options, self._stream)
+                        return program.submit(rows, options, self._stream)
                     problem = self._problem or "other threads allocate while a graph is captured"
-        return self._fall_back(problem, batch, options)
+        return self._fall_back(problem, rows, options)
 
     def _remember(self, seen: tuple, program: _Program) -> None:
         """The way of a batch like this one is short from now on, while nobody changes the model: same sizes, same
@@ -380,16 +397,15 @@ class GraphExecutor:
                     self._made(lambda: self._program_of(weights, rows, tokens, longest, options, token_types))
                     self._warm.add(self._key(rows, tokens, longest, options, token_types))
 
-    def replayer(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], None]:
+    def replayer(self, rows: TokenRows, options: ExitOptions) -> Callable[[], None]:
         """For benchmarks: the batch stands on the device; every call launches its pass again, and waits for nothing."""
         with torch.inference_mode(), self._lock, self._own_stream():
-            program = self._program(self.weights.current(), batch, options)
-            return program.replayer(batch, options, self._stream, self._lock)
+            program = self._program(self.weights.current(), rows, options)
+            return program.replayer(rows, options, self._stream, self._lock)
 
-    def _program(self, weights: EncoderWeights, batch: PackedBatch, options: ExitOptions) -> _Program:
-        longest = max(batch.lengths)
-        types = batch.token_type_ids is not None
-        return self._program_of(weights, len(batch.lengths), sum(batch.lengths), longest, options, types)
+    def _program(self, weights: EncoderWeights, rows: TokenRows, options: ExitOptions) -> _Program:
+        longest, types = max(rows.lengths), rows.segments is not None
+        return self._program_of(weights, len(rows), rows.num_tokens, longest, options, types)
 
     def _program_of(
         self, weights: EncoderWeights, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool
@@ -405,7 +421,8 @@ class GraphExecutor:
         if program is None:
             capacity, steps = key
             labels = self._model.config.num_labels
-            program = _Program(weights, self._room(capacity, weights), capacity, steps, labels)
+            first_position = self._model.family.first_position
+            program = _Program(weights, self._room(capacity, weights), capacity, steps, labels, first_position)
             if self._stream is not None:
                 program.capture(self._stream)
             self._programs[key] = program
@@ -456,12 +473,13 @@ class GraphExecutor:
             self._arena = Arena(tokens, weights.word.shape[1], wide, weights.word)
         return self._arena
 
-    def _fall_back(self, problem: str, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
+    def _fall_back(self, problem: str, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         if self._packed is None:
             warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=4)
             self._packed = PackedExecutor(self._model, self.weights.watching)
         device = self._model.device
-        outputs = self._packed.run(batch.to_lead(device), options.to(device))
+        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device)
+        outputs = self._packed.run(batch, options.to(device))
         return lambda: outputs
 
 
