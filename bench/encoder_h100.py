@@ -8,7 +8,7 @@ and mpnet (the same as full and exits, real weights), capture (load + capture), 
 in inference mode, BERT-base with random weights unless the part says otherwise.
 
 Two clocks. ``device``: CUDA events around several calls whose inputs are on the device. ``host``: wall clock from
-padded ids on the host to results on the host; ours then reads and packs the rows, and returns labels and statistics.
+padded ids on the host to logits on the host; ours reads, checks and packs the rows, and returns exit layers too.
 All competitors of a shape are interleaved in rounds; ``over_ours`` is the median over the rounds of their time over
 ours.
 

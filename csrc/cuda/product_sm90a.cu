@@ -6,18 +6,23 @@
 //   path 0   128 x 192, each warpgroup 64 rows         N of 768 k and 16 k rows come out as 97 % full rounds of 132
 //   path 1   128 x 96, the same                        fewer rows: twice the tiles
 //   path 2   64 x 48, warpgroups take turns along K    few rows; programs that would idle share a tile along K
+//   path 3   128 x 48, as path 0                       about 1 000 rows and few outputs: again twice the tiles
 //
 // A tile that is shared along K is summed by the program that comes last, always in the order of the shares, so the
 // result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and
 // latency. L2 gives every multiprocessor some 84 GB/s, which is what a step of K takes on all paths.
 //
-// Loops are not unrolled without need: a pass brings the code of each kernel back from L2 or memory again and again,
-// and at twice its size the GELU form took 10 us more in a pass than in a loop of its own.
+// Code counts by its length, executed or not: every launch of a pass brings its kernel back from L2 or memory. From 46 and
+// 53 KB to 39 and 50, with the tile below added, a pass of 1 to 1 024 tokens took a tenth less; at 76 and 92 KB it took
+// some 5 % more. So loops are not unrolled without need, the tile is looked up by the live count and not reckoned, and
+// the first product of a tile writes its sums, which nobody has to clear.
 //
-// Tried and left out: storing one tile while the next is multiplied (two sets of sums a thread, no spills): the product
-// takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it. Pairs of programs (clusters)
-// that bring x for each other: 2 us more for a launch, and a pair waits for its slower half at every tile. Sharing on
-// path 1: putting 48 KB of sums together takes what it saves.
+// Tried and left out: storing one tile while the next is multiplied, with two sets of sums a thread (the product takes the
+// register file's bandwidth, and GELU ran at a quarter of its speed beside it) or by way of shared memory and the copy
+// engine (8 % more for a pass of 4 096 tokens). Pairs of programs (clusters) that bring x for each other: 2 us more for a
+// launch, and a pair waits for its slower half at every tile. Sharing on path 1: putting 48 KB of sums together takes what
+// it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs all others as much. The next product's
+// weights brought to L2 meanwhile: nothing at 1 row, 1 to 5 % more from 1 024 tokens on.
 #include <cuda.h>
 
 #include <type_traits>
