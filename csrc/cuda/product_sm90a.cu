@@ -12,17 +12,18 @@
 // result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and
 // latency. L2 gives every multiprocessor some 84 GB/s, which is what a step of K takes on all paths.
 //
-// Code counts by its length, executed or not: every launch of a pass brings its kernel back from L2 or memory. From 46 and
-// 53 KB to 39 and 50, with the tile below added, a pass of 1 to 1 024 tokens took a tenth less; at 76 and 92 KB it took
-// some 5 % more. So loops are not unrolled without need, the tile is looked up by the live count and not reckoned, and
-// the first product of a tile writes its sums, which nobody has to clear.
+// Code counts by its length, executed or not: every launch of a pass brings its kernel back from L2 or memory. From
+// 46 and 53 KB to 39 and 50, with the tile below added, a pass of 1 to 1 024 tokens took a tenth less; at 76 and 92
+// KB it took some 5 % more. So loops are not unrolled without need, the tile is looked up by the live count and not
+// reckoned, and the first product of a tile writes its sums, which nobody has to clear.
 //
-// Tried and left out: storing one tile while the next is multiplied, with two sets of sums a thread (the product takes the
-// register file's bandwidth, and GELU ran at a quarter of its speed beside it) or by way of shared memory and the copy
-// engine (8 % more for a pass of 4 096 tokens). Pairs of programs (clusters) that bring x for each other: 2 us more for a
-// launch, and a pair waits for its slower half at every tile. Sharing on path 1: putting 48 KB of sums together takes what
-// it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs all others as much. The next product's
-// weights brought to L2 meanwhile: nothing at 1 row, 1 to 5 % more from 1 024 tokens on.
+// Tried and left out: storing one tile while the next is multiplied, with two sets of sums a thread (the product
+// takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it) or by way of shared memory
+// and the copy engine (8 % more for a pass of 4 096 tokens). Pairs of programs (clusters) that bring x for each
+// other: 2 us more for a launch, and a pair waits for its slower half at every tile. Sharing on path 1: putting 48
+// KB of sums together takes what it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs
+// all others as much. The next product's weights brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more from
+// 1 024 on.
 #include <cuda.h>
 
 #include <type_traits>
@@ -434,7 +435,8 @@ template <bool kBfloat16, bool kGelu>
 __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __grid_constant__ ProductArgs args) {
 #ifdef EE_HOPPER
   extern __shared__ char memory[];
-  char* const start = memory + (-shared_address(memory) & 1023);  // not a rounded pointer: it would no longer be "shared"
+  // An offset, not a rounded pointer, of which the compiler would no longer know that it is shared memory.
+  char* const start = memory + (-shared_address(memory) & 1023);
   float* const second = reinterpret_cast<float*>(start + kRing);
   float* const biases = second + kSums / 4;
   Ring ring;
@@ -515,8 +517,8 @@ const char* encode_map(CUtensorMap* map, const void* data, int64_t rows, int64_t
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the operand's address, size or stride";
 }
 
-// The tile for a live count, by what it takes in ns: rounds of the device times a tile's time. A step takes what 84 GB/s
-// take for its bytes; the beginning and end of a tile are fitted to measured launches.
+// The tile for a live count, by what it takes in ns: rounds of the device times a tile's time. A step takes what its
+// bytes take at 84 GB/s; the beginning and end of a tile are fitted to measured launches.
 template <class T>
 uint32_t cost_of(const ProductCall& call, uint32_t live, uint32_t programs, uint32_t shares) {
   constexpr uint32_t kTile = T::columns == 192 ? 2400 : 1300, kJoin = 2000;
@@ -529,9 +531,8 @@ uint8_t choose(const ProductCall& call, uint32_t live, uint32_t programs) {
   uint32_t doublings = 0;  // of the shares
   if (call.workspace != nullptr) {
     while (narrow.items << (doublings + 1) <= programs && 4u << doublings < narrow.steps && doublings < 3) ++doublings;
-    if (doublings > 0 && cost_of<Tile2>(call, live, programs, 1u << doublings) >= cost_of<Tile2>(call, live, programs, 1)) {
-      doublings = 0;
-    }
+    const uint32_t shared = cost_of<Tile2>(call, live, programs, 1u << doublings);
+    if (shared >= cost_of<Tile2>(call, live, programs, 1)) doublings = 0;
   }
   const uint32_t costs[] = {
       cost_of<Tile0>(call, live, programs, 1),
