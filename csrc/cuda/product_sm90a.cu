@@ -151,14 +151,20 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-template <class F>
+// Calls f with the tile of a path. kTiles: the paths that there are, a bit each, path 2 among them.
+template <int kTiles, class F>
 __device__ inline void with_tile(int32_t path, F&& f) {
-  switch (path) {
-    case 0: return f(Tile0{});
-    case 1: return f(Tile1{});
-    case 2: return f(Tile2{});
-    default: return f(Tile3{});
+  static_assert(kTiles & 4);
+  if constexpr (kTiles & 1) {
+    if (path == 0) return f(Tile0{});
   }
+  if constexpr (kTiles & 2) {
+    if (path == 1) return f(Tile1{});
+  }
+  if constexpr (kTiles & 8) {
+    if (path == 3) return f(Tile3{});
+  }
+  f(Tile2{});
 }
 
 struct Ring {
@@ -431,7 +437,7 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
 
 #endif  // EE_HOPPER
 
-template <bool kBfloat16, bool kGelu>
+template <bool kBfloat16, bool kGelu, int kTiles>
 __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __grid_constant__ ProductArgs args) {
 #ifdef EE_HOPPER
   extern __shared__ char memory[];
@@ -465,7 +471,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     if (threadIdx.x != 0) return;
-    with_tile(path, [&](auto tile) {
+    with_tile<kTiles>(path, [&](auto tile) {
       using T = decltype(tile);
       produce<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring);
     });
@@ -473,7 +479,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     return;
   }
-  with_tile(path, [&](auto tile) {
+  with_tile<kTiles>(path, [&](auto tile) {
     using T = decltype(tile);
     consume<T, kBfloat16, kGelu>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring, second, biases, last);
   });
@@ -543,14 +549,22 @@ uint8_t choose(const ProductCall& call, uint32_t live, uint32_t programs) {
   int path = call.path;
   if (path < 0) {
     path = 0;
-    for (const int other : {1, 3, 2}) path = costs[other] < costs[path] ? other : path;
+    // Many outputs have tiles enough: there path 3 gains too little to be worth its code.
+    for (const int other : {1, 3, 2}) {
+      if ((other != 3 || call.outputs <= 1024) && costs[other] < costs[path]) path = other;
+    }
   }
   return static_cast<uint8_t>(path == 2 ? path | doublings << 2 : path);
 }
 
+// A kernel with the paths that a launch may take, and as few others as there are kernels: the shorter, the sooner at work.
 template <bool kBfloat16, bool kGelu>
-const char* launch(const ProductArgs& args, unsigned programs, void* stream) {
-  const auto kernel = product_kernel<kBfloat16, kGelu>;
+const char* launch(const ProductArgs& args, unsigned programs, int used, void* stream) {
+  const auto within = [&](int tiles) { return (used & ~tiles) == 0; };
+  const auto kernel = within(0b0100)   ? product_kernel<kBfloat16, kGelu, 0b0100>
+                      : within(0b1100) ? product_kernel<kBfloat16, kGelu, 0b1100>
+                      : within(0b0111) ? product_kernel<kBfloat16, kGelu, 0b0111>
+                                       : product_kernel<kBfloat16, kGelu, 0b1111>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error_text(error);
   return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
@@ -589,10 +603,17 @@ const char* consistentee_product(const ProductCall* call) {
   args.outputs = static_cast<int32_t>(call->outputs);
   args.bias_fp32 = call->bias_fp32;
   if (programs > kProductPrograms) programs = kProductPrograms;
-  for (int i = 0; i < kChoices; ++i) args.choice[i] = choose(*call, (i + 1) * kChoiceRows, programs);
+  int used = 0;
+  for (int i = 0; i < kChoices; ++i) {
+    args.choice[i] = choose(*call, (i + 1) * kChoiceRows, programs);
+    // The last entry stands for all greater counts.
+    if (static_cast<int64_t>(i) * kChoiceRows < call->capacity) used |= 1 << (args.choice[i] & 3);
+  }
   const unsigned grid = static_cast<unsigned>(programs);
   if (bfloat16) {
-    return call->gelu ? launch<true, true>(args, grid, call->stream) : launch<true, false>(args, grid, call->stream);
+    return call->gelu ? launch<true, true>(args, grid, used, call->stream)
+                      : launch<true, false>(args, grid, used, call->stream);
   }
-  return call->gelu ? launch<false, true>(args, grid, call->stream) : launch<false, false>(args, grid, call->stream);
+  return call->gelu ? launch<false, true>(args, grid, used, call->stream)
+                    : launch<false, false>(args, grid, used, call->stream);
 }
