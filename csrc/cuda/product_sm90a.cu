@@ -12,10 +12,11 @@
 // result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and
 // latency. L2 gives every multiprocessor some 84 GB/s, which is what a step of K takes on all paths.
 //
-// Code counts by its length, executed or not: every launch of a pass brings its kernel back from L2 or memory. From
-// 46 and 53 KB to 39 and 50, with the tile below added, a pass of 1 to 1 024 tokens took a tenth less; at 76 and 92
-// KB it took some 5 % more. So loops are not unrolled without need, the tile is looked up by the live count and not
-// reckoned, and the first product of a tile writes its sums, which nobody has to clear.
+// Code counts by its length, since every launch of a pass brings its kernel back from L2 or memory. From 46 and 53
+// KB (without and with GELU) to 39 and 50, path 3 added, a pass of up to 1 024 tokens took a tenth less; at 76 and
+// 92 KB, tiles added that it did not use, one of 4 096 took 5 % more. So loops are not unrolled without need, the
+// tile is looked up by the live count and not reckoned, the first product of a tile writes its sums, which nobody
+// has to clear, and a kernel holds few more tiles than its capacity can ask for (2 % at 128 tokens).
 //
 // Tried and left out: storing one tile while the next is multiplied, with two sets of sums a thread (the product
 // takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it) or by way of shared memory
@@ -557,7 +558,7 @@ uint8_t choose(const ProductCall& call, uint32_t live, uint32_t programs) {
   return static_cast<uint8_t>(path == 2 ? path | doublings << 2 : path);
 }
 
-// A kernel with the paths that a launch may take, and as few others as there are kernels: the shorter, the sooner at work.
+// A kernel with the paths that a launch may take and few others: the shorter, the sooner at work.
 template <bool kBfloat16, bool kGelu>
 const char* launch(const ProductArgs& args, unsigned programs, int used, void* stream) {
   const auto within = [&](int tiles) { return (used & ~tiles) == 0; };

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels.gpu_linear import ACTIVATIONS, ROWS, TOKENS, configs_for, linear_rows_, linear_rows__ref
-from engine.kernels.products import hopper_product, product_problem, product_workspace
+from engine.kernels.products import PATHS, hopper_product, product_problem, product_workspace
 from tests.kernels.cases import assert_no_worse, doubled
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -114,7 +114,7 @@ def hopper(gpu):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shared", [True, False], ids=["workspace", "no workspace"])
-@pytest.mark.parametrize("path", [None, 0, 1, 2])
+@pytest.mark.parametrize("path", [None, *range(len(PATHS))])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 @pytest.mark.parametrize(
     "capacity, live, features, width",
