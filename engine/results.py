@@ -44,7 +44,7 @@ class Classification:
     exit_layers         int32 [N], layers that ran for the row, 1 ... num_layers
     exit_probabilities  fp32 [N], sigmoid of the policy logit at the exit; 1 where the row had to leave (the last layer,
                         its max_depth); nan where the criterion computes no policy
-    stats               RunStats
+    stats               RunStats, of ``tokens``, ``micro_batches`` and ``wall_time_s``
 
     Labels, probabilities and stats are worked out when they are first asked for.
     """

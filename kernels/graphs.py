@@ -44,6 +44,7 @@ __all__ = [
     "no_allocation",
 ]
 
+
 class _Batch(ctypes.Structure):
     """GraphBatch of csrc/include/graph.h."""
 

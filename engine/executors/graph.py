@@ -305,9 +305,9 @@ class GraphExecutor:
 
     def refresh(self) -> None:
         """Read the module's weights again now; graphs are captured anew."""
-        with self._lock:
-            self._recent.clear()
         self.weights.refresh()
+        with self._lock:  # behind whoever has just looked up a program of the old weights
+            self._recent.clear()
         if self._packed is not None:
             self._packed.refresh()
 
