@@ -26,7 +26,8 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p, pointer
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -156,26 +157,20 @@ class Graph:
             given.nbytes,
             results.nbytes,
         )
-        pointer, native = ctypes.pointer(call), self._native["launch_batch"]
-
-        def launch() -> None:
-            if not self._finalizer.alive:
-                raise RuntimeError("launch: the graph is closed")
-            error = native(pointer)
-            if error is not None:
-                raise RuntimeError(f"CUDA: launch: {error.decode()}")
-
-        return launch
+        return partial(self._call, "launch_batch", pointer(call))
 
     def upload(self, stream: torch.cuda.Stream | None = None) -> None:
         """Bring the graph to the device, which the first launch would do otherwise."""
         self._enqueue("upload", stream)
 
     def _enqueue(self, name: str, stream: torch.cuda.Stream | None) -> None:
+        stream = torch.cuda.current_stream(self.device) if stream is None else stream
+        self._call(name, self._executable, stream.cuda_stream)
+
+    def _call(self, name: str, *arguments) -> None:
         if not self._finalizer.alive:
             raise RuntimeError(f"{name}: the graph is closed")
-        stream = torch.cuda.current_stream(self.device) if stream is None else stream
-        error = self._native[name](self._executable, stream.cuda_stream)
+        error = self._native[name](*arguments)
         if error is not None:
             raise RuntimeError(f"CUDA: {name}: {error.decode()}")
 

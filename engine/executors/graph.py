@@ -114,7 +114,7 @@ class _Slot:
 
     def __del__(self) -> None:
         # A batch that nobody waited for may still be on its way into this memory.
-        if self.launch is not None and not self.done.query():
+        if self.launch is not None:
             self.done.synchronize()
 
 
