@@ -137,6 +137,20 @@ def test_hopper_products(hopper, capacity, live, features, width, dtype, path, s
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+def test_gelu_of_the_hopper_kernel_at_every_size_of_number(hopper, dtype):
+    """Through products with the identity, so that sums are the inputs themselves: nothing but GELU and its rounding."""
+    numbers = torch.cat([torch.linspace(-12, 12, 3 * 4096 - 512), torch.logspace(-7, 4, 256), -torch.logspace(-7, 4, 256)])
+    x = numbers.reshape(-1, 64).to("cuda", dtype)
+    out = poisoned(*x.shape, dtype, "cuda")
+    hopper_product(out, x, torch.eye(64, device="cuda", dtype=dtype), None, counts_of(len(x), 0, "cuda"), True, None)
+    exact = F.gelu(x.double())
+    # Half a spacing is rounding; 1.2e-5 is what the approximation may add; below, fp16's spacing is 6e-8.
+    spacing = torch.finfo(dtype).eps * 2.0 ** exact.abs().clamp_min(2.0**-14).log2().floor()
+    assert bool(((out.double() - exact).abs() <= 0.51 * spacing + torch.clamp(0.5 * spacing, max=1.2e-5)).all())
+
+
+@pytest.mark.gpu
 def test_hopper_products_in_column_slices_of_larger_buffers(hopper):
     x, weight, bias = case(90, 96, 128, HALF, "cuda")
     wide_x, wide_out = torch.randn(90, 320, device="cuda").half(), poisoned(90, 256, HALF, "cuda")
