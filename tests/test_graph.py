@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -410,6 +411,22 @@ def test_batches_seen_before_take_a_short_way(gpu, monkeypatch):
     fast.refresh()
     batch, options = cases[-1]
     assert_same(fast.run(batch, **options), oracle.run(batch, **options))
+
+
+@pytest.mark.gpu
+def test_options_of_one_call_are_not_remembered(gpu):
+    model = tiny_model("bert", "none").cuda()
+    fast = engine.from_module(model, executor="graph")
+    fast.executor.weights.watching = False
+    batch = padded(random_rows(6))
+    for _ in range(3):
+        fast.run(batch, criterion="scripted", exit_layers=[1, 2, 3, 1, 2, 3])
+    gc.collect()
+    assert len(fast.executor._recent) == 0
+    for _ in range(3):
+        fast.run(batch, threshold=0.4)
+    gc.collect()
+    assert len(fast.executor._recent) == 1
 
 
 @pytest.mark.gpu

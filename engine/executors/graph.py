@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from engine.models.encoder import MultiExitEncoder
 
 _MAX_PROGRAMS = 64
 _CAPTURES = 5
-_REMEMBERED = 256  # batches whose program is known at once
+_REMEMBERED = 64  # sizes of batches, for each record of options, whose program is known at once
 # Of the device's memory, for the buffers of all programs; beyond it, those used longest ago go.
 _MEMORY_SHARE = 0.25
 
@@ -276,7 +277,8 @@ class GraphExecutor:
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
         self._warm: set[tuple[Capacity, Steps]] = set()  # of those that were made ahead
-        self._recent: dict[tuple, tuple[tuple[Capacity, Steps], _Program]] = {}  # see ``_remember``
+        self._recent: WeakKeyDictionary[ExitOptions, dict[tuple, tuple[tuple[Capacity, Steps], _Program]]]
+        self._recent = WeakKeyDictionary()  # see ``_remember``
         self._forget()
         self._place(model.device)
 
@@ -317,10 +319,11 @@ class GraphExecutor:
 
     def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
-        seen = len(rows), rows.num_tokens, max(rows.lengths), rows.segments is None, options
+        seen = len(rows), rows.num_tokens, max(rows.lengths), rows.segments is None
         with self._lock:
-            if seen in self._recent and not self.weights.watching:
-                key, program = self._recent[seen]
+            known = self._recent.get(options)
+            if known is not None and seen in known and not self.weights.watching:
+                key, program = known[seen]
                 self._programs.move_to_end(key)
                 return program.submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
@@ -330,20 +333,21 @@ class GraphExecutor:
                     weights = self.weights.current()  # what it refuses is the caller's to mend
                     program = self._made(lambda: self._program(weights, rows, options))
                     if program is not None:
-                        self._remember(seen, program)
+                        self._remember(options, seen, program)
                         return program.submit(rows, options, self._stream)
                     problem = self._problem or "other threads allocate while a graph is captured"
         return self._fall_back(problem, rows, options)
 
-    def _remember(self, seen: tuple, program: _Program) -> None:
+    def _remember(self, options: ExitOptions, seen: tuple, program: _Program) -> None:
         """The way of a batch like this one is short from now on, while nobody changes the model: same sizes, same
         options (records that ``OptionsReader`` hands out again), same program, and nothing on the caller's stream to
-        wait for."""
+        wait for. What is known of options made for one call goes with them."""
         if self._stream is None or program.graph is None:
             return
-        if len(self._recent) >= _REMEMBERED:
-            self._recent.clear()
-        self._recent[seen] = next(reversed(self._programs)), program
+        known = self._recent.setdefault(options, {})
+        if len(known) >= _REMEMBERED:
+            known.clear()
+        known[seen] = next(reversed(self._programs)), program
 
     def _trouble(self, options: ExitOptions) -> str | None:
         """Why graphs cannot serve these options, or None; first of all, go where the model has gone."""
