@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import engine
-from engine.criteria import Policy
+from engine.criteria import Policy, make_criterion
 from engine.executors import graph as graph_module
 from engine.executors import graph_pass
 from engine.executors.graph import Capacity, capacity_for
@@ -415,18 +415,19 @@ def test_batches_seen_before_take_a_short_way(gpu, monkeypatch):
 
 @pytest.mark.gpu
 def test_options_of_one_call_are_not_remembered(gpu):
-    model = tiny_model("bert", "none").cuda()
-    fast = engine.from_module(model, executor="graph")
+    fast = engine.from_module(tiny_model("bert", "none").cuda(), executor="graph")
     fast.executor.weights.watching = False
     batch = padded(random_rows(6))
-    for _ in range(3):
+    for _ in range(5):
         fast.run(batch, criterion="scripted", exit_layers=[1, 2, 3, 1, 2, 3])
     gc.collect()
-    assert len(fast.executor._recent) == 0
-    for _ in range(3):
-        fast.run(batch, threshold=0.4)
+    assert len(fast.executor._recent) <= 1  # the last ones, which the program's buffers hold
+    for _ in range(2):
+        fast.run(batch, threshold=0.4)  # another program
     gc.collect()
-    assert len(fast.executor._recent) == 1
+    assert len(fast.executor._recent) in (1, 2)
+    options = fast._options_reader.options(fast.config, 6, make_criterion("policy"), 0.4, None, None, None)
+    assert options in fast.executor._recent
 
 
 @pytest.mark.gpu
