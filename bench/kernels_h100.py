@@ -357,7 +357,8 @@ def exit_ops(m: _Maker) -> list[Op]:
         return {**make(), "normed": m.empty(m.tokens, hidden)}
 
     def make_pooled() -> dict[str, Any]:
-        return {**make_beside(), "pooler": (m.randn(hidden, hidden, scale=hidden**-0.5), m.randn(hidden))}
+        pooler = m.randn(hidden, hidden, scale=hidden**-0.5), m.randn(hidden)
+        return {**make_beside(), "pooler": pooler, "first_normed": m.empty(rows, hidden)}
 
     def read(t, state: Tensor) -> Tensor:
         """Plain torch computes the classes of every row: who leaves is known on the device alone."""
@@ -401,9 +402,14 @@ def exit_ops(m: _Maker) -> list[Op]:
         return t["normed"], t["destinations"].exit_logits
 
     def launch_pooled(t, counts) -> Result:
-        add_layer_norm_rows_(t["normed"], t["x"], t["residual"], t["weight"], t["bias"], _EPS, counts, TOKENS)
-        linear_rows_(t["state"], t["normed"], *t["pooler"], counts, ROWS, "tanh", t["cu"])
-        return t["normed"], launch_state(t, counts)
+        norm = t["weight"], t["bias"], _EPS
+        add_layer_norm_rows_(t["first_normed"], t["x"], t["residual"], *norm, counts, ROWS, t["cu"], t["cu"])
+        linear_rows_(t["state"], t["first_normed"], *t["pooler"], counts, ROWS, "tanh")
+        exit_add_norm_rows_(
+            t["destinations"], t["limits"], t["normed"], t["x"], t["residual"], norm, counts, 3, "policy", t["policy"],
+            t["classifier"], None, t["state"],
+        )  # fmt: skip
+        return t["normed"], t["destinations"].exit_logits
 
     weights = (neurons + classes) * hidden * m.dtype.itemsize
     flops = 2.0 * rows * (neurons + classes) * hidden

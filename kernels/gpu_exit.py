@@ -16,8 +16,9 @@ counts, the row's number and place together, then its first token, then nothing 
 programs of the grid are those of the exit, which take longest, the others norm 8 or 16 rows each. Limited by bytes, 6 H
 a token in 16 bit, until the exit's latency is longer.
 
-A pooler (H x H) would take one program 13.5 us by itself: with one, ``add_layer_norm_rows_`` and
-``linear_rows_(act="tanh")`` make the states, and ``exit_rows_`` takes them.
+A pooler (H x H) would take one program 13.5 us by itself: with one, ``add_layer_norm_rows_`` of the first tokens alone
+and ``linear_rows_(act="tanh")`` make the states, and ``exit_rows_`` or ``exit_add_norm_rows_`` takes them: the norm of
+all tokens, which nobody waits for, then runs beside the exit and not in front of the pooler.
 """
 
 from __future__ import annotations
@@ -168,11 +169,13 @@ def exit_add_norm_rows__ref(
     criterion: str,
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
-    index: Tensor,
+    index: Tensor | None,
+    state: Tensor | None = None,
 ) -> None:
     rows, tokens = counts.tolist()
     normed[:tokens] = add_layer_norm_ref(x[:tokens], residual[:tokens], *norm)
-    _decide(out, limits, normed[index[:rows].long()], layer, criterion, policy, classifier)
+    states = normed[index[:rows].long()] if state is None else state[:rows]
+    _decide(out, limits, states, layer, criterion, policy, classifier)
 
 
 def _decide(out, limits, state, layer, criterion, policy, classifier) -> None:
@@ -302,6 +305,7 @@ def _exit_kernel(
     normed_ptr,
     x_ptr,
     residual_ptr,
+    state_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     eps,
@@ -316,6 +320,7 @@ def _exit_kernel(
     normed_stride,
     x_stride,
     residual_stride,
+    state_stride,
     layer,
     exit_programs,
     H: tl.constexpr,
@@ -341,7 +346,7 @@ def _exit_kernel(
     copies = tl.arange(0, ROWS)
     everywhere = copies >= 0
     # Weights do not depend on the kernel in front: they are on their way while it still runs.
-    if NORM:
+    if NORM or STORE:
         weight = _tiles(norm_weight_ptr, copies, everywhere, 0, H, TILES, BLOCK_K)
         bias = _tiles(norm_bias_ptr, copies, everywhere, 0, H, TILES, BLOCK_K)
     if STORE:
@@ -381,7 +386,7 @@ def _exit_kernel(
         source = tl.load(index_ptr + i)
     if (i >= live) | (source < 0) | (row_id < 0):
         return
-    state = _tiles(x_ptr, source + copies * 0, everywhere, x_stride, H, TILES, BLOCK_K)
+    state = _tiles(state_ptr, source + copies * 0, everywhere, state_stride, H, TILES, BLOCK_K)
     if NORM:
         residual = _tiles(residual_ptr, source + copies * 0, everywhere, residual_stride, H, TILES, BLOCK_K)
     limit = row_id if BY_ROW_ID else i.to(tl.int64)
@@ -555,9 +560,11 @@ def _check_norm(limits: ExitLimits, x: Tensor, residual: Tensor, norm, index: Te
 
 
 def _launch(
-    out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed=None
+    out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed=None, state=None
 ) -> None:
+    """x: what the exit reads, where no state is given beside the norm of all tokens."""
     cap_rows, hidden = limits.row_ids.shape[0], x.shape[1]
+    read = x if state is None else state
     tokens = 0 if normed is None else normed.shape[0]
     if cap_rows + tokens == 0:
         return
@@ -584,6 +591,7 @@ def _launch(
             normed,
             x,
             residual,
+            read,
             norm_weight,
             norm_bias,
             eps,
@@ -597,13 +605,14 @@ def _launch(
             0 if normed is None else normed.stride(0),
             x.stride(0),
             0 if residual is None else residual.stride(0),
+            read.stride(0),
             layer,
             exit_programs,
             H=hidden,
             P=neurons,
             C=classifier[0].shape[0],
             CRITERION=criterion,
-            NORM=norm is not None,
+            NORM=norm is not None and state is None,
             STORE=normed is not None,
             HAS_INDEX=index is not None,
             HAS_MIN=limits.min_depth is not None,
@@ -690,29 +699,39 @@ def exit_add_norm_rows_(
     criterion: str,
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
-    index: Tensor,
+    index: Tensor | None,
+    state: Tensor | None = None,
 ) -> None:
     """``normed[t] = LayerNorm(x[t] + residual[t])`` for t < counts[1], and ``exit_norm_rows_`` beside it: one launch.
+    With ``state``, ``exit_rows_`` beside it.
 
     normed       (cap_tokens, H), dtype of x, last dimension contiguous; rows from counts[1] on are left alone.
                  Overlaps neither x nor residual, of which the exit reads first tokens meanwhile
     x, residual  (cap_tokens or more, H), one dtype, last dimension contiguous
     norm         (weight (H,), bias (H,), eps), fp32 or the dtype of x
     counts       (2,) int32: live rows, live tokens
-    index        (cap_rows or more,) int32, cu_seqlens: where the live rows' first tokens stand
+    index        (cap_rows or more,) int32, cu_seqlens: where the live rows' first tokens stand; None with ``state``
+    state        (cap_rows or more, H), dtype of x, last dimension contiguous, apart from normed: what the exit reads of
+                 each live row, from a pooler. None: the normed first tokens
     The rest as in ``exit_norm_rows_``. Bytes: three rows a live token, the policy, and what rows that leave ask for.
     The exit decides on the numbers that ``normed`` gets, bit for bit.
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)
-    _check_norm(limits, x, residual, norm, index)
+    if (index is None) == (state is None):
+        given = "neither" if index is None else "both"
+        raise ValueError(f"either index (where first tokens stand) or state must be given, got {given}")
     hidden = x.shape[1]
+    if state is not None:
+        check_rows("state", state, x, "x", hidden, limits.row_ids.shape[0])
+        check_apart(normed, "state", state)
+    _check_norm(limits, x, residual, norm, index)
     check_rows("normed", normed, x, "x", hidden)
     for name, rows in (("x", x), ("residual", residual)):
         check_rows(name, rows, x, "x", hidden, normed.shape[0])
         check_apart(normed, name, rows)
     if not runs_kernel(x):
         exit_add_norm_rows__ref(
-            out, limits, normed, x, residual, norm, counts, layer, criterion, policy, classifier, index
+            out, limits, normed, x, residual, norm, counts, layer, criterion, policy, classifier, index, state
         )
         return
-    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed)
+    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed, state)

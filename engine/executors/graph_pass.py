@@ -194,9 +194,8 @@ class Pass:
         counts: Tensor,
         which: int,
         act: str = "none",
-        index: Tensor | None = None,
     ) -> None:
-        linear_rows_(out, x, *linear, counts, which, act, index, workspace=self.arena.workspace)
+        linear_rows_(out, x, *linear, counts, which, act, workspace=self.arena.workspace)
 
     def _attend(self, qkv: PlainLinear, attended: Tensor, now: Live, first_only: bool) -> None:
         a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
@@ -244,14 +243,12 @@ class Pass:
             else:
                 exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, index)
             return
+        add_layer_norm_rows_(self._first, projected, x, *norm, now.counts, ROWS, index, index)
+        self._multiply(self._state, self._first, PlainLinear(*weights.pooler), now.counts, ROWS, "tanh")
         if normed is None:
-            first, first_index = self._first, None
-            add_layer_norm_rows_(first, projected, x, *norm, now.counts, ROWS, index, index)
+            exit_rows_(out, limits, self._state, *decision)
         else:
-            first, first_index = normed, index
-            add_layer_norm_rows_(normed, projected, x, *norm, now.counts, TOKENS)
-        self._multiply(self._state, first, PlainLinear(*weights.pooler), now.counts, ROWS, "tanh", first_index)
-        exit_rows_(out, limits, self._state, *decision)
+            exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, None, self._state)
 
     def _find_survivors(self, now: Live, after: Live) -> None:
         survivors_(

@@ -116,6 +116,9 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         yield f"exit add norm {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
             exits, limits, out, x, other, norm, *r, cu_seqlens
         )
+        yield f"exit add norm, state, {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
+            exits, limits, out, x, other, norm, *r, None, x[:rows]
+        )
     for criterion in ("policy", "scripted"):
         rest = (counts, 3, criterion, policy, classifier)
         yield f"exit state {criterion}", lambda r=rest: gpu_exit.exit_rows_(exits, limits, x[:rows], *r)

@@ -25,7 +25,8 @@ FOREVER = 1 << 20
 class Case:
     """One exit with ``live`` of ``rows`` rows of a batch of ``batch``, and its plain computation.
 
-    norm: False, the state is given; True, the exit takes the norm; "stored", of all tokens, and writes it
+    norm: False, the state is given; True, the exit takes the norm; "stored", of all tokens, and writes it; "beside",
+    the state is given, and the norm of all tokens is written
     """
 
     def __init__(self, way, dtype, *, norm, hidden=40, neurons=20, classes=5, rows=9, live=6, batch=12, weights=None):
@@ -39,6 +40,7 @@ class Case:
         self.tokens = 3 * rows - 2 if live else 0
         self.index = torch.randperm(3 * rows - 2)[: rows + 1].to(torch.int32).to(way.device)
         self.x, self.residual = (randn(3 * rows, hidden) for _ in range(2))
+        self.given = randn(rows, hidden) if norm == "beside" else self.x
         self.normed = torch.full_like(self.x, POISON)
         self.weight, self.bias = randn(hidden, dtype=weights), randn(hidden, dtype=weights)
         self.policy = (
@@ -60,11 +62,15 @@ class Case:
             torch.full((rows,), POISON, device=device),
         )
 
+    @property
+    def stores(self):
+        return self.norm in ("stored", "beside")
+
     def states(self, wide=False):
         """Of the live rows: what an exit reads."""
-        if self.norm:
+        if self.norm in (True, "stored"):
             return self.norms(self.index[: self.live].long(), wide)
-        return self.x[: self.live].double() if wide else self.x[: self.live]
+        return self.given[: self.live].double() if wide else self.given[: self.live]
 
     def norms(self, rows, wide=False):
         x, residual, weight, bias = self.x[rows], self.residual[rows], self.weight, self.bias
@@ -85,12 +91,13 @@ class Case:
 
     def run(self, criterion, limits, layer=LAYER, policy=True):
         way, rest = self.way, (layer, criterion, self.policy if policy else None, self.classifier)
-        tokens = self.tokens if self.norm == "stored" else FOREVER
+        tokens = self.tokens if self.stores else FOREVER
         counts = torch.tensor([self.live, tokens], dtype=torch.int32, device=way.device)
         norm = (self.weight, self.bias, EPS)
-        if self.norm == "stored":
+        if self.stores:
+            places = (self.index,) if self.norm == "stored" else (None, self.given)
             way(exit_add_norm_rows_, exit_add_norm_rows__ref)(
-                self.out, limits, self.normed, self.x, self.residual, norm, counts, *rest, self.index
+                self.out, limits, self.normed, self.x, self.residual, norm, counts, *rest, *places
             )
         elif self.norm:
             way(exit_norm_rows_, exit_norm_rows__ref)(
@@ -139,7 +146,7 @@ class Case:
         assert out.exit_layers[stays].eq(7).all() and out.exit_probs[stays].eq(POISON).all()
         stays[written.cpu()] = False
         assert out.logits[stays].eq(POISON).all()
-        tokens = slice(self.tokens if self.norm == "stored" else 0)
+        tokens = slice(self.tokens if self.stores else 0)
         assert_no_worse(self.normed[tokens], self.norms(tokens), self.norms(tokens, wide=True), floor=2e-6)
         assert self.normed[tokens.stop :].eq(POISON).all()
 
@@ -152,7 +159,9 @@ def middle(z):
     return float((ordered[k] + ordered[k + 1]) / 2)
 
 
-norms = pytest.mark.parametrize("norm", [False, True, "stored"], ids=["state", "norm", "add norm"])
+norms = pytest.mark.parametrize(
+    "norm", [False, True, "stored", "beside"], ids=["state", "norm", "add norm", "state and add norm"]
+)
 
 
 @norms
@@ -238,8 +247,8 @@ def test_programs_that_share_the_classes_of_a_row(way, monkeypatch, programs, cr
 @pytest.mark.parametrize("criterion", ["policy", "confidence"])
 def test_nan_never_leaves_of_its_own_accord(way, norm, criterion):
     case = Case(way, SINGLE, norm=norm, live=3)
-    where = int(case.index[1]) if norm else 1
-    case.x[where, 0] = float("nan")
+    where = int(case.index[1]) if norm in (True, "stored") else 1
+    case.given[where, 0] = float("nan")
     case.run(criterion, case.limits(threshold_logit=[-math.inf] * 3, max_depth=[9, 9, 9]))
     assert case.out.keep.tolist()[:3] == [0, 1, 0] and bool(case.out.exit_logits[1].isnan())
     case.run(criterion, case.limits(threshold_logit=[-math.inf] * 3, max_depth=[9, 3, 9]))
@@ -397,3 +406,11 @@ def test_messages_of_the_stored_norm():
         exit_add_norm_rows_(DONE, FREE, X.clone(), X[:3], X, *rest)
     with pytest.raises(ValueError, match=r"index must have shape \[4 or more\], got \[3\]"):
         exit_add_norm_rows_(DONE, FREE, X.clone(), X, X, *rest[:-1], IDS[:3])
+    for places, given in (((IDS, X), "both"), ((None,), "neither")):
+        with pytest.raises(ValueError, match=f"either index .* or state must be given, got {given}"):
+            exit_add_norm_rows_(DONE, FREE, X.clone(), X, X, *rest[:-1], *places)
+    with pytest.raises(ValueError, match=r"state must have shape \[4 or more, 8\], got \[3, 8\]"):
+        exit_add_norm_rows_(DONE, FREE, X.clone(), X, X, *rest[:-1], None, X[:3])
+    out = X.clone()
+    with pytest.raises(ValueError, match="out must not overlap state in memory"):
+        exit_add_norm_rows_(DONE, FREE, out, X, X, *rest[:-1], None, out)
