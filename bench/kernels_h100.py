@@ -166,33 +166,27 @@ def linear_ops(m: _Maker) -> list[Op]:
         ("up + gelu", m.tokens, 4 * hidden, hidden, "gelu", TOKENS),
         ("down", m.tokens, hidden, 4 * hidden, "none", TOKENS),
         ("first tokens up + gelu", m.rows, 4 * hidden, hidden, "gelu", ROWS),
-        ("pooler, gathered", m.rows, hidden, hidden, "tanh", ROWS),
+        ("pooler", m.rows, hidden, hidden, "tanh", ROWS),
     ]
     ops = []
     for name, rows, features, width, act, which in products:
-        gathered = name == "pooler, gathered"
 
-        def make(rows=rows, features=features, width=width, gathered=gathered) -> dict[str, Any]:
+        def make(rows=rows, features=features, width=width) -> dict[str, Any]:
             return {
                 "out": m.empty(rows, features),
-                "x": m.randn(m.tokens if gathered else rows, width),
+                "x": m.randn(rows, width),
                 "w": m.randn(features, width, scale=width**-0.5),
                 "b": m.randn(features),
-                "index": m.cu_seqlens() if gathered else None,
-                "places": m.cu_seqlens()[:-1].long() if gathered else None,
                 "workspace": product_workspace(m.device),
                 **m.counts(),
             }
 
         def launch(t, counts, which=which, act=act, config=None) -> Tensor:
-            linear_rows_(
-                t["out"], t["x"], t["w"], t["b"], counts, which, act, t["index"], config, t["workspace"]
-            )
+            linear_rows_(t["out"], t["x"], t["w"], t["b"], counts, which, act, config, t["workspace"])
             return t["out"]
 
         def plain(t, act=act) -> Tensor:
-            x = t["x"] if t["places"] is None else t["x"][t["places"]]
-            return linear_math(x, t["w"], t["b"], act)
+            return linear_math(t["x"], t["w"], t["b"], act)
 
         def cublas(t) -> Tensor:
             return torch.addmm(t["b"], t["x"], t["w"].t(), out=t["out"])

@@ -25,7 +25,6 @@ from engine.kernels.gpu_common import (
     check_counts,
     check_float,
     check_rows,
-    check_vector,
     check_weight,
     check_which,
     early,
@@ -133,13 +132,11 @@ def linear_rows__ref(
     counts: Tensor,
     which: int,
     act: str = "none",
-    index: Tensor | None = None,
     config: LinearConfig | None = None,
     workspace: Tensor | None = None,
 ) -> None:
     n = int(counts[which])
-    rows = x[:n] if index is None else x[index[:n].long()]
-    out[:n] = linear_math(rows, weight, bias, act)
+    out[:n] = linear_math(x[:n], weight, bias, act)
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -151,7 +148,6 @@ def _linear_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    index_ptr,
     counts_ptr,
     out_stride,
     x_stride,
@@ -161,7 +157,6 @@ def _linear_kernel(
     WHICH: tl.constexpr,
     ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -187,8 +182,6 @@ def _linear_kernel(
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows and columns beyond the edge repeat the last one (nobody stores them): loads then need no mask for them.
     source = tl.minimum(rows, live - 1)
-    if HAS_INDEX:
-        source = tl.load(index_ptr + source)
     column = tl.minimum(columns, N - 1)
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + source.to(tl.int64)[:, None] * x_stride + inner[None, :]
@@ -226,7 +219,6 @@ def linear_rows_(
     counts: Tensor,
     which: int,
     act: str = "none",
-    index: Tensor | None = None,
     config: LinearConfig | None = None,
     workspace: Tensor | None = None,
 ) -> None:
@@ -239,7 +231,6 @@ def linear_rows_(
     bias    (N,), fp32 or the dtype of out, or None
     counts  (2,) int32: live rows, live tokens, neither above the capacity; which: ROWS (0) or TOKENS (1)
     act     "none", "gelu" (erf form) or "tanh"; acts on the fp32 sum before it is rounded
-    index   (capacity or more,) int32 or None: row i comes from x[index[i]] (cu_seqlens: the rows' first tokens)
     config  a tile of ``configs_for`` for the Triton kernel. None: the Hopper kernel of ``products`` where it serves,
             else the Triton kernel with its default
     workspace  of ``product_workspace``: lets the Hopper kernel share few rows' sums among programs. No two launches
@@ -255,7 +246,7 @@ def linear_rows_(
     capacity, (features, width) = out.shape[0], weight.shape
     check_rows("out", out, out, "out", features)
     check_rows("weight", weight, out, "out", width)
-    check_rows("x", x, out, "out", width, 0 if index is not None else capacity)
+    check_rows("x", x, out, "out", width, capacity)
     check_apart(out, "x", x)
     if bias is not None:
         check_weight("bias", bias, out, "out", features)
@@ -263,14 +254,12 @@ def linear_rows_(
     check_which(which)
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    if index is not None:
-        check_vector("index", index, out, "out", torch.int32, capacity)
     if not runs_kernel(out):
-        linear_rows__ref(out, x, weight, bias, counts, which, act, index)
+        linear_rows__ref(out, x, weight, bias, counts, which, act)
         return
     if capacity == 0 or features == 0:
         return
-    if config is None and index is None and product_problem(out, x, weight, bias, act) is None:
+    if config is None and product_problem(out, x, weight, bias, act) is None:
         hopper_product(out, x, weight, bias, counts[which:], act == "gelu", workspace)
         return
     config = configs_for(capacity, features, width, out.dtype, act)[0] if config is None else config
@@ -281,7 +270,6 @@ def linear_rows_(
             x,
             weight,
             bias,
-            index,
             counts,
             out.stride(0),
             x.stride(0),
@@ -291,7 +279,6 @@ def linear_rows_(
             WHICH=which,
             ACT=act,
             HAS_BIAS=bias is not None,
-            HAS_INDEX=index is not None,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,

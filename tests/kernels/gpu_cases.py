@@ -65,14 +65,13 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
     x, weight, bias = empty(tokens, hidden), empty(hidden), empty(hidden)
     wide, qkv = empty(tokens, 4 * hidden), empty(tokens, 3 * hidden)
 
-    def linear(out_features: int, capacity: int, act: str, index: torch.Tensor | None = None):
-        source = x[:capacity] if index is None else x
-        arguments = (empty(capacity, out_features), source, empty(out_features, hidden), empty(out_features), counts)
-        return lambda: gpu_linear.linear_rows_(*arguments, 0 if index is not None else 1, act, index)
+    def linear(out_features: int, capacity: int, act: str, which: int = 1):
+        out, weight, offset = empty(capacity, out_features), empty(out_features, hidden), empty(out_features)
+        return lambda: gpu_linear.linear_rows_(out, x[:capacity], weight, offset, counts, which, act)
 
     yield "linear qkv", linear(3 * hidden, tokens, "none")
     yield "linear gelu", linear(4 * hidden, tokens, "gelu")
-    yield "linear pooler", linear(hidden, rows, "tanh", cu_seqlens)
+    yield "linear pooler", linear(hidden, rows, "tanh", 0)
     yield "linear small", linear(hidden, 16, "none")
     down = (empty(tokens, hidden), wide, empty(hidden, 4 * hidden), bias, counts, 1)
     yield "linear down", lambda: gpu_linear.linear_rows_(*down)
