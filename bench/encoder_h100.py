@@ -217,7 +217,7 @@ def mix_lengths(lengths: Sequence[int], padded_tokens: int) -> list[int]:
 def mixes_part(session: Session) -> Iterator[Rows]:
     one = subject(session, "bert-base")
     found = json.loads(LENGTHS.read_text())
-    for mix in MIXES:
+    for mix in session.mixes:
         lengths = mix_lengths(found[mix], 200 if session.tiny else 4000)
         batch = random_batch(one.module, lengths, multiple=8)
         yield mix_rows(session, one, batch, _where(session, "mixes", one, batch, mix))
@@ -356,6 +356,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
     parser.add_argument("--batches", nargs="+", type=int, help="rows a batch, where a part has them; 1 8 32 128 512")
     parser.add_argument("--competitors", nargs="+", choices=peers.TITLES, default=list(peers.TITLES))
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES), help="data sets of that part")
     parser.add_argument("--rounds", type=int, default=20, help="measurements of each competitor, by each clock")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which nothing more is compiled")
     parser.add_argument("--minilm-folder", type=Path, help=f"Hugging Face folder; default: {HUB_IDS['minilm']}")
@@ -414,6 +415,7 @@ def make_session(options: argparse.Namespace) -> Session:
         rounds=options.rounds,
         batches=tuple(options.batches),
         competitors=tuple(options.competitors),
+        mixes=tuple(options.mixes),
         budget_s=options.budget,
         folders={"minilm": options.minilm_folder, "mpnet": options.mpnet_folder},
     )

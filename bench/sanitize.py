@@ -146,6 +146,13 @@ def run_graph(device: str) -> None:
         torch.cuda.synchronize()
         graph.launch(stream)
     torch.cuda.synchronize()
+    host_flags, host_x = flags.cpu().pin_memory(), torch.empty(4).pin_memory()
+    done = torch.cuda.Event()
+    launch = graph.batch_launcher(stream, flags, host_flags, x, host_x, done)
+    for values in ([1, 1, 0], [0, 1, 0]):
+        host_flags.copy_(torch.tensor(values, dtype=torch.int32))
+        launch()
+        done.synchronize()
 
 
 RUNS: dict[str, Callable[[str], None]] = {

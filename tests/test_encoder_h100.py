@@ -215,12 +215,14 @@ def test_a_tiny_run_and_a_merge(tmp_path, capsys):
     paths = {name: tmp_path / f"{name}.json" for name in ("full", "rest", "all")}
     few = ["--device", "cpu", "--tiny", "--rounds", "1", "--output"]
     bench.main([*few, str(paths["full"]), "--only", "full", "exits", "--batches", "1", "3"])
-    bench.main([*few, str(paths["rest"]), "--only", "mixes", "mpnet", "sync", "--batches", "2"])
+    rest = "--only", "mixes", "mpnet", "sync", "--batches", "2", "--mixes", "sst2", "rte"
+    bench.main([*few, str(paths["rest"]), *rest])
     merge = ["--merge", str(paths["full"]), str(paths["rest"]), "--output", str(paths["all"])]
     bench.main([*merge, "--plot", str(tmp_path / "times.png")])
     result = json.loads(paths["all"].read_text())
     assert {"machine", "versions", "commit", "date", "rows", "figures"} <= set(result) and len(result["runs"]) == 2
     assert {row["part"] for row in result["rows"]} == {"full", "exits", "mixes", "sync"}
+    assert {row["mix"] for row in result["rows"] if row["part"] == "mixes"} == {"sst2", "rte"}
     measured = [row for row in result["rows"] if "host_s" in row]
     assert not [row for row in result["rows"] if "error" in row]
     assert {row["competitor"] for row in measured} == {OURS, peers.EAGER, peers.NAIVE}
