@@ -18,7 +18,6 @@ from engine.api import Engine
 from engine.backbones import BackboneReference, load_backbone
 from engine.bench import encoder_competitors as peers
 from engine.bench.encoder_competitors import Batch, Competitor
-from engine.bench.encoder_figures import MIXES
 from engine.bench.timer import Timing, interleave
 from engine.criteria import make_criterion
 from engine.executors import ExitOptions
@@ -44,7 +43,7 @@ class Session:
     rounds: int
     batches: tuple[int, ...]
     competitors: tuple[str, ...]
-    mixes: tuple[str, ...] = MIXES
+    mixes: tuple[str, ...]
     budget_s: float = 540.0
     folders: Mapping[str, Path | None] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)

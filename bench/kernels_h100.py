@@ -388,10 +388,10 @@ def exit_ops(m: _Maker) -> list[Op]:
         normed = add_layer_norm_ref(t["x"], t["residual"], t["weight"], t["bias"], _EPS)
         return normed, read(t, linear_math(normed[t["first"]], *t["pooler"], "tanh"))
 
-    def launch_beside(t, counts) -> Result:
+    def launch_beside(t, counts, state: Tensor | None = None) -> Result:
         exit_add_norm_rows_(
             t["destinations"], t["limits"], t["normed"], t["x"], t["residual"], (t["weight"], t["bias"], _EPS), counts,
-            3, "policy", t["policy"], t["classifier"], t["cu"],
+            3, "policy", t["policy"], t["classifier"], t["cu"] if state is None else None, state,
         )  # fmt: skip
         return t["normed"], t["destinations"].exit_logits
 
@@ -399,11 +399,7 @@ def exit_ops(m: _Maker) -> list[Op]:
         norm = t["weight"], t["bias"], _EPS
         add_layer_norm_rows_(t["first_normed"], t["x"], t["residual"], *norm, counts, ROWS, t["cu"], t["cu"])
         linear_rows_(t["state"], t["first_normed"], *t["pooler"], counts, ROWS, "tanh")
-        exit_add_norm_rows_(
-            t["destinations"], t["limits"], t["normed"], t["x"], t["residual"], norm, counts, 3, "policy", t["policy"],
-            t["classifier"], None, t["state"],
-        )  # fmt: skip
-        return t["normed"], t["destinations"].exit_logits
+        return launch_beside(t, counts, t["state"])
 
     weights = (neurons + classes) * hidden * m.dtype.itemsize
     flops = 2.0 * rows * (neurons + classes) * hidden

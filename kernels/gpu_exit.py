@@ -714,7 +714,7 @@ def exit_add_norm_rows_(
     state        (cap_rows or more, H), dtype of x, last dimension contiguous, apart from normed: what the exit reads of
                  each live row, from a pooler. None: the normed first tokens
     The rest as in ``exit_norm_rows_``. Bytes: three rows a live token, the policy, and what rows that leave ask for.
-    The exit decides on the numbers that ``normed`` gets, bit for bit.
+    Without ``state`` the exit decides on the numbers that ``normed`` gets, bit for bit.
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)
     if (index is None) == (state is None):

@@ -234,10 +234,13 @@ def _embed_norm_kernel(
 def _block(capacity: int, hidden: int) -> dict[str, int]:
     """Four rows a program once that leaves several programs a multiprocessor: a warp then has a row to itself. More
     variants are up to a tenth faster alone, add nothing to a pass, and each is compiled at the first load."""
-    rows, warps = (4, 4) if capacity >= 4096 else (1, 4)
-    if rows * hidden > 4096:
-        rows, warps = 1, 4 if hidden <= 4096 else 8
-    return {"BLOCK_ROWS": rows, "BLOCK_H": next_power_of_2(hidden), "num_warps": warps, "num_stages": 1}
+    rows = 4 if capacity >= 4096 and hidden <= 1024 else 1
+    return {
+        "BLOCK_ROWS": rows,
+        "BLOCK_H": next_power_of_2(hidden),
+        "num_warps": 4 if rows * hidden <= 4096 else 8,
+        "num_stages": 1,
+    }
 
 
 def _check_norm(out: Tensor, weight: Tensor, bias: Tensor) -> int:

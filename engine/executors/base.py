@@ -42,6 +42,13 @@ class TokenRows:
         """int64 [N + 1]: row i is ids[cu_seqlens[i] : cu_seqlens[i + 1]]."""
         return np.array([0, *accumulate(self.lengths)])
 
+    def positions(self, first: int) -> np.ndarray:
+        """int64 [tokens]: each token's place in its row, from ``first`` on."""
+        places = np.arange(first, first + self.num_tokens, dtype=np.int64)
+        if len(self) > 1:
+            places -= np.repeat(self.cu_seqlens[:-1], self.lengths)
+        return places
+
     @cached_property
     def segments(self) -> np.ndarray | None:
         """types, None where all are 0."""
@@ -138,9 +145,7 @@ class PackedBatch:
         """rows: one or more. exact: see ``ladder``."""
         n, tokens = len(rows), rows.num_tokens
         cu_seqlens = rows.cu_seqlens.astype(np.int32)
-        positions = np.arange(first_position, first_position + tokens, dtype=np.int64)
-        if n > 1:
-            positions -= np.repeat(cu_seqlens[:-1], rows.lengths)
+        positions = rows.positions(first_position)
         types, size = rows.segments, capacity(n, tokens, exact)
         order = None  # as they stand: so does one row
         if n > 1 or size > tokens:

@@ -87,9 +87,7 @@ class _Slot:
         fields["input_ids"][:tokens] = rows.ids
         if rows.lengths != self._lengths:
             fields["cu_seqlens"][: n + 1] = rows.cu_seqlens
-            positions = fields["positions"][:tokens]
-            positions[:] = np.arange(self._first_position, self._first_position + tokens)
-            positions -= np.repeat(fields["cu_seqlens"][:n], rows.lengths)
+            fields["positions"][:tokens] = rows.positions(self._first_position)
             self._lengths = rows.lengths
         if rows.segments is not None:
             fields["token_type_ids"][:tokens] = rows.segments
