@@ -104,7 +104,7 @@ def run_products(device: str) -> None:
     """The Hopper kernel on every path; elsewhere nothing."""
     if device != "cuda":
         return
-    sizes = ((1, 1, 96, 64), (70, 37, 384, 384), (300, 257, 200, 200), (130, 0, 8, 8))
+    sizes = ((1, 1, 96, 64), (70, 37, 384, 384), (300, 257, 200, 200), (130, 0, 8, 8), (600, 500, 96, 768))
     for dtype in (torch.float16, torch.bfloat16):
         for capacity, live, outputs, inputs in sizes:
             x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (capacity, outputs))
@@ -115,6 +115,9 @@ def run_products(device: str) -> None:
                 for path in range(len(products.PATHS)):
                     for gelu in (False, True):
                         products.hopper_product(out, x, weight, bias, _ints([live], device), gelu, workspace, path)
+            partials = products.product_partials(out)
+            for path in (None, *range(len(products.PATHS))):
+                products.hopper_product(out, x, weight, bias, _ints([live], device), False, None, path, partials)
 
 
 def run_graph(device: str) -> None:

@@ -28,6 +28,7 @@ from engine.kernels.gpu_common import (
     check_weight,
     early,
     jit,
+    loaded_ahead,
     next_power_of_2,
     on_device,
     runs_kernel,
@@ -125,16 +126,15 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    begin(EARLY)
     pid = tl.program_id(0)
     head = tl.program_id(1)
     row = pid // blocks
-    if row >= tl.load(counts_ptr):
-        return
-    start = tl.load(cu_seqlens_ptr + row)
-    length = tl.load(cu_seqlens_ptr + row + 1) - start
+    live = loaded_ahead(counts_ptr)
+    start = loaded_ahead(cu_seqlens_ptr + row)
+    length = loaded_ahead(cu_seqlens_ptr + row + 1) - start
+    begin(EARLY)
     first = (pid % blocks) * BLOCK_M
-    if first >= length:
+    if (row >= live) | (first >= length):
         return
 
     queries = first + tl.arange(0, BLOCK_M)
@@ -197,14 +197,13 @@ def _first_token_kernel(
     BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    begin(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
-    if row >= tl.load(counts_ptr):
-        return
-    start = tl.load(cu_seqlens_ptr + row)
-    length = tl.load(cu_seqlens_ptr + row + 1) - start
-    if length <= 0:
+    live = loaded_ahead(counts_ptr)
+    start = loaded_ahead(cu_seqlens_ptr + row)
+    length = loaded_ahead(cu_seqlens_ptr + row + 1) - start
+    begin(EARLY)
+    if (row >= live) | (length <= 0):
         return
 
     keys = tl.arange(0, BLOCK_N)
@@ -260,7 +259,7 @@ def varlen_attention_(
     out            (cap_tokens, H), written at the live tokens; with first_only (cap_rows, H), row i for the first token
                    of sequence i. fp16, bf16 or fp32, last dimension contiguous; shares no storage with qkv
     qkv            (cap_tokens, 3 H) in the rows layout: queries, keys, values side by side; dtype of out
-    cu_seqlens     (cap_rows + 1,) int32; entries past counts[0] are not read
+    cu_seqlens     (cap_rows + 1,) int32; past counts[0] anything may stand
     counts         (2,) int32: live rows, live tokens
     num_heads      divides H; scale: of the scores
     max_seqlen     host integer that no length exceeds (queries from there on would not be served)

@@ -2,7 +2,9 @@
 
 All of them work on the *rows* layout (``packing.py``) in buffers of a fixed capacity, and none of them lets the host
 know how much of a buffer is live: ``counts`` (2,) int32 on the device is [n_rows, n_tokens]. Grids cover the capacity;
-a program beyond the live count loads that count and returns. Nothing allocates, so every op can be captured in a graph.
+a program beyond the live count loads that count and returns. Kernels start while the one in front of them in the stream
+still ends, so that one may not be what writes counts, cu_seqlens, row ids, limits or weights. Nothing allocates, so
+every op can be captured in a graph.
 
 The kernels serve CUDA tensors, and CPU tensors where ``TRITON_INTERPRET=1`` was set before this module was imported.
 Everywhere else, and where triton is absent, the torch twin beside each op is the implementation. A twin reads its
@@ -84,11 +86,21 @@ def cdiv(a: int, b: int) -> int:
 
 @jit
 def begin(EARLY: tl.constexpr):
-    """With EARLY, wait for the kernel in front, and let the one behind start as soon as there is room. Weights, which
-    nothing in a pass writes, may be loaded ahead of it."""
+    """With EARLY, wait for the kernel in front, and let the one behind start as soon as there is room.
+
+    What the kernel in front does not write may be loaded ahead of it: weights, which nothing in a pass writes, and
+    which rows are live, which some kernel further in front has written (``loaded_ahead``). Every program gets here
+    before it returns or stores anything: so the kernels further in front have ended when one behind starts."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def loaded_ahead(ptr):
+    """An entry that a kernel of the pass wrote, but not the one in front. Past the first level of cache, where the
+    last one may still stand: nobody clears it for a kernel that starts early."""
+    return tl.load(ptr, cache_modifier=".cg")
 
 
 @jit

@@ -9,8 +9,8 @@ The decision stays on the device (``keep`` feeds the compaction), in fp32 and in
 (P x H; 49 KB for 32 x 768 in 16 bit), and the classifier (C x H) only where the row leaves or the criterion reads it.
 Where there are few rows and many classes, several programs decide about the same row, each for itself and with the same
 result, and share its classes. Latency-bound at the 1 to some hundreds of rows it sees, so trips to memory are counted:
-weights, which no kernel of a pass writes, are loaded before the kernel in front is waited for; behind it come the
-counts, the row's number and place together, then its first token, then nothing but its limits.
+weights, which no kernel of a pass writes, the counts, the row's number, its place and its limits are loaded before the
+kernel in front is waited for; behind it comes its first token.
 
 ``exit_add_norm_rows_`` is the residual Add & Norm of all tokens with the exit beside it, in one launch: the first
 programs of the grid are those of the exit, which take longest, the others norm 8 or 16 rows each. Limited by bytes, 6 H
@@ -45,11 +45,13 @@ from engine.kernels.gpu_common import (
     early,
     gelu,
     jit,
+    loaded_ahead,
     next_power_of_2,
     on_device,
     runs_kernel,
     tl,
 )
+from engine.kernels.products import MOST_PARTIALS, PARTIALS_HEADER, check_partials, whole_rows
 
 __all__ = [
     "CRITERIA",
@@ -150,10 +152,11 @@ def exit_norm_rows__ref(
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     n = int(counts[ROWS])
     source = slice(n) if index is None else index[:n].long()
-    state = add_layer_norm_ref(x[source], residual[source], *norm)
+    state = add_layer_norm_ref(whole_rows(x, partials, source), residual[source], *norm).to(x.dtype)
     _decide(out, limits, state, layer, criterion, policy, classifier)
 
 
@@ -171,9 +174,10 @@ def exit_add_norm_rows__ref(
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None,
     state: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     rows, tokens = counts.tolist()
-    normed[:tokens] = add_layer_norm_ref(x[:tokens], residual[:tokens], *norm)
+    normed[:tokens] = add_layer_norm_ref(whole_rows(x, partials, slice(tokens)), residual[:tokens], *norm)
     states = normed[index[:rows].long()] if state is None else state[:rows]
     _decide(out, limits, states, layer, criterion, policy, classifier)
 
@@ -231,9 +235,35 @@ def _tiles(ptr, rows, present, stride, H: tl.constexpr, TILES: tl.constexpr, BLO
 
 
 @jit
+def _whole(
+    x,
+    partials_ptr,
+    partials,
+    rows,
+    present,
+    H: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MOST_PARTIALS: tl.constexpr,
+    HEADER: tl.constexpr,
+):
+    """Tiles of x in fp32, with what stands in ``partials`` sums a row added: then x is zero."""
+    whole = ()
+    starts = tl.expand_dims(partials_ptr + HEADER + rows * (partials * H), -1)
+    for k in tl.static_range(TILES):
+        columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        here = tl.expand_dims(present, -1) & (columns < H)
+        tile = x[k].to(tl.float32)
+        for share in tl.static_range(MOST_PARTIALS):  # all on their way before the first is needed
+            tile += tl.load(starts + share * H + columns, mask=here & (share < partials), other=0.0)
+        whole = whole + (tile,)
+    return whole
+
+
+@jit
 def _normed(x, residual, weight, bias, eps, H: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """LayerNorm(x + residual) in tiles, rounded to the dtype of x, as ``add_layer_norm_rows_`` stores it: all forms of
-    the exit, and every executor, then decide on the same numbers."""
+    """LayerNorm(x + residual) in tiles, rounded to the dtype of the residual, as ``add_layer_norm_rows_`` stores it:
+    all forms of the exit, and every executor, then decide on the same numbers."""
     sums = ()
     for k in tl.static_range(TILES):
         sums = sums + (x[k].to(tl.float32) + residual[k].to(tl.float32),)
@@ -252,7 +282,7 @@ def _normed(x, residual, weight, bias, eps, H: tl.constexpr, TILES: tl.constexpr
     normed = ()
     for k in tl.static_range(TILES):
         y = centred[k] * scale * weight[k].to(tl.float32) + bias[k].to(tl.float32)
-        normed = normed + (y.to(x[k].dtype),)
+        normed = normed + (y.to(residual[k].dtype),)
     return normed
 
 
@@ -306,6 +336,7 @@ def _exit_kernel(
     x_ptr,
     residual_ptr,
     state_ptr,
+    partials_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     eps,
@@ -334,6 +365,8 @@ def _exit_kernel(
     HAS_MAX: tl.constexpr,
     HAS_EXIT_LOGITS: tl.constexpr,
     BY_ROW_ID: tl.constexpr,
+    MOST_PARTIALS: tl.constexpr,
+    HEADER: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -351,18 +384,26 @@ def _exit_kernel(
         bias = _tiles(norm_bias_ptr, copies, everywhere, 0, H, TILES, BLOCK_K)
     if STORE:
         if program >= exit_programs:
+            tokens = loaded_ahead(counts_ptr + 1)
             begin(EARLY)
-            tokens = tl.load(counts_ptr + 1)
+            partials = 0
+            if MOST_PARTIALS:
+                partials = tl.load(partials_ptr).to(tl.int32)
             first_token = (program - exit_programs) * ROWS
             if first_token < tokens:
                 token = first_token + copies
-                added = _tiles(x_ptr, token, token < tokens, x_stride, H, TILES, BLOCK_K)
-                others = _tiles(residual_ptr, token, token < tokens, residual_stride, H, TILES, BLOCK_K)
+                present = token < tokens
+                added = _tiles(x_ptr, token, present & (partials == 0), x_stride, H, TILES, BLOCK_K)
+                others = _tiles(residual_ptr, token, present, residual_stride, H, TILES, BLOCK_K)
+                if MOST_PARTIALS:
+                    added = _whole(
+                        added, partials_ptr, partials, token, present, H, TILES, BLOCK_K, MOST_PARTIALS, HEADER
+                    )
                 stored = _normed(added, others, weight, bias, eps, H, TILES, BLOCK_K)
                 places = tl.expand_dims(normed_ptr + token.to(tl.int64) * normed_stride, 1)
                 for k in tl.static_range(TILES):
                     columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                    here = (token < tokens)[:, None] & (columns < H)[None, :]
+                    here = present[:, None] & (columns < H)[None, :]
                     tl.store(places + columns[None, :], stored[k], mask=here)
             return
     i = program // SPLITS
@@ -377,28 +418,35 @@ def _exit_kernel(
         first_neurons = _tiles(w1_ptr, neurons, neurons < P, H, H, TILES, BLOCK_K)
         first_b1 = tl.load(b1_ptr + neurons, mask=neurons < P, other=0.0)
         first_w2 = tl.load(w2_ptr + neurons, mask=neurons < P, other=0.0)
-    begin(EARLY)
-    # One trip to memory: without the question about the last two, ptxas moves them behind the branch.
-    live = tl.load(counts_ptr)
-    row_id = tl.load(row_ids_ptr + i).to(tl.int64)
+    live = loaded_ahead(counts_ptr)
+    row_id = loaded_ahead(row_ids_ptr + i).to(tl.int64)
     source = i
     if HAS_INDEX:
-        source = tl.load(index_ptr + i)
-    if (i >= live) | (source < 0) | (row_id < 0):
-        return
-    state = _tiles(state_ptr, source + copies * 0, everywhere, state_stride, H, TILES, BLOCK_K)
-    if NORM:
-        residual = _tiles(residual_ptr, source + copies * 0, everywhere, residual_stride, H, TILES, BLOCK_K)
+        source = loaded_ahead(index_ptr + i)
     limit = row_id if BY_ROW_ID else i.to(tl.int64)
     if CRITERION == "scripted":
-        script = tl.load(script_ptr + limit)
+        script = tl.load(script_ptr + limit, mask=i < live, other=0)
     elif CRITERION != "last":
-        threshold = tl.load(threshold_ptr + limit)
+        threshold = tl.load(threshold_ptr + limit, mask=i < live, other=0.0)
     if HAS_MIN:
-        min_depth = tl.load(min_depth_ptr + limit)
+        min_depth = tl.load(min_depth_ptr + limit, mask=i < live, other=0)
     if HAS_MAX:
-        max_depth = tl.load(max_depth_ptr + limit)
+        max_depth = tl.load(max_depth_ptr + limit, mask=i < live, other=0)
+    begin(EARLY)
+    if i >= live:
+        return
+    sums = 0  # of a row
+    if NORM and MOST_PARTIALS:
+        sums = tl.load(partials_ptr).to(tl.int32)
+    whole = everywhere & (sums == 0)
+    state = _tiles(state_ptr, source + copies * 0, whole, state_stride, H, TILES, BLOCK_K)
     if NORM:
+        residual = _tiles(residual_ptr, source + copies * 0, everywhere, residual_stride, H, TILES, BLOCK_K)
+    if NORM:
+        if MOST_PARTIALS:
+            state = _whole(
+                state, partials_ptr, sums, source + copies * 0, everywhere, H, TILES, BLOCK_K, MOST_PARTIALS, HEADER
+            )
         state = _normed(state, residual, weight, bias, eps, H, TILES, BLOCK_K)
 
     logits_ptr += row_id * C
@@ -460,7 +508,7 @@ def _exit_kernel(
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
-# Programs that an H100 holds at once: two of 8 warps at 128 registers a thread (16 bit, H 768) on each of its 132
+# Programs of 8 warps that an H100 holds at once: two at 128 registers a thread (16 bit, H 768) on each of its 132
 # multiprocessors. Programs that share a row decide twice, free only while none has to wait (reckoned, not measured).
 _PROGRAMS = 264
 # Beside blocks of the norm, those wait. Here an extra trip through the classifier, for a row that leaves, is hidden.
@@ -469,22 +517,31 @@ _NUM_WARPS = 8
 
 
 def exit_block(
-    cap_rows: int, hidden: int, neurons: int, classes: int, criterion: str, itemsize: int, beside: bool = False
+    cap_rows: int,
+    hidden: int,
+    neurons: int,
+    classes: int,
+    criterion: str,
+    itemsize: int,
+    beside: bool = False,
+    partials: bool = False,
 ) -> dict[str, int]:
     """Tiles of the kernel, and how many programs share a row's classes (all of them are needed to be confident).
 
     itemsize is that of the widest weight; beside: the grid has blocks of the norm, too. 8 warps hold 32 neurons or
-    classes of up to 96 KB, 96 registers a thread.
+    classes of up to 96 KB, 96 registers a thread. partials: a program may have to add up sums, and a thread has 96
+    numbers of them on their way: with 16 warps the neurons take half as many of its registers.
     """
+    num_warps = 2 * _NUM_WARPS if partials else _NUM_WARPS
     block_k = min(512 // itemsize, max(16, next_power_of_2(hidden)))
     if block_k == 256 and hidden % 256 and hidden % 128 == 0:
         block_k = 128  # 384 = 3 x 128: no half-empty tile
-    rows = 16 if block_k == 128 and itemsize == 2 else 8
+    rows = num_warps * (2 if block_k == 128 and itemsize == 2 else 1)
     most = 32
     while most > rows and most * hidden * itemsize > 96 * 1024:
         most //= 2
     block_c = min(most, max(rows, next_power_of_2(classes)))
-    programs = _PROGRAMS_BESIDE if beside else _PROGRAMS
+    programs = (_PROGRAMS_BESIDE if beside else _PROGRAMS) * _NUM_WARPS // num_warps
     splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, programs // cap_rows))
     return {
         "ROWS": rows,
@@ -493,7 +550,9 @@ def exit_block(
         "BLOCK_P": min(most, max(rows, next_power_of_2(neurons))),
         "BLOCK_C": block_c,
         "SPLITS": splits,
-        "num_warps": _NUM_WARPS,
+        "num_warps": num_warps,
+        # What the multiprocessor has. Left alone, ptxas takes 174 registers for 8 warps, so that one program fits.
+        **({"maxnreg": 128} if partials else {}),
         "num_stages": 1,
     }
 
@@ -549,18 +608,32 @@ def _check(out: ExitDestinations, limits: ExitLimits, x: Tensor, counts, layer, 
     check_weight("b2", b2, x, "the state", 1)
 
 
-def _check_norm(limits: ExitLimits, x: Tensor, residual: Tensor, norm, index: Tensor | None) -> None:
+def _check_norm(limits: ExitLimits, x: Tensor, residual: Tensor, norm, index: Tensor | None, partials) -> None:
     hidden, cap_rows = x.shape[1], limits.row_ids.shape[0]
     for name, rows in (("x", x), ("residual", residual)):
         check_rows(name, rows, x, "x", hidden, cap_rows if index is None else 0)
     check_weight("the norm's weight", norm[0], x, "x", hidden)
     check_weight("the norm's bias", norm[1], x, "x", hidden)
+    check_partials(partials, x, "x")
     if index is not None:
         check_vector("index", index, x, "x", torch.int32, cap_rows)
 
 
 def _launch(
-    out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed=None, state=None
+    out,
+    limits,
+    x,
+    residual,
+    norm,
+    index,
+    counts,
+    layer,
+    criterion,
+    policy,
+    classifier,
+    partials,
+    normed=None,
+    state=None,
 ) -> None:
     """x: what the exit reads, where no state is given beside the norm of all tokens."""
     cap_rows, hidden = limits.row_ids.shape[0], x.shape[1]
@@ -573,7 +646,14 @@ def _launch(
     neurons = 1 if w1 is None else w1.shape[0]
     itemsize = max(t.element_size() for t in (classifier[0], w1, norm_weight, x) if t is not None)
     block = exit_block(
-        max(cap_rows, 1), hidden, neurons, classifier[0].shape[0], criterion, itemsize, normed is not None
+        max(cap_rows, 1),
+        hidden,
+        neurons,
+        classifier[0].shape[0],
+        criterion,
+        itemsize,
+        normed is not None,
+        partials is not None,
     )
     exit_programs = cap_rows * block["SPLITS"]
     with on_device(x):
@@ -592,6 +672,7 @@ def _launch(
             x,
             residual,
             read,
+            partials,
             norm_weight,
             norm_bias,
             eps,
@@ -619,6 +700,8 @@ def _launch(
             HAS_MAX=limits.max_depth is not None,
             HAS_EXIT_LOGITS=out.exit_logits is not None,
             BY_ROW_ID=limits.by_row_id,
+            MOST_PARTIALS=0 if partials is None else MOST_PARTIALS,
+            HEADER=PARTIALS_HEADER,
             **block,
             **early(x),
         )
@@ -646,7 +729,7 @@ def exit_rows_(
     policy      (w1 (P, H), b1 (P,), w2 (1, P), b2 (1,)), each fp32 or the dtype of state, contiguous; unused with
                 "confidence" and "last", where it may be None
     classifier  (weight (C, H), bias (C,)), the same
-    The kernel in front may not be one that writes policy, classifier or norm: they may be read before it has ended.
+    The kernel in front may not be one that writes weights, counts or limits: they may be read before it has ended.
     Everything is computed in fp32 from the state as stored. A row's result does not depend on the other rows.
     """
     _check(out, limits, state, counts, layer, criterion, policy, classifier)
@@ -655,7 +738,7 @@ def exit_rows_(
     if not runs_kernel(state):
         exit_rows__ref(out, limits, state, counts, layer, criterion, policy, classifier)
         return
-    _launch(out, limits, state, None, None, None, counts, layer, criterion, policy, classifier)
+    _launch(out, limits, state, None, None, None, counts, layer, criterion, policy, classifier, None)
 
 
 def exit_norm_rows_(
@@ -670,6 +753,7 @@ def exit_norm_rows_(
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     """``exit_rows_`` on LayerNorm(x + residual) of each live row's first token, where there is no pooler.
 
@@ -677,14 +761,18 @@ def exit_norm_rows_(
     norm         (weight (H,), bias (H,), eps), fp32 or the dtype of x
     index        (cap_rows or more,) int32 or None: row i reads x[index[i]] and residual[index[i]] (cu_seqlens: first
                  tokens of the rows layout); None: both are compact, row i reads row i
+    partials     what the product that made x was given, or None: rows of x are taken from there where they are left as
+                 sums
     The norm is not stored: ``add_layer_norm_compact_`` computes it again for the tokens that stay.
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)
-    _check_norm(limits, x, residual, norm, index)
+    _check_norm(limits, x, residual, norm, index, partials)
     if not runs_kernel(x):
-        exit_norm_rows__ref(out, limits, x, residual, norm, counts, layer, criterion, policy, classifier, index)
+        exit_norm_rows__ref(
+            out, limits, x, residual, norm, counts, layer, criterion, policy, classifier, index, partials
+        )
         return
-    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier)
+    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, partials)
 
 
 def exit_add_norm_rows_(
@@ -701,6 +789,7 @@ def exit_add_norm_rows_(
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None,
     state: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     """``normed[t] = LayerNorm(x[t] + residual[t])`` for t < counts[1], and ``exit_norm_rows_`` beside it: one launch.
     With ``state``, ``exit_rows_`` beside it.
@@ -713,6 +802,7 @@ def exit_add_norm_rows_(
     index        (cap_rows or more,) int32, cu_seqlens: where the live rows' first tokens stand; None with ``state``
     state        (cap_rows or more, H), dtype of x, last dimension contiguous, apart from normed: what the exit reads of
                  each live row, from a pooler. None: the normed first tokens
+    partials     as in ``exit_norm_rows_``
     The rest as in ``exit_norm_rows_``. Bytes: three rows a live token, the policy, and what rows that leave ask for.
     Without ``state`` the exit decides on the numbers that ``normed`` gets, bit for bit.
     """
@@ -724,14 +814,16 @@ def exit_add_norm_rows_(
     if state is not None:
         check_rows("state", state, x, "x", hidden, limits.row_ids.shape[0])
         check_apart(normed, "state", state)
-    _check_norm(limits, x, residual, norm, index)
+    _check_norm(limits, x, residual, norm, index, partials)
     check_rows("normed", normed, x, "x", hidden)
     for name, rows in (("x", x), ("residual", residual)):
         check_rows(name, rows, x, "x", hidden, normed.shape[0])
         check_apart(normed, name, rows)
     if not runs_kernel(x):
         exit_add_norm_rows__ref(
-            out, limits, normed, x, residual, norm, counts, layer, criterion, policy, classifier, index, state
+            out, limits, normed, x, residual, norm, counts, layer, criterion, policy, classifier, index, state, partials
         )
         return
-    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, normed, state)
+    _launch(
+        out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, partials, normed, state
+    )

@@ -30,12 +30,13 @@ from engine.kernels.gpu_common import (
     early,
     gelu,
     jit,
+    loaded_ahead,
     on_device,
     runs_kernel,
     tanh,
     tl,
 )
-from engine.kernels.products import hopper_product, product_problem
+from engine.kernels.products import check_partials, hopper_product, product_problem
 
 __all__ = ["ACTIVATIONS", "LinearConfig", "ROWS", "TOKENS", "configs_for", "linear_rows_", "linear_rows__ref"]
 
@@ -134,8 +135,11 @@ def linear_rows__ref(
     act: str = "none",
     config: LinearConfig | None = None,
     workspace: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     n = int(counts[which])
+    if partials is not None:
+        partials[0] = 0
     out[:n] = linear_math(x[:n], weight, bias, act)
 
 
@@ -163,9 +167,9 @@ def _linear_kernel(
     GROUP_M: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    live = loaded_ahead(counts_ptr + WHICH)
     begin(EARLY)
     pid = tl.program_id(0)
-    live = tl.load(counts_ptr + WHICH)
     blocks_m = tl.cdiv(live, BLOCK_M)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     # The order below counts live blocks alone, so the idle programs are the last ones of the grid.
@@ -221,6 +225,7 @@ def linear_rows_(
     act: str = "none",
     config: LinearConfig | None = None,
     workspace: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     """``out[:n] = act(x[:n] @ weight^T + bias)`` with n = counts[which]; rows of out from n on are left alone.
 
@@ -235,6 +240,8 @@ def linear_rows_(
             else the Triton kernel with its default
     workspace  of ``product_workspace``: lets the Hopper kernel share few rows' sums among programs. No two launches
             that may run at once may have the same
+    partials  of ``product_partials``: with few live rows the Hopper kernel leaves partial sums there and nothing in
+            out; whoever reads the result is given the same partials and adds them up. Without an activation only
     Sums are in fp32, fp32 products exact (no TF32). A row's result does not depend on the values of the other rows; on
     their number only by the order of a sum, where the Hopper kernel shares it.
     """
@@ -254,14 +261,19 @@ def linear_rows_(
     check_which(which)
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    check_partials(partials, out, "out")
+    if partials is not None and act != "none":
+        raise ValueError(f"partials have no activation: act must be none beside them, got {act!r}")
     if not runs_kernel(out):
-        linear_rows__ref(out, x, weight, bias, counts, which, act)
+        linear_rows__ref(out, x, weight, bias, counts, which, act, partials=partials)
         return
     if capacity == 0 or features == 0:
         return
     if config is None and product_problem(out, x, weight, bias, act) is None:
-        hopper_product(out, x, weight, bias, counts[which:], act == "gelu", workspace)
+        hopper_product(out, x, weight, bias, counts[which:], act == "gelu", workspace, partials=partials)
         return
+    if partials is not None:  # this kernel has none, the one before it may have left some
+        partials[:1].zero_()
     config = configs_for(capacity, features, width, out.dtype, act)[0] if config is None else config
     grid = (cdiv(capacity, config.block_m) * cdiv(features, config.block_n),)
     with on_device(out):

@@ -4,6 +4,7 @@ Limited by bytes: two rows in (three for embeddings, from tables that L2 mostly 
 bit. A program holds one to four whole rows in registers, so mean and variance (two passes over registers) cost no
 further reads. H up to 8 192; meant for 384, 768 and 1 024. ``add_layer_norm_compact_`` writes every surviving token
 straight to its place after an exit: the compaction costs no pass of its own, and what leaves is not even loaded.
+What a product has left as partial sums (``products``) is added up here: up to four fp32 rows in for one of 16 bit.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from engine.kernels.gpu_common import (
     check_which,
     early,
     jit,
+    loaded_ahead,
     next_power_of_2,
     on_device,
     runs_kernel,
     tl,
 )
+from engine.kernels.products import MOST_PARTIALS, PARTIALS_HEADER, check_partials, whole_rows
 
 __all__ = [
     "ROWS",
@@ -82,9 +85,10 @@ def add_layer_norm_rows__ref(
     which: int,
     residual_index: Tensor | None = None,
     x_index: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     n = int(counts[which])
-    rows = x[:n] if x_index is None else x[x_index[:n].long()]
+    rows = whole_rows(x, partials, slice(n) if x_index is None else x_index[:n].long())
     others = residual[:n] if residual_index is None else residual[residual_index[:n].long()]
     out[:n] = add_layer_norm_ref(rows, others, weight, bias, eps)
 
@@ -98,26 +102,25 @@ def add_layer_norm_compact__ref(
     eps: float,
     counts_before: Tensor,
     token_dest: Tensor,
+    partials: Tensor | None = None,
 ) -> None:
     dest = token_dest[: int(counts_before[TOKENS])].long()
     stay = (dest >= 0).nonzero().squeeze(1)
-    out[dest[stay]] = add_layer_norm_ref(x[stay], residual[stay], weight, bias, eps)
+    out[dest[stay]] = add_layer_norm_ref(whole_rows(x, partials, stay), residual[stay], weight, bias, eps).to(out.dtype)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @jit
-def _normalised(x, columns, weight_ptr, bias_ptr, eps, H: tl.constexpr):
+def _normalised(x, columns, weight, bias, eps, H: tl.constexpr):
     """x [rows, BLOCK_H] fp32, zeros from column H on."""
     in_row = columns < H
     mean = tl.sum(x, axis=1) / H
     centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / H
     scale = 1.0 / tl.sqrt(variance + eps)
-    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    return centred * scale[:, None] * weight[None, :] + bias[None, :]
+    return centred * scale[:, None] * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
 
 
 @jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -131,6 +134,7 @@ def _add_norm_kernel(
     x_index_ptr,
     residual_index_ptr,
     dest_ptr,
+    partials_ptr,
     eps,
     out_stride,
     x_stride,
@@ -140,15 +144,23 @@ def _add_norm_kernel(
     HAS_X_INDEX: tl.constexpr,
     HAS_RESIDUAL_INDEX: tl.constexpr,
     HAS_DEST: tl.constexpr,
+    MOST_PARTIALS: tl.constexpr,
+    HEADER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    live = loaded_ahead(counts_ptr + WHICH)
+    columns = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < H, other=0.0)
     begin(EARLY)
     first = tl.program_id(0) * BLOCK_ROWS
-    live = tl.load(counts_ptr + WHICH)
     if first >= live:
         return
+    partials = 0  # sums of a row
+    if MOST_PARTIALS:
+        partials = tl.load(partials_ptr).to(tl.int32)
     rows = first + tl.arange(0, BLOCK_ROWS)
     present = rows < live
     dest = rows
@@ -161,13 +173,17 @@ def _add_norm_kernel(
     residual_rows = rows
     if HAS_RESIDUAL_INDEX:
         residual_rows = tl.load(residual_index_ptr + rows, mask=present, other=0)
-    columns = tl.arange(0, BLOCK_H)
     here = present[:, None] & (columns < H)[None, :]
-    x = tl.load(x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :], mask=here, other=0.0)
+    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    x = tl.load(x_ptrs, mask=here & (partials == 0), other=0.0).to(tl.float32)
     residual = tl.load(
         residual_ptr + residual_rows.to(tl.int64)[:, None] * residual_stride + columns[None, :], mask=here, other=0.0
     )
-    y = _normalised(x.to(tl.float32) + residual.to(tl.float32), columns, weight_ptr, bias_ptr, eps, H)
+    if MOST_PARTIALS:
+        sums = partials_ptr + HEADER + (x_rows * partials * H)[:, None] + columns[None, :]
+        for share in tl.static_range(MOST_PARTIALS):
+            x += tl.load(sums + share * H, mask=here & (share < partials), other=0.0)
+    y = _normalised(x + residual.to(tl.float32), columns, weight, bias, eps, H)
     out_ptrs = out_ptr + dest.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=here)
 
@@ -203,14 +219,16 @@ def _embed_norm_kernel(
     BLOCK_H: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    live = loaded_ahead(counts_ptr + 1)
+    columns = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < H, other=0.0)
     begin(EARLY)
     first = tl.program_id(0) * BLOCK_ROWS
-    live = tl.load(counts_ptr + 1)
     if first >= live:
         return
     rows = first + tl.arange(0, BLOCK_ROWS)
     present = rows < live
-    columns = tl.arange(0, BLOCK_H)
     here = present[:, None] & (columns < H)[None, :]
     ids = tl.load(ids_ptr + rows, mask=present, other=0)
     total = _embedding(word_ptr, ids, n_word, columns, here, H)
@@ -223,7 +241,7 @@ def _embed_norm_kernel(
         else:
             one = tl.load(token_type_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
             total += tl.where(here, one[None, :], 0.0)
-    y = _normalised(total, columns, weight_ptr, bias_ptr, eps, H)
+    y = _normalised(total, columns, weight, bias, eps, H)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=here)
 
@@ -231,15 +249,19 @@ def _embed_norm_kernel(
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
-def _block(capacity: int, hidden: int) -> dict[str, int]:
+def _block(capacity: int, hidden: int, partials: bool = False) -> dict[str, int]:
     """Four rows a program once that leaves several programs a multiprocessor: a warp then has a row to itself. More
-    variants are up to a tenth faster alone, add nothing to a pass, and each is compiled at the first load."""
+    variants are up to a tenth faster alone, add nothing to a pass, and each is compiled at the first load.
+
+    partials: told of a limit, ptxas uses it to have all of a row's sums on their way at once. Left alone, it takes 32
+    registers and makes three trips to L2."""
     rows = 4 if capacity >= 4096 and hidden <= 1024 else 1
     return {
         "BLOCK_ROWS": rows,
         "BLOCK_H": next_power_of_2(hidden),
         "num_warps": 4 if rows * hidden <= 4096 else 8,
         "num_stages": 1,
+        **({"maxnreg": 64 if rows == 1 else 80} if partials else {}),
     }
 
 
@@ -322,8 +344,10 @@ def embed_layer_norm_rows_(
         )
 
 
-def _launch_add_norm(out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, dest):
-    block = _block(capacity, out.shape[1])
+def _launch_add_norm(
+    out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, dest, partials
+):
+    block = _block(capacity, out.shape[1], partials is not None)
     with on_device(out):
         _add_norm_kernel[(cdiv(capacity, block["BLOCK_ROWS"]),)](
             out,
@@ -335,6 +359,7 @@ def _launch_add_norm(out, x, residual, weight, bias, eps, counts, which, capacit
             x_index,
             residual_index,
             dest,
+            partials,
             eps,
             out.stride(0),
             x.stride(0),
@@ -344,6 +369,8 @@ def _launch_add_norm(out, x, residual, weight, bias, eps, counts, which, capacit
             HAS_X_INDEX=x_index is not None,
             HAS_RESIDUAL_INDEX=residual_index is not None,
             HAS_DEST=dest is not None,
+            MOST_PARTIALS=0 if partials is None else MOST_PARTIALS,
+            HEADER=PARTIALS_HEADER,
             **block,
             **early(out),
         )
@@ -360,6 +387,7 @@ def add_layer_norm_rows_(
     which: int,
     residual_index: Tensor | None = None,
     x_index: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     """``out[:n] = LayerNorm(x[:n] + residual[:n])`` with n = counts[which]; rows of out from n on are left alone.
 
@@ -371,6 +399,8 @@ def add_layer_norm_rows_(
     residual_index  (capacity or more,) int32 or None: row i takes residual[residual_index[i]] (cu_seqlens: first
                     tokens)
     x_index         the same for x
+    partials        what the product that made x was given, or None: rows of x are taken from there where they are left
+                    as sums
     Sum and norm are in fp32.
     """
     hidden = _check_norm(out, weight, bias)
@@ -382,10 +412,15 @@ def add_layer_norm_rows_(
             check_apart(out, name, rows)
     check_counts("counts", counts, out, "out")
     check_which(which)
+    check_partials(partials, out, "out")
     if not runs_kernel(out):
-        add_layer_norm_rows__ref(out, x, residual, weight, bias, eps, counts, which, residual_index, x_index)
+        add_layer_norm_rows__ref(
+            out, x, residual, weight, bias, eps, counts, which, residual_index, x_index, partials
+        )
     elif capacity:
-        _launch_add_norm(out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, None)
+        _launch_add_norm(
+            out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, None, partials
+        )
 
 
 def add_layer_norm_compact_(
@@ -397,6 +432,7 @@ def add_layer_norm_compact_(
     eps: float,
     counts_before: Tensor,
     token_dest: Tensor,
+    partials: Tensor | None = None,
 ) -> None:
     """``out[token_dest[t]] = LayerNorm(x[t] + residual[t])`` for the tokens t < counts_before[1] that stay.
 
@@ -407,6 +443,7 @@ def add_layer_norm_compact_(
     counts_before  (2,) int32: live rows and tokens *before* the exit
     token_dest     (cap_tokens or more,) int32: a row of out, each at most once, or -1 for a token that leaves: it is
                    not loaded
+    partials       as in ``add_layer_norm_rows_``
     Sum and norm are in fp32.
     """
     hidden = _check_norm(out, weight, bias)
@@ -417,9 +454,10 @@ def add_layer_norm_compact_(
     check_counts("counts_before", counts_before, out, "out")
     check_apart(out, "x", x)
     check_apart(out, "residual", residual)
+    check_partials(partials, out, "out")
     if not runs_kernel(out):
-        add_layer_norm_compact__ref(out, x, residual, weight, bias, eps, counts_before, token_dest)
+        add_layer_norm_compact__ref(out, x, residual, weight, bias, eps, counts_before, token_dest, partials)
     elif capacity:
         _launch_add_norm(
-            out, x, residual, weight, bias, eps, counts_before, TOKENS, capacity, None, None, token_dest
+            out, x, residual, weight, bias, eps, counts_before, TOKENS, capacity, None, None, token_dest, partials
         )

@@ -1,6 +1,9 @@
 """Products of a captured pass on Hopper: ``csrc/cuda/product_sm90a.cu``, reached through ctypes as graphs are.
 
 ``linear_rows_`` calls it where it serves, and its own Triton kernel everywhere else.
+
+With few rows the kernel shares a sum among programs. What reads the result next can add the partial sums up itself,
+which spares the programs their wait for each other: ``product_partials`` is where they stand (csrc/include/product.h).
 """
 
 from __future__ import annotations
@@ -14,10 +17,23 @@ from torch import Tensor
 
 from engine.kernels import extension
 
-__all__ = ["PATHS", "hopper_product", "product_problem", "product_workspace"]
+__all__ = [
+    "MOST_PARTIALS",
+    "PARTIALS_HEADER",
+    "PATHS",
+    "check_partials",
+    "hopper_product",
+    "product_partials",
+    "product_problem",
+    "product_workspace",
+    "whole_rows",
+]
 
-# Tiles of the kernel: rows x outputs. That of 64 rows may share a tile's sums among programs.
+# Tiles of the kernel: rows x outputs. Without partial sums, that of 64 rows alone is shared among programs.
 PATHS = ((128, 192), (128, 96), (64, 48), (128, 48))
+
+MOST_PARTIALS = 4  # sums of a row
+PARTIALS_HEADER = 64  # numbers in front of them; the first one says how many sums a row has
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -26,7 +42,7 @@ class _Call(ctypes.Structure):
     """ProductCall of csrc/include/product.h."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "weight", "bias", "out", "count", "workspace", "stream")),
+        *((name, c_void_p) for name in ("x", "weight", "bias", "out", "count", "workspace", "partials", "stream")),
         *((name, c_int64) for name in ("rows", "capacity", "inputs", "outputs")),
         *((name, c_int64) for name in ("x_stride", "weight_stride", "out_stride")),
         *((name, c_int32) for name in ("bfloat16", "bias_fp32", "gelu", "path")),
@@ -36,7 +52,8 @@ class _Call(ctypes.Structure):
 @lru_cache
 def _native() -> dict | str:
     """The functions of product.h by their short names, or why there are none."""
-    prototypes = {"": (ctypes.c_char_p, [ctypes.POINTER(_Call)]), "_workspace": (c_int64, [])}
+    sizes = {"_workspace": (c_int64, []), "_partials": (c_int64, [])}
+    prototypes = {"": (ctypes.c_char_p, [ctypes.POINTER(_Call)]), **sizes}
     return extension.c_functions("product", prototypes)
 
 
@@ -74,6 +91,38 @@ def product_workspace(device: torch.device | str) -> Tensor | None:
     return torch.zeros(native["_workspace"](), dtype=torch.uint8, device=device)
 
 
+def product_partials(like: Tensor) -> Tensor | None:
+    """fp32, where one product at a time leaves its partial sums until its reader has added them up; None where no
+    kernel multiplies operands of the dtype and on the device of ``like``."""
+    if like.dtype not in _HALVES or not like.is_cuda or _device_problem(like.get_device()) is not None:
+        return None
+    return torch.zeros(_native()["_partials"](), device=like.device)
+
+
+def check_partials(partials: Tensor | None, like: Tensor, like_name: str) -> None:
+    if partials is None:
+        return
+    if partials.dtype != torch.float32 or partials.dim() != 1 or not partials.is_contiguous():
+        raise ValueError(
+            f"partials must be contiguous float32 of one dimension, got {partials.dtype} {list(partials.shape)}: use "
+            "product_partials"
+        )
+    if partials.device != like.device:
+        raise ValueError(f"partials must be on the device of {like_name} ({like.device}), got {partials.device}")
+
+
+def whole_rows(x: Tensor, partials: Tensor | None, rows: slice | Tensor) -> Tensor:
+    """``x[rows]`` as a product left it: its partial sums added up, in fp32, where there are some. rows: a slice with
+    an end, or an index. Reads the number of sums on the host."""
+    shares = 0 if partials is None else int(partials[0])
+    if shares == 0:
+        return x[rows]
+    width = x.shape[1]
+    there = (partials.shape[0] - PARTIALS_HEADER) // (shares * width)
+    sums = partials[PARTIALS_HEADER:][: there * shares * width].view(there, shares, width)
+    return sums[rows].sum(1)
+
+
 def hopper_product(
     out: Tensor,
     x: Tensor,
@@ -83,9 +132,11 @@ def hopper_product(
     gelu: bool,
     workspace: Tensor | None,
     path: int | None = None,
+    partials: Tensor | None = None,
 ) -> None:
     """``linear_rows_`` with n = count[0], checked operands, on the current stream. path: a tile of PATHS; None: chosen
-    on the device, by the live count. Sums are shared among programs only where a workspace is given."""
+    on the device, by the live count. Sums are shared among programs where there are partials to leave them in, else
+    where a workspace is given."""
     call = _Call(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
@@ -93,6 +144,7 @@ def hopper_product(
         out=out.data_ptr(),
         count=count.data_ptr(),
         workspace=None if workspace is None else workspace.data_ptr(),
+        partials=None if partials is None else partials.data_ptr(),
         stream=torch.cuda.current_stream(out.device).cuda_stream,
         rows=x.shape[0],
         capacity=out.shape[0],

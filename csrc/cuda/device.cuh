@@ -25,7 +25,10 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 // Programmatic dependent launch: a kernel may start while the one in front of it in the stream ends. Such a kernel calls
-// this before it reads anything, and lets the one behind start as soon as there is room. Nothing on older devices.
+// this before it reads anything that the one in front writes, and lets the one behind start as soon as there is room.
+// Every program calls it, before it returns or writes anything: so whoever starts behind it knows that the kernels
+// further in front have ended, and may read what those wrote at once, past the first level of cache (__ldcg), which
+// nobody has cleared meanwhile. Nothing on older devices.
 __device__ inline void wait_for_kernel_in_front() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

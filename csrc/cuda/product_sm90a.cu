@@ -44,10 +44,10 @@ constexpr int kBoxColumns = 48;     // of W
 constexpr int kRing = 5 * (128 + 192) * kStep * 2;
 constexpr int kSums = 64 * 48 * 4;  // of the second warpgroup, on path 2
 constexpr int kBias = 2 * 192 * 4;  // of two tiles: one is read while the next is written
-constexpr int kBarriers = 2 * 16 * 8;
+constexpr int kBarriers = (2 * 16 + 1) * 8;
 constexpr int kChoices = 128;
 constexpr int kChoiceRows = 64;
-constexpr int kShared = 1024 + kRing + kSums + kBias + kBarriers + 16;
+constexpr int kAround = 1024 + kSums + kBias + kBarriers + 16;  // the ring
 
 struct ProductArgs {
   CUtensorMap x, weight;
@@ -56,6 +56,7 @@ struct ProductArgs {
   const int32_t* count;
   int32_t* arrived;
   float* shares;
+  float* partials;
   int64_t out_stride;
   int32_t inputs, outputs, bias_fp32;
   uint8_t choice[kChoices];  // by the live count in steps of kChoiceRows: the path, and 4 times log2 of the shares
@@ -75,8 +76,12 @@ struct Tile {
 };
 using Tile0 = Tile<128, 192, 5, false>;
 using Tile1 = Tile<128, 96, 7, false>;
-using Tile2 = Tile<64, 48, 14, true>;
+using Tile2 = Tile<64, 48, 12, true>;
 using Tile3 = Tile<128, 48, 9, false>;
+
+// Of a kernel with these paths. Path 2 alone is for few rows: there kernels overlap, and what it leaves is attention's.
+template <int kTiles>
+constexpr int kRingOf = kTiles == 4 ? Tile2::stages * Tile2::bytes : kRing;
 
 // How the work of a launch is cut: items, each a tile and a share of its K.
 struct Plan {
@@ -172,10 +177,38 @@ struct Ring {
   char* data;
   uint64_t* full;
   uint64_t* empty;
+  uint64_t* weights;  // brought ahead
 };
 
 template <class T>
-__device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring) {
+__device__ inline void copy_weight(const ProductArgs& args, char* stage, uint64_t* barrier, int32_t k, int32_t n) {
+#pragma unroll
+  for (int i = 0; i < T::columns / kBoxColumns; ++i) {
+    copy_tile(stage + T::x_bytes + i * kBoxColumns * kStep * 2, &args.weight, barrier, k * kStep,
+              n * T::columns + i * kBoxColumns);
+  }
+}
+
+// The weights of this program's first steps, one ring of them, while the kernel in front still runs. Returns how many.
+template <class T>
+__device__ int32_t bring_weights(const ProductArgs& args, const Plan& plan, const Ring& ring) {
+  int32_t steps = 0;
+  if (blockIdx.x < plan.items) {
+    int32_t m, n;
+    plan.place(blockIdx.x / plan.shares, m, n);
+    const uint32_t share = blockIdx.x % plan.shares;
+    const int32_t first = plan.step_begin(share);
+    steps = min(T::stages, plan.step_begin(share + 1) - first);
+    barrier_expect(ring.weights, steps * (T::bytes - T::x_bytes));
+#pragma unroll 1
+    for (int32_t i = 0; i < steps; ++i) copy_weight<T>(args, ring.data + i * T::bytes, ring.weights, first + i, n);
+  }
+  return steps;
+}
+
+// brought: of the first steps' weights.
+template <class T>
+__device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring, int32_t brought) {
   int stage = 0;
   uint32_t phase = 1;  // a fresh barrier counts as passed
 #pragma unroll 1
@@ -186,17 +219,14 @@ __device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& r
 #pragma unroll 1
     for (int32_t k = plan.step_begin(share); k < plan.step_begin(share + 1); ++k) {
       barrier_wait(ring.empty + stage, phase);
-      barrier_expect(ring.full + stage, T::bytes);
+      const bool weights = brought-- <= 0;
+      barrier_expect(ring.full + stage, weights ? T::bytes : T::x_bytes);
       char* to = ring.data + stage * T::bytes;
 #pragma unroll
       for (int i = 0; i < T::rows / kBoxRows; ++i) {
         copy_tile(to + i * kBoxRows * kStep * 2, &args.x, ring.full + stage, k * kStep, m * T::rows + i * kBoxRows);
       }
-#pragma unroll
-      for (int i = 0; i < T::columns / kBoxColumns; ++i) {
-        copy_tile(to + T::x_bytes + i * kBoxColumns * kStep * 2, &args.weight, ring.full + stage, k * kStep,
-                  n * T::columns + i * kBoxColumns);
-      }
+      if (weights) copy_weight<T>(args, to, ring.full + stage, k, n);
       if (++stage == T::stages) {
         stage = 0;
         phase ^= 1;
@@ -317,6 +347,41 @@ __device__ void store_rows(const ProductArgs& args, float (&sums)[kColumns / 2],
   }
 }
 
+// The share of this program as it is, for whoever reads the result to add up (product.h). `sums` as in `store_rows`;
+// the four lanes of a quad write 32 bytes of a row together.
+template <int kColumns>
+__device__ void store_partial(const ProductArgs& args, const Plan& plan, float (&sums)[kColumns / 2],
+                              const float* biases, int32_t first_row, int32_t first_column, uint32_t share) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, quad = lane % 4;
+  const uint32_t row = first_row + warp * 16 + lane / 4;
+  const bool upper_lives = row < plan.live, lower_lives = row + 8 < plan.live;
+  int32_t column = first_column + 2 * quad;
+  // Rows times outputs fit into 32 bits: all partial sums do (kProductPartials).
+  float* upper = args.partials + kProductHeader + ((row * plan.shares + share) * args.outputs + column);
+  float* lower = upper + 8 * plan.shares * args.outputs;
+  biases += 2 * quad;
+#pragma unroll 1
+  for (int32_t at = 0; at < kColumns; at += 16) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float2 bias = *reinterpret_cast<const float2*>(biases + 8 * i);
+      if (share != 0) bias = {0.f, 0.f};
+      if (column + 8 * i < args.outputs) {
+        if (upper_lives) __stcg(reinterpret_cast<float2*>(upper + 8 * i), {sums[4 * i] + bias.x, sums[4 * i + 1] + bias.y});
+        if (lower_lives) {
+          __stcg(reinterpret_cast<float2*>(lower + 8 * i), {sums[4 * i + 2] + bias.x, sums[4 * i + 3] + bias.y});
+        }
+      }
+    }
+    column += 16;
+    upper += 16;
+    lower += 16;
+    biases += 16;
+#pragma unroll
+    for (int i = 0; i + 8 < kColumns / 2; ++i) sums[i] = sums[i + 8];
+  }
+}
+
 // The share of this program joins the others' of its tile. True for the one that came last: it has the whole sum.
 template <int kSize>
 __device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t item, float (&sums)[kSize], int* last) {
@@ -361,7 +426,7 @@ __device__ bool join_shares(const ProductArgs& args, const Plan& plan, int32_t i
   return true;
 }
 
-template <class T, bool kBfloat16, bool kGelu>
+template <class T, bool kBfloat16, bool kGelu, bool kPartials>
 __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& ring, float* second, float* biases,
                         int* last) {
   const int group = threadIdx.x / kWarpgroup - 1;  // 0 or 1
@@ -370,6 +435,7 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   const bool signals = threadIdx.x % (T::split ? 16 : 32) == 0;
   uint32_t base = 0;  // steps of the tiles before
   bool turned = false;  // to the second set of biases
+  if (blockIdx.x < plan.items) barrier_wait(ring.weights, 0);
 #pragma unroll 1
   for (uint32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     int32_t m, n;
@@ -421,16 +487,23 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
       if (group == 0) {
 #pragma unroll
         for (int i = 0; i < T::columns / 2; ++i) sums[i] += second[i * kWarpgroup + thread];
-        if (plan.shares == 1 || join_shares(args, plan, item, sums, last)) {
-          store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows, plan.live, n * T::columns);
+        const int32_t row = m * T::rows, output = n * T::columns;
+        if (kPartials && plan.shares > 1) {
+          store_partial<T::columns>(args, plan, sums, biases, row, output, share);
+        } else if (kPartials || plan.shares == 1 || join_shares(args, plan, item, sums, last)) {
+          store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, row, plan.live, output);
         }
       }
       named_barrier(2, 2 * kWarpgroup);
     } else {
       // One barrier is enough: who writes these biases again has met the other warpgroup at the next tile's.
       named_barrier(1, 2 * kWarpgroup);
-      store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, m * T::rows + group * kBoxRows, plan.live,
-                                               n * T::columns);
+      const int32_t row = m * T::rows + group * kBoxRows, output = n * T::columns;
+      if (kPartials && plan.shares > 1) {
+        store_partial<T::columns>(args, plan, sums, biases, row, output, share);
+      } else {
+        store_rows<T::columns, kBfloat16, kGelu>(args, sums, biases, row, plan.live, output);
+      }
       biases += turned ? -192 : 192;
       turned = !turned;
     }
@@ -439,20 +512,27 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
 
 #endif  // EE_HOPPER
 
-template <bool kBfloat16, bool kGelu, int kTiles>
+template <bool kBfloat16, bool kGelu, bool kPartials, int kTiles>
 __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __grid_constant__ ProductArgs args) {
 #ifdef EE_HOPPER
   extern __shared__ char memory[];
   // An offset, not a rounded pointer, of which the compiler would no longer know that it is shared memory.
   char* const start = memory + (-shared_address(memory) & 1023);
-  float* const second = reinterpret_cast<float*>(start + kRing);
+  float* const second = reinterpret_cast<float*>(start + kRingOf<kTiles>);
   float* const biases = second + kSums / 4;
   Ring ring;
   ring.data = start;
-  ring.full = reinterpret_cast<uint64_t*>(start + kRing + kSums + kBias);
+  ring.full = reinterpret_cast<uint64_t*>(biases + kBias / 4);
   ring.empty = ring.full + 16;
-  int* const last = reinterpret_cast<int*>(ring.empty + 16);
+  ring.weights = ring.empty + 16;
+  int* const last = reinterpret_cast<int*>(ring.weights + 1);
 
+  // The kernel in front writes neither the count nor weights (product.h), so all that they are enough for comes first.
+  // Past the first level of cache: it may hold what the count was some kernels ago.
+  const int32_t live = __ldcg(args.count);
+  const int32_t choice = args.choice[max(0, min((live - 1) / kChoiceRows, kChoices - 1))], path = choice & 3;
+  const uint32_t shares = 1u << (choice >> 2);
+  int32_t brought = 0;
   if (threadIdx.x == 0) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.weight) : "memory");
@@ -462,20 +542,25 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
       barrier_init(ring.full + i, 1);
       barrier_init(ring.empty + i, 8);
     }
+    barrier_init(ring.weights, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (live > 0) {
+      with_tile<kTiles>(path, [&](auto tile) {
+        using T = decltype(tile);
+        brought = bring_weights<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring);
+      });
+    }
   }
-  // Everything above ran beside the kernel in front, where it allows that; from here on its results are needed.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  const int32_t live = *args.count;
-  if (live <= 0) return;
-  const int32_t choice = args.choice[min((live - 1) / kChoiceRows, kChoices - 1)], path = choice & 3;
-  const uint32_t shares = 1u << (choice >> 2);
   __syncthreads();
+  // From here on the results of the kernel in front are needed.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (live <= 0) return;
+  if (kPartials && blockIdx.x == 0 && threadIdx.x == 0) *args.partials = shares > 1 ? static_cast<float>(shares) : 0.f;
   if (threadIdx.x < kWarpgroup) {
     if (threadIdx.x != 0) return;
     with_tile<kTiles>(path, [&](auto tile) {
       using T = decltype(tile);
-      produce<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring);
+      produce<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring, brought);
     });
     // Only now: what waits on this multiprocessor meanwhile would be in the way.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -483,7 +568,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   }
   with_tile<kTiles>(path, [&](auto tile) {
     using T = decltype(tile);
-    consume<T, kBfloat16, kGelu>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring, second, biases, last);
+    consume<T, kBfloat16, kGelu, kPartials>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring, second, biases, last);
   });
 #endif
 }
@@ -525,51 +610,53 @@ const char* encode_map(CUtensorMap* map, const void* data, int64_t rows, int64_t
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the operand's address, size or stride";
 }
 
-// The tile for a live count, by what it takes in ns: rounds of the device times a tile's time. A step takes what its
-// bytes take at 84 GB/s; the beginning and end of a tile are fitted to measured launches.
+// The tile and the shares for a live count, by what they take in ns: rounds of the device times a tile's time. A step
+// takes what its bytes take at 84 GB/s; the beginning and end of a tile are fitted to measured launches. Partial sums
+// are written and read at some 5 500 bytes a ns, where a 16-bit row would be, too.
+struct Choice {
+  uint32_t path, doublings, cost;
+};
 template <class T>
-uint32_t cost_of(const ProductCall& call, uint32_t live, uint32_t programs, uint32_t shares) {
-  constexpr uint32_t kTile = T::columns == 192 ? 2400 : 1300, kJoin = 2000;
-  const Plan plan = plan_of<T>(live, static_cast<uint32_t>(call.inputs), static_cast<uint32_t>(call.outputs), shares);
-  const uint32_t rounds = (plan.items + programs - 1) / programs;
-  return rounds * (plan.steps / shares * (T::bytes / 84) + kTile + (shares > 1 ? kJoin : 0));
+void consider(Choice& best, const ProductCall& call, uint32_t path, uint32_t live, uint32_t programs) {
+  constexpr uint32_t kTile = T::columns == 192 ? 2400 : 1300, kJoin = 2000, kPartial = 300;
+  const auto inputs = static_cast<uint32_t>(call.inputs), outputs = static_cast<uint32_t>(call.outputs);
+  const bool leaves = call.partials != nullptr, joins = call.workspace != nullptr && T::split;
+  const uint32_t most = leaves ? 2 : joins ? 3 : 0;
+  for (uint32_t doublings = 0; doublings <= most; ++doublings) {
+    const Plan plan = plan_of<T>(live, inputs, outputs, 1u << doublings);
+    if (doublings > 0 && (plan.items > programs || 2 * plan.shares >= plan.steps)) break;
+    const uint32_t rounds = (plan.items + programs - 1) / programs;
+    uint32_t cost = rounds * (plan.steps / plan.shares * (T::bytes / 84) + kTile);
+    if (doublings > 0) cost += leaves ? kPartial + live * outputs / 1375 * (2 * plan.shares - 1) : rounds * kJoin;
+    if (cost < best.cost) best = {path, doublings, cost};
+  }
 }
 uint8_t choose(const ProductCall& call, uint32_t live, uint32_t programs) {
-  const Plan narrow = plan_of<Tile2>(live, static_cast<uint32_t>(call.inputs), static_cast<uint32_t>(call.outputs), 1);
-  uint32_t doublings = 0;  // of the shares
-  if (call.workspace != nullptr) {
-    while (narrow.items << (doublings + 1) <= programs && 4u << doublings < narrow.steps && doublings < 3) ++doublings;
-    const uint32_t shared = cost_of<Tile2>(call, live, programs, 1u << doublings);
-    if (shared >= cost_of<Tile2>(call, live, programs, 1)) doublings = 0;
-  }
-  const uint32_t costs[] = {
-      cost_of<Tile0>(call, live, programs, 1),
-      cost_of<Tile1>(call, live, programs, 1),
-      cost_of<Tile2>(call, live, programs, 1u << doublings),
-      cost_of<Tile3>(call, live, programs, 1),
-  };
-  int path = call.path;
-  if (path < 0) {
-    path = 0;
-    // Many outputs have tiles enough: there path 3 gains too little to be worth its code.
-    for (const int other : {1, 3, 2}) {
-      if ((other != 3 || call.outputs <= 1024) && costs[other] < costs[path]) path = other;
-    }
-  }
-  return static_cast<uint8_t>(path == 2 ? path | doublings << 2 : path);
+  Choice best = {0, 0, ~0u};
+  const auto may = [&](int path) { return call.path < 0 || call.path == path; };
+  if (may(0)) consider<Tile0>(best, call, 0, live, programs);
+  if (may(1)) consider<Tile1>(best, call, 1, live, programs);
+  // Many outputs have tiles enough: there path 3 gains too little to be worth its code.
+  if (call.path == 3 || (may(3) && call.outputs <= 1024)) consider<Tile3>(best, call, 3, live, programs);
+  if (may(2)) consider<Tile2>(best, call, 2, live, programs);
+  return static_cast<uint8_t>(best.path | best.doublings << 2);
 }
 
 // A kernel with the paths that a launch may take and few others: the shorter, the sooner at work.
-template <bool kBfloat16, bool kGelu>
+template <bool kBfloat16, bool kGelu, bool kPartials>
 const char* launch(const ProductArgs& args, unsigned programs, int used, void* stream) {
   const auto within = [&](int tiles) { return (used & ~tiles) == 0; };
-  const auto kernel = within(0b0100)   ? product_kernel<kBfloat16, kGelu, 0b0100>
-                      : within(0b1100) ? product_kernel<kBfloat16, kGelu, 0b1100>
-                      : within(0b0111) ? product_kernel<kBfloat16, kGelu, 0b0111>
-                                       : product_kernel<kBfloat16, kGelu, 0b1111>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return error_text(error);
-  return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
+  const auto launch_one = [&](auto tiles) {
+    const auto kernel = product_kernel<kBfloat16, kGelu, kPartials, decltype(tiles)::value>;
+    constexpr int kShared = kAround + kRingOf<decltype(tiles)::value>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) return error_text(error);
+    return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
+  };
+  if (within(0b0100)) return launch_one(std::integral_constant<int, 0b0100>{});
+  if (within(0b1100)) return launch_one(std::integral_constant<int, 0b1100>{});
+  if (within(0b0111)) return launch_one(std::integral_constant<int, 0b0111>{});
+  return launch_one(std::integral_constant<int, 0b1111>{});
 }
 
 }  // namespace
@@ -578,10 +665,12 @@ const char* launch(const ProductArgs& args, unsigned programs, int used, void* s
 }  // namespace consistentee
 
 int64_t consistentee_product_workspace() { return kProductWorkspace; }
+int64_t consistentee_product_partials() { return kProductPartials; }
 
 const char* consistentee_product(const ProductCall* call) {
   using namespace consistentee::cuda;
   if (call->capacity == 0 || call->outputs == 0) return nullptr;
+  if (call->gelu && call->partials != nullptr) return "partial sums have no activation";
   int device = 0, programs = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&programs, cudaDevAttrMultiProcessorCount, device);
@@ -600,6 +689,7 @@ const char* consistentee_product(const ProductCall* call) {
   args.count = call->count;
   args.arrived = static_cast<int32_t*>(call->workspace);
   args.shares = call->workspace == nullptr ? nullptr : reinterpret_cast<float*>(args.arrived + kProductPrograms);
+  args.partials = call->partials;
   args.out_stride = call->out_stride;
   args.inputs = static_cast<int32_t>(call->inputs);
   args.outputs = static_cast<int32_t>(call->outputs);
@@ -612,10 +702,11 @@ const char* consistentee_product(const ProductCall* call) {
     if (static_cast<int64_t>(i) * kChoiceRows < call->capacity) used |= 1 << (args.choice[i] & 3);
   }
   const unsigned grid = static_cast<unsigned>(programs);
-  if (bfloat16) {
-    return call->gelu ? launch<true, true>(args, grid, used, call->stream)
-                      : launch<true, false>(args, grid, used, call->stream);
-  }
-  return call->gelu ? launch<false, true>(args, grid, used, call->stream)
-                    : launch<false, false>(args, grid, used, call->stream);
+  const auto launch_for = [&](auto brain) {
+    constexpr bool kBrain = decltype(brain)::value;
+    return call->gelu       ? launch<kBrain, true, false>(args, grid, used, call->stream)
+           : call->partials ? launch<kBrain, false, true>(args, grid, used, call->stream)
+                            : launch<kBrain, false, false>(args, grid, used, call->stream);
+  };
+  return bfloat16 ? launch_for(std::true_type{}) : launch_for(std::false_type{});
 }

@@ -104,9 +104,10 @@ __device__ void move_state(const SurvivorsArgs& args, const RowState& state, int
 
 __global__ void __launch_bounds__(kThreads) mark_survivors_kernel(const __grid_constant__ SurvivorsArgs args,
                                                                   int64_t token_blocks) {
+  // The kernel in front, an exit, writes `keep` and no counts.
+  const int32_t rows = live_count(__ldcg(args.counts), args.cap_rows);
+  const int32_t tokens = live_count(__ldcg(args.counts + 1), args.cap_tokens);
   wait_for_kernel_in_front();
-  const int32_t rows = live_count(args.counts[0], args.cap_rows);
-  const int32_t tokens = live_count(args.counts[1], args.cap_tokens);
   const int64_t block = blockIdx.x;
   if (block < token_blocks) {
     place_tokens(args, block, rows, tokens);

@@ -23,7 +23,7 @@ from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.gpu_exit import ExitDestinations, ExitLimits, exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import linear_rows_
 from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
-from engine.kernels.products import product_workspace
+from engine.kernels.products import product_partials, product_workspace
 from engine.kernels.survivors import survivors_
 
 # Largest capacity at which tokens move with a delay. At every exit that saves the exit's own launch, 5 us of an H100. A
@@ -76,7 +76,7 @@ class Arena:
         self.tokens = tokens
         self.hidden, self.attended, self.x, self.projected = (rows(hidden) for _ in range(4))
         self.qkv, self.inner = rows(3 * hidden), rows(wide)
-        self.workspace = product_workspace(like.device)
+        self.workspace, self.partials = product_workspace(like.device), product_partials(like)
         self.bytes = sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 
 
@@ -115,7 +115,7 @@ class Pass:
     def record(self, when: Callable[[Tensor], AbstractContextManager[None]]) -> None:
         """Launch it on the current stream. ``with when(flag)``: what is launched inside runs if the flag is not 0."""
         w, steps, given = self.weights, self.steps, self._given
-        hidden, now = self.arena.hidden[: self.capacity.tokens], self._lives[0]
+        hidden, now, partials = self.arena.hidden[: self.capacity.tokens], self._lives[0], self.arena.partials
         embed_layer_norm_rows_(
             hidden,
             given["input_ids"],
@@ -142,7 +142,7 @@ class Pass:
                 x, projected = self._layer(w.layers[layer - 1], now, before)
                 norm, before = w.layers[layer - 1].output_norm, None
                 if layer not in steps.reads:
-                    add_layer_norm_rows_(hidden, projected, x, *norm, now.counts, TOKENS)
+                    add_layer_norm_rows_(hidden, projected, x, *norm, now.counts, TOKENS, partials=partials)
                     continue
                 after = self._lives[2] if now is self._lives[1] else self._lives[1]
                 # The last layer serves first tokens alone: it has no Add & Norm that could move the others.
@@ -153,7 +153,7 @@ class Pass:
                 else:
                     self._exit(layer, now, x, projected, norm)
                     self._find_survivors(now, after)
-                    add_layer_norm_compact_(hidden, projected, x, *norm, now.counts, self._token_dest)
+                    add_layer_norm_compact_(hidden, projected, x, *norm, now.counts, self._token_dest, partials)
                 now, left_behind = after, True
 
     def _layer(self, w: LayerWeights, now: Live, before: Live | None) -> tuple[Tensor, Tensor]:
@@ -164,14 +164,15 @@ class Pass:
         )
         standing = now if before is None else before
         self._attend(w.qkv, attended, standing, first_only=False)
-        self._multiply(projected, attended, w.attention_output, standing.counts, TOKENS)
+        self._project(projected, attended, w.attention_output, standing.counts, TOKENS)
+        norm, partials = w.attention_norm, a.partials
         if before is None:
-            add_layer_norm_rows_(x, projected, hidden, *w.attention_norm, now.counts, TOKENS)
+            add_layer_norm_rows_(x, projected, hidden, *norm, now.counts, TOKENS, partials=partials)
         else:
-            add_layer_norm_compact_(x, projected, hidden, *w.attention_norm, before.counts, self._token_dest)
+            add_layer_norm_compact_(x, projected, hidden, *norm, before.counts, self._token_dest, partials)
         inner = inner[:, : w.intermediate.weight.shape[0]]  # layers may differ
         self._multiply(inner, x, w.intermediate, now.counts, TOKENS, "gelu")
-        self._multiply(projected, inner, w.output, now.counts, TOKENS)
+        self._project(projected, inner, w.output, now.counts, TOKENS)
         return x, projected
 
     def _last_layer(self, layer: int, now: Live) -> None:
@@ -179,11 +180,13 @@ class Pass:
         w, a, rows, counts = self.weights.layers[layer - 1], self.arena, self.capacity.rows, now.counts
         attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
         self._attend(w.qkv, attended, now, first_only=True)
-        self._multiply(projected, attended, w.attention_output, counts, ROWS)
-        add_layer_norm_rows_(x, projected, a.hidden, *w.attention_norm, counts, ROWS, residual_index=now.cu_seqlens)
+        self._project(projected, attended, w.attention_output, counts, ROWS)
+        add_layer_norm_rows_(
+            x, projected, a.hidden, *w.attention_norm, counts, ROWS, now.cu_seqlens, partials=a.partials
+        )
         inner = inner[:, : w.intermediate.weight.shape[0]]
         self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
-        self._multiply(projected, inner, w.output, counts, ROWS)
+        self._project(projected, inner, w.output, counts, ROWS)
         self._exit(layer, now, x, projected, w.output_norm, compact=True)
 
     def _multiply(
@@ -196,6 +199,10 @@ class Pass:
         act: str = "none",
     ) -> None:
         linear_rows_(out, x, *linear, counts, which, act, workspace=self.arena.workspace)
+
+    def _project(self, out: Tensor, x: Tensor, linear: PlainLinear, counts: Tensor, which: int) -> None:
+        """A product that an Add & Norm reads next, which is given the same partials: with few rows it adds them up."""
+        linear_rows_(out, x, *linear, counts, which, partials=self.arena.partials)
 
     def _attend(self, qkv: PlainLinear, attended: Tensor, now: Live, first_only: bool) -> None:
         a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
@@ -234,21 +241,23 @@ class Pass:
             given["script"],
             by_row_id=True,
         )
-        index = None if compact else now.cu_seqlens
+        index, partials = None if compact else now.cu_seqlens, self.arena.partials
         criterion = "last" if compact else self.steps.criterion
         decision = now.counts, layer, criterion, weights.policy, tuple(weights.classifier)
         if weights.pooler is None:
             if normed is None:
-                exit_norm_rows_(out, limits, projected, x, norm, *decision, index)
+                exit_norm_rows_(out, limits, projected, x, norm, *decision, index, partials)
             else:
-                exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, index)
+                exit_add_norm_rows_(
+                    out, limits, normed, projected, x, norm, *decision, index, partials=partials
+                )
             return
-        add_layer_norm_rows_(self._first, projected, x, *norm, now.counts, ROWS, index, index)
+        add_layer_norm_rows_(self._first, projected, x, *norm, now.counts, ROWS, index, index, partials)
         self._multiply(self._state, self._first, PlainLinear(*weights.pooler), now.counts, ROWS, "tanh")
         if normed is None:
             exit_rows_(out, limits, self._state, *decision)
         else:
-            exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, None, self._state)
+            exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, None, self._state, partials)
 
     def _find_survivors(self, now: Live, after: Live) -> None:
         survivors_(

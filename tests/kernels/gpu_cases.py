@@ -13,6 +13,7 @@ import torch
 
 from engine.kernels import gpu_attention, gpu_exit, gpu_linear, gpu_norms
 from engine.kernels.gpu_common import triton
+from engine.kernels.products import PARTIALS_HEADER
 
 MODULES = (gpu_linear, gpu_attention, gpu_norms, gpu_exit)
 NUM_HEADS = 12  # of BERT-base (H 768, head_dim 64) and MiniLM (H 384, head_dim 32)
@@ -98,6 +99,12 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
     )
     dest = empty(tokens, dtype=int32)
     yield "norm compact", lambda: gpu_norms.add_layer_norm_compact_(out, x, other, *norm, counts, dest)
+    partials = empty(PARTIALS_HEADER + tokens * hidden, dtype=floats)
+    yield "norm compact partials", lambda: gpu_norms.add_layer_norm_compact_(
+        out, x, other, *norm, counts, dest, partials
+    )
+    some = (out[:64], x[:64], other[:64])
+    yield "norm few partials", lambda: gpu_norms.add_layer_norm_rows_(*some, *norm, counts, 1, partials=partials)
 
     classes = 150
     policy = (empty(32, hidden), empty(32), empty(1, 32), empty(1))
@@ -114,6 +121,12 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         )
         yield f"exit add norm {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
             exits, limits, out, x, other, norm, *r, cu_seqlens
+        )
+        yield f"exit norm partials {criterion}", lambda r=rest: gpu_exit.exit_norm_rows_(
+            exits, limits, x, other, norm, *r, cu_seqlens, partials
+        )
+        yield f"exit add norm partials {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
+            exits, limits, out, x, other, norm, *r, cu_seqlens, partials=partials
         )
         yield f"exit add norm, state, {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
             exits, limits, out, x, other, norm, *r, None, x[:rows]

@@ -26,9 +26,10 @@ pytestmark = [
 BERT, MINILM = 768, 384
 # One form of every kernel, the one that takes most.
 CORE = ("linear qkv", "attention 128 bias", "first tokens bias", "embed", "norm compact", "exit norm policy",
-        "exit add norm policy")  # fmt: skip
+        "exit add norm policy", "norm compact partials", "exit add norm partials policy")  # fmt: skip
 ALL = (*CORE, "linear gelu", "linear pooler", "linear small", "attention 128", "exit norm confidence",
-       "exit norm last", "exit state scripted", "exit add norm confidence", "exit add norm last")  # fmt: skip
+       "exit norm last", "exit state scripted", "exit add norm confidence", "exit add norm last", "norm few partials",
+       "exit norm partials policy", "exit norm partials last")  # fmt: skip
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from engine.kernels.gpu_exit import (
     exit_rows_,
     exit_rows__ref,
 )
-from tests.kernels.cases import assert_no_worse, doubled
+from tests.kernels.cases import assert_no_worse, doubled, partials_of
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 EPS, POISON, LAYER = 1e-5, 7.0, 3
@@ -42,6 +42,7 @@ class Case:
         self.x, self.residual = (randn(3 * rows, hidden) for _ in range(2))
         self.given = randn(rows, hidden) if norm == "beside" else self.x
         self.normed = torch.full_like(self.x, POISON)
+        self.partials = None
         self.weight, self.bias = randn(hidden, dtype=weights), randn(hidden, dtype=weights)
         self.policy = (
             randn(neurons, hidden, scale=2 * scale, dtype=weights),
@@ -95,13 +96,13 @@ class Case:
         counts = torch.tensor([self.live, tokens], dtype=torch.int32, device=way.device)
         norm = (self.weight, self.bias, EPS)
         if self.stores:
-            places = (self.index,) if self.norm == "stored" else (None, self.given)
+            places = (self.index, None) if self.norm == "stored" else (None, self.given)
             way(exit_add_norm_rows_, exit_add_norm_rows__ref)(
-                self.out, limits, self.normed, self.x, self.residual, norm, counts, *rest, *places
+                self.out, limits, self.normed, self.x, self.residual, norm, counts, *rest, *places, self.partials
             )
         elif self.norm:
             way(exit_norm_rows_, exit_norm_rows__ref)(
-                self.out, limits, self.x, self.residual, norm, counts, *rest, self.index
+                self.out, limits, self.x, self.residual, norm, counts, *rest, self.index, self.partials
             )
         else:
             way(exit_rows_, exit_rows__ref)(self.out, limits, self.x, counts, *rest)
@@ -253,6 +254,22 @@ def test_nan_never_leaves_of_its_own_accord(way, norm, criterion):
     assert case.out.keep.tolist()[:3] == [0, 1, 0] and bool(case.out.exit_logits[1].isnan())
     case.run(criterion, case.limits(threshold_logit=[-math.inf] * 3, max_depth=[9, 3, 9]))
     assert case.out.keep.tolist()[:3] == [0, 0, 0] and float(case.out.exit_probs[case.row_ids[1]]) == 1
+
+
+@pytest.mark.parametrize("norm", [True, "stored", "beside"], ids=["norm", "add norm", "state and add norm"])
+@pytest.mark.parametrize("shares", [0, 2, 3, 4])
+@pytest.mark.parametrize("hidden", [40, 300])
+def test_partial_sums_are_added_up(way, norm, shares, hidden):
+    """As a product may leave them, in place of rows that nobody may look at then."""
+    case = Case(way, HALF, norm=norm, hidden=hidden)
+    z, _ = case.read("policy", wide=True)
+    threshold = middle(z)
+    case.partials, x = partials_of(case.x, shares), case.x
+    if shares:
+        case.x = torch.full_like(x, float("nan"))
+    case.run("policy", case.limits(threshold_logit=[threshold] * case.live))
+    case.x = x
+    case.check("policy", (z > threshold).tolist())
 
 
 def test_compact_rows_need_no_index(way):

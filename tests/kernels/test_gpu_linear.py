@@ -3,7 +3,15 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels.gpu_linear import ACTIVATIONS, ROWS, TOKENS, configs_for, linear_rows_, linear_rows__ref
-from engine.kernels.products import PATHS, hopper_product, product_problem, product_workspace
+from engine.kernels.products import (
+    PARTIALS_HEADER,
+    PATHS,
+    hopper_product,
+    product_partials,
+    product_problem,
+    product_workspace,
+    whole_rows,
+)
 from tests.kernels.cases import assert_no_worse, doubled
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -133,6 +141,62 @@ def test_hopper_products(hopper, capacity, live, features, width, dtype, path, s
                 check(out, live, x[:live], weight, given if given is not None else torch.zeros_like(bias), act)
     if shared:
         assert not bool(workspace[:640].any()), "the counters of shared tiles must be zero again"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", [None, *range(len(PATHS))])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize(
+    "capacity, live, features, width, shares",
+    [(1, 1, 768, 768, 4), (128, 128, 768, 3072, 4), (257, 200, 120, 72, None), (700, 512, 768, 3072, 4),
+     (1024, 1000, 768, 3072, 2), (2048, 1500, 768, 3072, 2), (4200, 4099, 768, 768, 0), (130, 129, 200, 1000, None)],
+)  # fmt: skip
+def test_products_that_leave_partial_sums(hopper, capacity, live, features, width, shares, dtype, path):
+    """Few rows share a sum, whoever reads it adds it up; many rows, or one step of K, stand in ``out`` as always."""
+    x, weight, bias = case(capacity, features, width, dtype, "cuda")
+    x[live:] = float("nan")  # nobody may look
+    partials = product_partials(x)
+    partials[:] = float("nan")
+    for given in (bias, None):
+        out = poisoned(capacity, features, dtype, "cuda")
+        hopper_product(out, x, weight, given, counts_of(live, 0, "cuda"), False, None, path, partials)
+        whole = out.clone()
+        whole[:live] = whole_rows(out, partials, slice(live))
+        check(whole, live, x[:live], weight, given if given is not None else torch.zeros_like(bias), "none")
+        found = int(partials[0])
+        assert bool((out == POISON).all()) == (found > 0)
+        used = live * found * features
+        assert bool(partials[PARTIALS_HEADER + used :].isnan().all()), "written past the live rows"
+        if path is None and shares is not None:
+            assert found == shares
+
+
+@pytest.mark.gpu
+def test_a_product_without_partial_sums_says_so(hopper):
+    """Whatever the one before it has left, from either kernel."""
+    x, weight, bias = case(64, 768, 768, HALF, "cuda")
+    partials, out = product_partials(x), torch.empty(64, 768, dtype=HALF, device="cuda")
+    for config in (None, configs_for(64, 768, 768, HALF)[0]):  # of the second product
+        linear_rows_(out, x, weight, bias, counts_of(0, 64, "cuda"), TOKENS, partials=partials)
+        assert int(partials[0]) > 1
+        many = torch.zeros(2500, 768, dtype=HALF, device="cuda")
+        linear_rows_(
+            many.clone(), many, weight, bias, counts_of(0, 2500, "cuda"), TOKENS, config=config, partials=partials
+        )
+        assert int(partials[0]) == 0
+
+
+def test_partial_sums_have_no_activation(way):
+    x, weight, bias = case(4, 16, 32, HALF, way.device)
+    sums = torch.ones(64, device=way.device)
+    out = torch.empty(4, 16, dtype=HALF, device=way.device)
+    with pytest.raises(ValueError, match="partials have no activation: act must be none beside them, got 'gelu'"):
+        linear_rows_(out, x, weight, bias, counts_of(4, 4, way.device), TOKENS, "gelu", partials=sums)
+    way(linear_rows_, linear_rows__ref)(
+        out, x, weight, bias, counts_of(4, 4, way.device), TOKENS, "none", partials=sums
+    )
+    assert float(sums[0]) == 0
+    assert product_partials(x.float()) is None
 
 
 @pytest.mark.gpu

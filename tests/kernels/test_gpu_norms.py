@@ -13,7 +13,7 @@ from engine.kernels.gpu_norms import (
     embed_layer_norm_rows_,
     embed_layer_norm_rows__ref,
 )
-from tests.kernels.cases import assert_no_worse, doubled
+from tests.kernels.cases import assert_no_worse, doubled, partials_of
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 POISON, EPS = 7.0, 1e-5
@@ -106,6 +106,33 @@ def test_survivors_move_to_their_places(way, rows_a_program, dtype, stay):
     assert bool((out[len(keep) :] == POISON).all())
 
 
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("shares", [0, 2, 3, 4])
+@pytest.mark.parametrize("form", ["rows", "gathered", "compact"])
+def test_partial_sums_are_added_up(way, rows_a_program, dtype, shares, form):
+    """Every form reads a product's partial sums instead of its rows, where there are some, and gets the same."""
+    way.skip_wrong(dtype)
+    x, residual, weight, bias = case(13, 40, dtype, way.device)
+    partials, shared = partials_of(x, shares), x if shares == 0 else torch.full_like(x, float("nan"))
+    live, index = 11, torch.tensor([3, 0, 12, 7], dtype=torch.int32, device=way.device)
+    dest = torch.full((13,), -1, dtype=torch.int32, device=way.device)
+    dest[[1, 4, 10]] = torch.arange(3, dtype=torch.int32, device=way.device)
+    outs = []
+    for given, sums in ((x, None), (shared, partials)):
+        out = torch.full((4 if form == "gathered" else 13, 40), POISON, dtype=dtype, device=way.device)
+        norm = (out, given, residual, weight, bias, EPS)
+        if form == "compact":
+            counts = counts_of(4, live, way.device)
+            way(add_layer_norm_compact_, add_layer_norm_compact__ref)(*norm, counts, dest, sums)
+        else:
+            which, places = (ROWS, (index, index)) if form == "gathered" else (TOKENS, (None, None))
+            counts = counts_of(4, live, way.device)
+            way(add_layer_norm_rows_, add_layer_norm_rows__ref)(*norm, counts, which, *places, sums)
+        outs.append(out)
+    assert not bool(outs[0].isnan().any()) and bool((outs[0] != POISON).any())
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
 @pytest.mark.parametrize("types", ["given", "all 0", "no table"])
 @pytest.mark.parametrize("live", [0, 6, 9])
@@ -181,6 +208,11 @@ ROWS_MESSAGES = [
 def test_messages(arguments, message):
     with pytest.raises(ValueError, match=message):
         add_layer_norm_rows_(*arguments)
+
+
+def test_messages_about_partials():
+    with pytest.raises(ValueError, match=r"partials must be contiguous float32 of one dimension.*product_partials"):
+        add_layer_norm_rows_(OUT, X, X, V, V, EPS, N, 1, partials=X)
 
 
 def test_more_messages():
