@@ -115,7 +115,7 @@ def run_products(device: str) -> None:
                 for path in range(len(products.PATHS)):
                     for gelu in (False, True):
                         products.hopper_product(out, x, weight, bias, _ints([live], device), gelu, workspace, path)
-            partials = products.product_partials(out)
+            partials = products.product_partials(products.partials_memory(out), outputs, inputs)
             for path in (None, *range(len(products.PATHS))):
                 products.hopper_product(out, x, weight, bias, _ints([live], device), False, None, path, partials)
 

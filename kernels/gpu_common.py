@@ -104,6 +104,12 @@ def loaded_ahead(ptr):
 
 
 @jit
+def shares_of(live, four, two):
+    """``Partials.shares``: partial sums of a row that a product has left."""
+    return tl.where(live <= four, 4, tl.where(live <= two, 2, 0))
+
+
+@jit
 def gelu(x):
     """The erf form, BERT's."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from engine.kernels.exits import add_layer_norm_ref
 from engine.kernels.gpu_common import (
     ROWS,
+    TOKENS,
     UNALIGNED,
     begin,
     cdiv,
@@ -49,9 +50,10 @@ from engine.kernels.gpu_common import (
     next_power_of_2,
     on_device,
     runs_kernel,
+    shares_of,
     tl,
 )
-from engine.kernels.products import MOST_PARTIALS, PARTIALS_HEADER, check_partials, whole_rows
+from engine.kernels.products import MOST_PARTIALS, Partials, whole_rows
 
 __all__ = [
     "CRITERIA",
@@ -152,11 +154,12 @@ def exit_norm_rows__ref(
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     n = int(counts[ROWS])
     source = slice(n) if index is None else index[:n].long()
-    state = add_layer_norm_ref(whole_rows(x, partials, source), residual[source], *norm).to(x.dtype)
+    rows = whole_rows(x, partials, n if index is None else int(counts[TOKENS]), source)
+    state = add_layer_norm_ref(rows, residual[source], *norm).to(x.dtype)
     _decide(out, limits, state, layer, criterion, policy, classifier)
 
 
@@ -174,10 +177,10 @@ def exit_add_norm_rows__ref(
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None,
     state: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     rows, tokens = counts.tolist()
-    normed[:tokens] = add_layer_norm_ref(whole_rows(x, partials, slice(tokens)), residual[:tokens], *norm)
+    normed[:tokens] = add_layer_norm_ref(whole_rows(x, partials, tokens, slice(tokens)), residual[:tokens], *norm)
     states = normed[index[:rows].long()] if state is None else state[:rows]
     _decide(out, limits, states, layer, criterion, policy, classifier)
 
@@ -237,25 +240,24 @@ def _tiles(ptr, rows, present, stride, H: tl.constexpr, TILES: tl.constexpr, BLO
 @jit
 def _whole(
     x,
-    partials_ptr,
-    partials,
+    sums_ptr,
+    shares,
     rows,
     present,
     H: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MOST_PARTIALS: tl.constexpr,
-    HEADER: tl.constexpr,
 ):
-    """Tiles of x in fp32, with what stands in ``partials`` sums a row added: then x is zero."""
+    """Tiles of x in fp32, the partial sums of its rows added where a row has some: then x is zero."""
     whole = ()
-    starts = tl.expand_dims(partials_ptr + HEADER + rows * (partials * H), -1)
+    starts = tl.expand_dims(sums_ptr + rows * (shares * H), -1)
     for k in tl.static_range(TILES):
         columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
         here = tl.expand_dims(present, -1) & (columns < H)
         tile = x[k].to(tl.float32)
         for share in tl.static_range(MOST_PARTIALS):  # all on their way before the first is needed
-            tile += tl.load(starts + share * H + columns, mask=here & (share < partials), other=0.0)
+            tile += tl.load(starts + share * H + columns, mask=here & (share < shares), other=0.0)
         whole = whole + (tile,)
     return whole
 
@@ -305,7 +307,7 @@ def _classify(logits_ptr, bias_ptr, matrix, state, chosen, C: tl.constexpr, TILE
 
 
 @jit(
-    do_not_specialize=["layer", "exit_programs"],
+    do_not_specialize=["layer", "exit_programs", "four", "two"],
     do_not_specialize_on_alignment=(
         *UNALIGNED,
         "exit_layers_ptr",
@@ -336,7 +338,9 @@ def _exit_kernel(
     x_ptr,
     residual_ptr,
     state_ptr,
-    partials_ptr,
+    sums_ptr,
+    four,
+    two,
     norm_weight_ptr,
     norm_bias_ptr,
     eps,
@@ -366,7 +370,6 @@ def _exit_kernel(
     HAS_EXIT_LOGITS: tl.constexpr,
     BY_ROW_ID: tl.constexpr,
     MOST_PARTIALS: tl.constexpr,
-    HEADER: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -385,20 +388,18 @@ def _exit_kernel(
     if STORE:
         if program >= exit_programs:
             tokens = loaded_ahead(counts_ptr + 1)
-            begin(EARLY)
-            partials = 0
+            shares = 0  # of a row of x
             if MOST_PARTIALS:
-                partials = tl.load(partials_ptr).to(tl.int32)
+                shares = shares_of(tokens, four, two)
+            begin(EARLY)
             first_token = (program - exit_programs) * ROWS
             if first_token < tokens:
                 token = first_token + copies
                 present = token < tokens
-                added = _tiles(x_ptr, token, present & (partials == 0), x_stride, H, TILES, BLOCK_K)
+                added = _tiles(x_ptr, token, present & (shares == 0), x_stride, H, TILES, BLOCK_K)
                 others = _tiles(residual_ptr, token, present, residual_stride, H, TILES, BLOCK_K)
                 if MOST_PARTIALS:
-                    added = _whole(
-                        added, partials_ptr, partials, token, present, H, TILES, BLOCK_K, MOST_PARTIALS, HEADER
-                    )
+                    added = _whole(added, sums_ptr, shares, token, present, H, TILES, BLOCK_K, MOST_PARTIALS)
                 stored = _normed(added, others, weight, bias, eps, H, TILES, BLOCK_K)
                 places = tl.expand_dims(normed_ptr + token.to(tl.int64) * normed_stride, 1)
                 for k in tl.static_range(TILES):
@@ -423,6 +424,9 @@ def _exit_kernel(
     source = i
     if HAS_INDEX:
         source = loaded_ahead(index_ptr + i)
+    row_shares = 0
+    if NORM and MOST_PARTIALS:
+        row_shares = shares_of(loaded_ahead(counts_ptr + 1) if HAS_INDEX else live, four, two)
     limit = row_id if BY_ROW_ID else i.to(tl.int64)
     if CRITERION == "scripted":
         script = tl.load(script_ptr + limit, mask=i < live, other=0)
@@ -435,18 +439,14 @@ def _exit_kernel(
     begin(EARLY)
     if i >= live:
         return
-    sums = 0  # of a row
-    if NORM and MOST_PARTIALS:
-        sums = tl.load(partials_ptr).to(tl.int32)
-    whole = everywhere & (sums == 0)
+    whole = everywhere & (row_shares == 0)
     state = _tiles(state_ptr, source + copies * 0, whole, state_stride, H, TILES, BLOCK_K)
     if NORM:
         residual = _tiles(residual_ptr, source + copies * 0, everywhere, residual_stride, H, TILES, BLOCK_K)
     if NORM:
         if MOST_PARTIALS:
-            state = _whole(
-                state, partials_ptr, sums, source + copies * 0, everywhere, H, TILES, BLOCK_K, MOST_PARTIALS, HEADER
-            )
+            rows = source + copies * 0
+            state = _whole(state, sums_ptr, row_shares, rows, everywhere, H, TILES, BLOCK_K, MOST_PARTIALS)
         state = _normed(state, residual, weight, bias, eps, H, TILES, BLOCK_K)
 
     logits_ptr += row_id * C
@@ -614,7 +614,8 @@ def _check_norm(limits: ExitLimits, x: Tensor, residual: Tensor, norm, index: Te
         check_rows(name, rows, x, "x", hidden, cap_rows if index is None else 0)
     check_weight("the norm's weight", norm[0], x, "x", hidden)
     check_weight("the norm's bias", norm[1], x, "x", hidden)
-    check_partials(partials, x, "x")
+    if partials is not None:
+        partials.check(x, "x")
     if index is not None:
         check_vector("index", index, x, "x", torch.int32, cap_rows)
 
@@ -672,7 +673,7 @@ def _launch(
             x,
             residual,
             read,
-            partials,
+            *((None, 0, 0) if partials is None else partials),
             norm_weight,
             norm_bias,
             eps,
@@ -701,7 +702,6 @@ def _launch(
             HAS_EXIT_LOGITS=out.exit_logits is not None,
             BY_ROW_ID=limits.by_row_id,
             MOST_PARTIALS=0 if partials is None else MOST_PARTIALS,
-            HEADER=PARTIALS_HEADER,
             **block,
             **early(x),
         )
@@ -753,7 +753,7 @@ def exit_norm_rows_(
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     """``exit_rows_`` on LayerNorm(x + residual) of each live row's first token, where there is no pooler.
 
@@ -762,7 +762,7 @@ def exit_norm_rows_(
     index        (cap_rows or more,) int32 or None: row i reads x[index[i]] and residual[index[i]] (cu_seqlens: first
                  tokens of the rows layout); None: both are compact, row i reads row i
     partials     what the product that made x was given, or None: rows of x are taken from there where they are left as
-                 sums
+                 sums. That product's live count is counts[1], and counts[0] without index
     The norm is not stored: ``add_layer_norm_compact_`` computes it again for the tokens that stay.
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)
@@ -789,7 +789,7 @@ def exit_add_norm_rows_(
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None,
     state: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     """``normed[t] = LayerNorm(x[t] + residual[t])`` for t < counts[1], and ``exit_norm_rows_`` beside it: one launch.
     With ``state``, ``exit_rows_`` beside it.

@@ -36,7 +36,7 @@ from engine.kernels.gpu_common import (
     tanh,
     tl,
 )
-from engine.kernels.products import check_partials, hopper_product, product_problem
+from engine.kernels.products import Partials, hopper_product, product_problem
 
 __all__ = ["ACTIVATIONS", "LinearConfig", "ROWS", "TOKENS", "configs_for", "linear_rows_", "linear_rows__ref"]
 
@@ -135,12 +135,16 @@ def linear_rows__ref(
     act: str = "none",
     config: LinearConfig | None = None,
     workspace: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     n = int(counts[which])
-    if partials is not None:
-        partials[0] = 0
-    out[:n] = linear_math(x[:n], weight, bias, act)
+    y = linear_math(x[:n], weight, bias, act)
+    shares = 0 if partials is None else partials.shares(n)
+    if shares == 0:
+        out[:n] = y
+    else:
+        sums = partials.sums[: n * shares * out.shape[1]].view(n, shares, -1)
+        sums[:, 0], sums[:, 1:] = y, 0
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def linear_rows_(
     act: str = "none",
     config: LinearConfig | None = None,
     workspace: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     """``out[:n] = act(x[:n] @ weight^T + bias)`` with n = counts[which]; rows of out from n on are left alone.
 
@@ -240,8 +244,8 @@ def linear_rows_(
             else the Triton kernel with its default
     workspace  of ``product_workspace``: lets the Hopper kernel share few rows' sums among programs. No two launches
             that may run at once may have the same
-    partials  of ``product_partials``: with few live rows the Hopper kernel leaves partial sums there and nothing in
-            out; whoever reads the result is given the same partials and adds them up. Without an activation only
+    partials  of ``product_partials``, for the Hopper kernel alone: with few live rows it leaves partial sums there and
+            nothing in out; whoever reads the result is given the same partials and adds them up. No activation then
     Sums are in fp32, fp32 products exact (no TF32). A row's result does not depend on the values of the other rows; on
     their number only by the order of a sum, where the Hopper kernel shares it.
     """
@@ -261,19 +265,21 @@ def linear_rows_(
     check_which(which)
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    check_partials(partials, out, "out")
-    if partials is not None and act != "none":
-        raise ValueError(f"partials have no activation: act must be none beside them, got {act!r}")
+    if partials is not None:
+        partials.check(out, "out")
+        if act != "none":
+            raise ValueError(f"partials have no activation: act must be none beside them, got {act!r}")
     if not runs_kernel(out):
         linear_rows__ref(out, x, weight, bias, counts, which, act, partials=partials)
         return
     if capacity == 0 or features == 0:
         return
-    if config is None and product_problem(out, x, weight, bias, act) is None:
+    problem = "config asks for the Triton kernel" if config else product_problem(out, x, weight, bias, act)
+    if problem is None:
         hopper_product(out, x, weight, bias, counts[which:], act == "gelu", workspace, partials=partials)
         return
-    if partials is not None:  # this kernel has none, the one before it may have left some
-        partials[:1].zero_()
+    if partials is not None:
+        raise ValueError(f"the Hopper kernel alone leaves partials, and does not serve here: {problem}")
     config = configs_for(capacity, features, width, out.dtype, act)[0] if config is None else config
     grid = (cdiv(capacity, config.block_m) * cdiv(features, config.block_n),)
     with on_device(out):

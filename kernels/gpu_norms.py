@@ -32,9 +32,10 @@ from engine.kernels.gpu_common import (
     next_power_of_2,
     on_device,
     runs_kernel,
+    shares_of,
     tl,
 )
-from engine.kernels.products import MOST_PARTIALS, PARTIALS_HEADER, check_partials, whole_rows
+from engine.kernels.products import MOST_PARTIALS, Partials, whole_rows
 
 __all__ = [
     "ROWS",
@@ -85,10 +86,11 @@ def add_layer_norm_rows__ref(
     which: int,
     residual_index: Tensor | None = None,
     x_index: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     n = int(counts[which])
-    rows = whole_rows(x, partials, slice(n) if x_index is None else x_index[:n].long())
+    source, x_which = (slice(n), which) if x_index is None else (x_index[:n].long(), TOKENS)
+    rows = whole_rows(x, partials, int(counts[x_which]), source)
     others = residual[:n] if residual_index is None else residual[residual_index[:n].long()]
     out[:n] = add_layer_norm_ref(rows, others, weight, bias, eps)
 
@@ -102,11 +104,14 @@ def add_layer_norm_compact__ref(
     eps: float,
     counts_before: Tensor,
     token_dest: Tensor,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
-    dest = token_dest[: int(counts_before[TOKENS])].long()
+    live = int(counts_before[TOKENS])
+    dest = token_dest[:live].long()
     stay = (dest >= 0).nonzero().squeeze(1)
-    out[dest[stay]] = add_layer_norm_ref(whole_rows(x, partials, stay), residual[stay], weight, bias, eps).to(out.dtype)
+    out[dest[stay]] = add_layer_norm_ref(
+        whole_rows(x, partials, live, stay), residual[stay], weight, bias, eps
+    ).to(out.dtype)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ def _normalised(x, columns, weight, bias, eps, H: tl.constexpr):
     return centred * scale[:, None] * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
 
 
-@jit(do_not_specialize_on_alignment=UNALIGNED)
+@jit(do_not_specialize=["four", "two"], do_not_specialize_on_alignment=UNALIGNED)
 def _add_norm_kernel(
     out_ptr,
     x_ptr,
@@ -134,7 +139,9 @@ def _add_norm_kernel(
     x_index_ptr,
     residual_index_ptr,
     dest_ptr,
-    partials_ptr,
+    sums_ptr,
+    four,
+    two,
     eps,
     out_stride,
     x_stride,
@@ -145,12 +152,15 @@ def _add_norm_kernel(
     HAS_RESIDUAL_INDEX: tl.constexpr,
     HAS_DEST: tl.constexpr,
     MOST_PARTIALS: tl.constexpr,
-    HEADER: tl.constexpr,
+    X_WHICH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     live = loaded_ahead(counts_ptr + WHICH)
+    shares = 0  # of a row of x
+    if MOST_PARTIALS:
+        shares = shares_of(loaded_ahead(counts_ptr + X_WHICH), four, two)
     columns = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
     bias = tl.load(bias_ptr + columns, mask=columns < H, other=0.0)
@@ -158,9 +168,6 @@ def _add_norm_kernel(
     first = tl.program_id(0) * BLOCK_ROWS
     if first >= live:
         return
-    partials = 0  # sums of a row
-    if MOST_PARTIALS:
-        partials = tl.load(partials_ptr).to(tl.int32)
     rows = first + tl.arange(0, BLOCK_ROWS)
     present = rows < live
     dest = rows
@@ -175,14 +182,18 @@ def _add_norm_kernel(
         residual_rows = tl.load(residual_index_ptr + rows, mask=present, other=0)
     here = present[:, None] & (columns < H)[None, :]
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    x = tl.load(x_ptrs, mask=here & (partials == 0), other=0.0).to(tl.float32)
+    x = tl.load(x_ptrs, mask=here & (shares == 0), other=0.0).to(tl.float32)
     residual = tl.load(
         residual_ptr + residual_rows.to(tl.int64)[:, None] * residual_stride + columns[None, :], mask=here, other=0.0
     )
     if MOST_PARTIALS:
-        sums = partials_ptr + HEADER + (x_rows * partials * H)[:, None] + columns[None, :]
-        for share in tl.static_range(MOST_PARTIALS):
-            x += tl.load(sums + share * H, mask=here & (share < partials), other=0.0)
+        sums = sums_ptr + (x_rows * shares * H)[:, None] + columns[None, :]
+        if BLOCK_ROWS == 1:
+            for share in tl.static_range(MOST_PARTIALS):  # all on their way before the first is needed
+                x += tl.load(sums + share * H, mask=here & (share < shares), other=0.0)
+        else:  # a row more to a thread leaves no registers for that; where rows are many, there are no sums
+            for share in range(0, shares):
+                x += tl.load(sums + share * H, mask=here, other=0.0)
     y = _normalised(x + residual.to(tl.float32), columns, weight, bias, eps, H)
     out_ptrs = out_ptr + dest.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=here)
@@ -253,7 +264,7 @@ def _block(capacity: int, hidden: int, partials: bool = False) -> dict[str, int]
     """Four rows a program once that leaves several programs a multiprocessor: a warp then has a row to itself. More
     variants are up to a tenth faster alone, add nothing to a pass, and each is compiled at the first load.
 
-    partials: told of a limit, ptxas uses it to have all of a row's sums on their way at once. Left alone, it takes 32
+    partials: told of a limit, ptxas uses it to have all of one row's sums on their way at once. Left alone, it takes 32
     registers and makes three trips to L2."""
     rows = 4 if capacity >= 4096 and hidden <= 1024 else 1
     return {
@@ -359,7 +370,7 @@ def _launch_add_norm(
             x_index,
             residual_index,
             dest,
-            partials,
+            *((None, 0, 0) if partials is None else partials),
             eps,
             out.stride(0),
             x.stride(0),
@@ -370,7 +381,7 @@ def _launch_add_norm(
             HAS_RESIDUAL_INDEX=residual_index is not None,
             HAS_DEST=dest is not None,
             MOST_PARTIALS=0 if partials is None else MOST_PARTIALS,
-            HEADER=PARTIALS_HEADER,
+            X_WHICH=which if x_index is None else TOKENS,
             **block,
             **early(out),
         )
@@ -387,7 +398,7 @@ def add_layer_norm_rows_(
     which: int,
     residual_index: Tensor | None = None,
     x_index: Tensor | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     """``out[:n] = LayerNorm(x[:n] + residual[:n])`` with n = counts[which]; rows of out from n on are left alone.
 
@@ -400,7 +411,7 @@ def add_layer_norm_rows_(
                     tokens)
     x_index         the same for x
     partials        what the product that made x was given, or None: rows of x are taken from there where they are left
-                    as sums
+                    as sums. That product's live count is counts[which], and counts[1] with x_index
     Sum and norm are in fp32.
     """
     hidden = _check_norm(out, weight, bias)
@@ -412,7 +423,8 @@ def add_layer_norm_rows_(
             check_apart(out, name, rows)
     check_counts("counts", counts, out, "out")
     check_which(which)
-    check_partials(partials, out, "out")
+    if partials is not None:
+        partials.check(out, "out")
     if not runs_kernel(out):
         add_layer_norm_rows__ref(
             out, x, residual, weight, bias, eps, counts, which, residual_index, x_index, partials
@@ -432,7 +444,7 @@ def add_layer_norm_compact_(
     eps: float,
     counts_before: Tensor,
     token_dest: Tensor,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     """``out[token_dest[t]] = LayerNorm(x[t] + residual[t])`` for the tokens t < counts_before[1] that stay.
 
@@ -454,7 +466,8 @@ def add_layer_norm_compact_(
     check_counts("counts_before", counts_before, out, "out")
     check_apart(out, "x", x)
     check_apart(out, "residual", residual)
-    check_partials(partials, out, "out")
+    if partials is not None:
+        partials.check(out, "out")
     if not runs_kernel(out):
         add_layer_norm_compact__ref(out, x, residual, weight, bias, eps, counts_before, token_dest, partials)
     elif capacity:

@@ -3,7 +3,7 @@
 ``linear_rows_`` calls it where it serves, and its own Triton kernel everywhere else.
 
 With few rows the kernel shares a sum among programs. What reads the result next can add the partial sums up itself,
-which spares the programs their wait for each other: ``product_partials`` is where they stand (csrc/include/product.h).
+which spares the programs their wait for each other: ``Partials`` says where they stand (csrc/include/product.h).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ from engine.kernels import extension
 
 __all__ = [
     "MOST_PARTIALS",
-    "PARTIALS_HEADER",
     "PATHS",
-    "check_partials",
+    "Partials",
     "hopper_product",
+    "partials_memory",
     "product_partials",
     "product_problem",
     "product_workspace",
@@ -33,7 +34,6 @@ __all__ = [
 PATHS = ((128, 192), (128, 96), (64, 48), (128, 48))
 
 MOST_PARTIALS = 4  # sums of a row
-PARTIALS_HEADER = 64  # numbers in front of them; the first one says how many sums a row has
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -52,8 +52,13 @@ class _Call(ctypes.Structure):
 @lru_cache
 def _native() -> dict | str:
     """The functions of product.h by their short names, or why there are none."""
-    sizes = {"_workspace": (c_int64, []), "_partials": (c_int64, [])}
-    prototypes = {"": (ctypes.c_char_p, [ctypes.POINTER(_Call)]), **sizes}
+    limits = [c_int64, c_int64, ctypes.POINTER(c_int32), ctypes.POINTER(c_int32)]
+    prototypes = {
+        "": (ctypes.c_char_p, [ctypes.POINTER(_Call)]),
+        "_workspace": (c_int64, []),
+        "_partials": (c_int64, []),
+        "_limits": (ctypes.c_char_p, limits),
+    }
     return extension.c_functions("product", prototypes)
 
 
@@ -91,36 +96,61 @@ def product_workspace(device: torch.device | str) -> Tensor | None:
     return torch.zeros(native["_workspace"](), dtype=torch.uint8, device=device)
 
 
-def product_partials(like: Tensor) -> Tensor | None:
-    """fp32, where one product at a time leaves its partial sums until its reader has added them up; None where no
+class Partials(NamedTuple):
+    """Where a product leaves its rows as partial sums while few rows are live, for their reader to add up.
+
+    sums  fp32, one dimension: with S sums a row, that of row r, share s and column c stands at (r S + s) N + c
+    four  live rows up to which S is 4
+    two   live rows up to which it is 2, not below four; beyond, rows are where they always are
+    """
+
+    sums: Tensor
+    four: int
+    two: int
+
+    def shares(self, live: int) -> int:
+        """Partial sums of a row with so many live rows; 0: it is whole."""
+        return 4 if live <= self.four else 2 if live <= self.two else 0
+
+    def check(self, like: Tensor, like_name: str) -> None:
+        sums = self.sums
+        if sums.dtype != torch.float32 or sums.dim() != 1 or not sums.is_contiguous() or sums.device != like.device:
+            raise ValueError(
+                f"sums of partials must be contiguous float32 of one dimension on {like.device}, the device of "
+                f"{like_name}, got {sums.dtype} {list(sums.shape)} on {sums.device}"
+            )
+
+
+def partials_memory(like: Tensor) -> Tensor | None:
+    """Sums for any ``Partials``: one product at a time leaves its own there until its reader has ended. None where no
     kernel multiplies operands of the dtype and on the device of ``like``."""
     if like.dtype not in _HALVES or not like.is_cuda or _device_problem(like.get_device()) is not None:
         return None
     return torch.zeros(_native()["_partials"](), device=like.device)
 
 
-def check_partials(partials: Tensor | None, like: Tensor, like_name: str) -> None:
-    if partials is None:
-        return
-    if partials.dtype != torch.float32 or partials.dim() != 1 or not partials.is_contiguous():
-        raise ValueError(
-            f"partials must be contiguous float32 of one dimension, got {partials.dtype} {list(partials.shape)}: use "
-            "product_partials"
-        )
-    if partials.device != like.device:
-        raise ValueError(f"partials must be on the device of {like_name} ({like.device}), got {partials.device}")
+@lru_cache
+def _limits(index: int, outputs: int, inputs: int) -> tuple[int, int]:
+    four, two = c_int32(), c_int32()
+    with torch.cuda.device(index):
+        error = _native()["_limits"](inputs, outputs, ctypes.byref(four), ctypes.byref(two))
+    if error is not None:
+        raise RuntimeError(f"CUDA: limits of a product of {outputs} by {inputs}: {error.decode()}")
+    return four.value, two.value
 
 
-def whole_rows(x: Tensor, partials: Tensor | None, rows: slice | Tensor) -> Tensor:
-    """``x[rows]`` as a product left it: its partial sums added up, in fp32, where there are some. rows: a slice with
-    an end, or an index. Reads the number of sums on the host."""
-    shares = 0 if partials is None else int(partials[0])
+def product_partials(memory: Tensor, outputs: int, inputs: int) -> Partials:
+    """How products with weights [outputs, inputs] leave their rows in that memory."""
+    return Partials(memory, *_limits(memory.get_device(), outputs, inputs))
+
+
+def whole_rows(x: Tensor, partials: Partials | None, live: int, rows: slice | Tensor) -> Tensor:
+    """``x[rows]`` of the live ones, as a product left them: partial sums added up, in fp32, where there are some."""
+    shares = 0 if partials is None else partials.shares(live)
     if shares == 0:
         return x[rows]
     width = x.shape[1]
-    there = (partials.shape[0] - PARTIALS_HEADER) // (shares * width)
-    sums = partials[PARTIALS_HEADER:][: there * shares * width].view(there, shares, width)
-    return sums[rows].sum(1)
+    return partials.sums[: live * shares * width].view(live, shares, width)[rows].sum(1)
 
 
 def hopper_product(
@@ -132,7 +162,7 @@ def hopper_product(
     gelu: bool,
     workspace: Tensor | None,
     path: int | None = None,
-    partials: Tensor | None = None,
+    partials: Partials | None = None,
 ) -> None:
     """``linear_rows_`` with n = count[0], checked operands, on the current stream. path: a tile of PATHS; None: chosen
     on the device, by the live count. Sums are shared among programs where there are partials to leave them in, else
@@ -144,7 +174,7 @@ def hopper_product(
         out=out.data_ptr(),
         count=count.data_ptr(),
         workspace=None if workspace is None else workspace.data_ptr(),
-        partials=None if partials is None else partials.data_ptr(),
+        partials=None if partials is None else partials.sums.data_ptr(),
         stream=torch.cuda.current_stream(out.device).cuda_stream,
         rows=x.shape[0],
         capacity=out.shape[0],

@@ -44,7 +44,7 @@ constexpr int kBoxColumns = 48;     // of W
 constexpr int kRing = 5 * (128 + 192) * kStep * 2;
 constexpr int kSums = 64 * 48 * 4;  // of the second warpgroup, on path 2
 constexpr int kBias = 2 * 192 * 4;  // of two tiles: one is read while the next is written
-constexpr int kBarriers = (2 * 16 + 1) * 8;
+constexpr int kBarriers = 2 * 16 * 8;
 constexpr int kChoices = 128;
 constexpr int kChoiceRows = 64;
 constexpr int kAround = 1024 + kSums + kBias + kBarriers + 16;  // the ring
@@ -177,38 +177,21 @@ struct Ring {
   char* data;
   uint64_t* full;
   uint64_t* empty;
-  uint64_t* weights;  // brought ahead
 };
 
-template <class T>
-__device__ inline void copy_weight(const ProductArgs& args, char* stage, uint64_t* barrier, int32_t k, int32_t n) {
-#pragma unroll
-  for (int i = 0; i < T::columns / kBoxColumns; ++i) {
-    copy_tile(stage + T::x_bytes + i * kBoxColumns * kStep * 2, &args.weight, barrier, k * kStep,
-              n * T::columns + i * kBoxColumns);
-  }
-}
-
-// The weights of this program's first steps, one ring of them, while the kernel in front still runs. Returns how many.
-template <class T>
-__device__ int32_t bring_weights(const ProductArgs& args, const Plan& plan, const Ring& ring) {
-  int32_t steps = 0;
-  if (blockIdx.x < plan.items) {
-    int32_t m, n;
-    plan.place(blockIdx.x / plan.shares, m, n);
-    const uint32_t share = blockIdx.x % plan.shares;
-    const int32_t first = plan.step_begin(share);
-    steps = min(T::stages, plan.step_begin(share + 1) - first);
-    barrier_expect(ring.weights, steps * (T::bytes - T::x_bytes));
+// The weight, from memory to L2: every program brings its part, and nobody asks for the same line twice.
+__device__ void prefetch_weight(const ProductArgs& args) {
+  const int32_t steps = (args.inputs + kStep - 1) / kStep, boxes = (args.outputs + kBoxColumns - 1) / kBoxColumns * steps;
 #pragma unroll 1
-    for (int32_t i = 0; i < steps; ++i) copy_weight<T>(args, ring.data + i * T::bytes, ring.weights, first + i, n);
+  for (int32_t box = blockIdx.x; box < boxes; box += gridDim.x) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&args.weight),
+                 "r"(box % steps * kStep), "r"(box / steps * kBoxColumns)
+                 : "memory");
   }
-  return steps;
 }
 
-// brought: of the first steps' weights.
 template <class T>
-__device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring, int32_t brought) {
+__device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring) {
   int stage = 0;
   uint32_t phase = 1;  // a fresh barrier counts as passed
 #pragma unroll 1
@@ -219,14 +202,17 @@ __device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& r
 #pragma unroll 1
     for (int32_t k = plan.step_begin(share); k < plan.step_begin(share + 1); ++k) {
       barrier_wait(ring.empty + stage, phase);
-      const bool weights = brought-- <= 0;
-      barrier_expect(ring.full + stage, weights ? T::bytes : T::x_bytes);
+      barrier_expect(ring.full + stage, T::bytes);
       char* to = ring.data + stage * T::bytes;
 #pragma unroll
       for (int i = 0; i < T::rows / kBoxRows; ++i) {
         copy_tile(to + i * kBoxRows * kStep * 2, &args.x, ring.full + stage, k * kStep, m * T::rows + i * kBoxRows);
       }
-      if (weights) copy_weight<T>(args, to, ring.full + stage, k, n);
+#pragma unroll
+      for (int i = 0; i < T::columns / kBoxColumns; ++i) {
+        copy_tile(to + T::x_bytes + i * kBoxColumns * kStep * 2, &args.weight, ring.full + stage, k * kStep,
+                  n * T::columns + i * kBoxColumns);
+      }
       if (++stage == T::stages) {
         stage = 0;
         phase ^= 1;
@@ -357,7 +343,7 @@ __device__ void store_partial(const ProductArgs& args, const Plan& plan, float (
   const bool upper_lives = row < plan.live, lower_lives = row + 8 < plan.live;
   int32_t column = first_column + 2 * quad;
   // Rows times outputs fit into 32 bits: all partial sums do (kProductPartials).
-  float* upper = args.partials + kProductHeader + ((row * plan.shares + share) * args.outputs + column);
+  float* upper = args.partials + ((row * plan.shares + share) * args.outputs + column);
   float* lower = upper + 8 * plan.shares * args.outputs;
   biases += 2 * quad;
 #pragma unroll 1
@@ -435,7 +421,6 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   const bool signals = threadIdx.x % (T::split ? 16 : 32) == 0;
   uint32_t base = 0;  // steps of the tiles before
   bool turned = false;  // to the second set of biases
-  if (blockIdx.x < plan.items) barrier_wait(ring.weights, 0);
 #pragma unroll 1
   for (uint32_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     int32_t m, n;
@@ -524,15 +509,15 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   ring.data = start;
   ring.full = reinterpret_cast<uint64_t*>(biases + kBias / 4);
   ring.empty = ring.full + 16;
-  ring.weights = ring.empty + 16;
-  int* const last = reinterpret_cast<int*>(ring.weights + 1);
+  int* const last = reinterpret_cast<int*>(ring.empty + 16);
 
+#ifndef LATE
   // The kernel in front writes neither the count nor weights (product.h), so all that they are enough for comes first.
   // Past the first level of cache: it may hold what the count was some kernels ago.
   const int32_t live = __ldcg(args.count);
   const int32_t choice = args.choice[max(0, min((live - 1) / kChoiceRows, kChoices - 1))], path = choice & 3;
   const uint32_t shares = 1u << (choice >> 2);
-  int32_t brought = 0;
+#endif
   if (threadIdx.x == 0) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.weight) : "memory");
@@ -542,25 +527,30 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
       barrier_init(ring.full + i, 1);
       barrier_init(ring.empty + i, 8);
     }
-    barrier_init(ring.weights, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (live > 0) {
-      with_tile<kTiles>(path, [&](auto tile) {
-        using T = decltype(tile);
-        brought = bring_weights<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring);
-      });
-    }
   }
+#ifndef LATE
   __syncthreads();
+#endif
+#ifndef NOPREFETCH
+  if (threadIdx.x == 32) prefetch_weight(args);
+#endif
   // From here on the results of the kernel in front are needed.
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#ifdef LATE
+  const int32_t live = *args.count;
   if (live <= 0) return;
-  if (kPartials && blockIdx.x == 0 && threadIdx.x == 0) *args.partials = shares > 1 ? static_cast<float>(shares) : 0.f;
+  const int32_t choice = args.choice[min((live - 1) / kChoiceRows, kChoices - 1)], path = choice & 3;
+  const uint32_t shares = 1u << (choice >> 2);
+  __syncthreads();
+#else
+  if (live <= 0) return;
+#endif
   if (threadIdx.x < kWarpgroup) {
     if (threadIdx.x != 0) return;
     with_tile<kTiles>(path, [&](auto tile) {
       using T = decltype(tile);
-      produce<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring, brought);
+      produce<T>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring);
     });
     // Only now: what waits on this multiprocessor meanwhile would be in the way.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -617,11 +607,11 @@ struct Choice {
   uint32_t path, doublings, cost;
 };
 template <class T>
-void consider(Choice& best, const ProductCall& call, uint32_t path, uint32_t live, uint32_t programs) {
+void consider(Choice& best, const ProductCall& call, uint32_t path, uint32_t live, uint32_t programs, uint32_t most) {
   constexpr uint32_t kTile = T::columns == 192 ? 2400 : 1300, kJoin = 2000, kPartial = 300;
   const auto inputs = static_cast<uint32_t>(call.inputs), outputs = static_cast<uint32_t>(call.outputs);
-  const bool leaves = call.partials != nullptr, joins = call.workspace != nullptr && T::split;
-  const uint32_t most = leaves ? 2 : joins ? 3 : 0;
+  const bool leaves = call.partials != nullptr;
+  if (!leaves) most = call.workspace != nullptr && T::split ? 3 : 0;
   for (uint32_t doublings = 0; doublings <= most; ++doublings) {
     const Plan plan = plan_of<T>(live, inputs, outputs, 1u << doublings);
     if (doublings > 0 && (plan.items > programs || 2 * plan.shares >= plan.steps)) break;
@@ -631,15 +621,34 @@ void consider(Choice& best, const ProductCall& call, uint32_t path, uint32_t liv
     if (cost < best.cost) best = {path, doublings, cost};
   }
 }
-uint8_t choose(const ProductCall& call, uint32_t live, uint32_t programs) {
+Choice choose(const ProductCall& call, uint32_t live, uint32_t programs, uint32_t most) {
   Choice best = {0, 0, ~0u};
   const auto may = [&](int path) { return call.path < 0 || call.path == path; };
-  if (may(0)) consider<Tile0>(best, call, 0, live, programs);
-  if (may(1)) consider<Tile1>(best, call, 1, live, programs);
+  if (may(0)) consider<Tile0>(best, call, 0, live, programs, most);
+  if (may(1)) consider<Tile1>(best, call, 1, live, programs, most);
   // Many outputs have tiles enough: there path 3 gains too little to be worth its code.
-  if (call.path == 3 || (may(3) && call.outputs <= 1024)) consider<Tile3>(best, call, 3, live, programs);
-  if (may(2)) consider<Tile2>(best, call, 2, live, programs);
-  return static_cast<uint8_t>(best.path | best.doublings << 2);
+  if (call.path == 3 || (may(3) && call.outputs <= 1024)) consider<Tile3>(best, call, 3, live, programs, most);
+  if (may(2)) consider<Tile2>(best, call, 2, live, programs, most);
+  return best;
+}
+
+// For every count of the table. Partial sums become fewer with more rows and never more again, so that two limits tell a
+// reader how many there are.
+void choose_all(const ProductCall& call, uint32_t programs, Choice (&choices)[kChoices]) {
+  uint32_t most = 2;
+  for (uint32_t i = 0; i < kChoices; ++i) {
+    choices[i] = choose(call, (i + 1) * kChoiceRows, programs, most);
+    most = choices[i].doublings;
+  }
+}
+
+const char* programs_of_device(uint32_t* programs) {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error_text(error);
+  *programs = count < kProductPrograms ? count : kProductPrograms;
+  return nullptr;
 }
 
 // A kernel with the paths that a launch may take and few others: the shorter, the sooner at work.
@@ -667,14 +676,32 @@ const char* launch(const ProductArgs& args, unsigned programs, int used, void* s
 int64_t consistentee_product_workspace() { return kProductWorkspace; }
 int64_t consistentee_product_partials() { return kProductPartials; }
 
+const char* consistentee_product_limits(int64_t inputs, int64_t outputs, int32_t* four, int32_t* two) {
+  using namespace consistentee::cuda;
+  uint32_t programs;
+  if (const char* error = programs_of_device(&programs)) return error;
+  float somewhere = 0.f;
+  ProductCall call{};
+  call.partials = &somewhere;
+  call.inputs = inputs;
+  call.outputs = outputs;
+  call.path = -1;
+  Choice choices[kChoices];
+  choose_all(call, programs, choices);
+  *four = *two = 0;
+  for (int i = 0; i < kChoices; ++i) {
+    if (choices[i].doublings == 2) *four = (i + 1) * kChoiceRows;
+    if (choices[i].doublings >= 1) *two = (i + 1) * kChoiceRows;
+  }
+  return nullptr;
+}
+
 const char* consistentee_product(const ProductCall* call) {
   using namespace consistentee::cuda;
   if (call->capacity == 0 || call->outputs == 0) return nullptr;
   if (call->gelu && call->partials != nullptr) return "partial sums have no activation";
-  int device = 0, programs = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&programs, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error_text(error);
+  uint32_t programs;
+  if (const char* error = programs_of_device(&programs)) return error;
   ProductArgs args;
   const bool bfloat16 = call->bfloat16 != 0;
   if (const char* text = encode_map(&args.x, call->x, call->rows, call->inputs, call->x_stride, kBoxRows, bfloat16)) {
@@ -694,19 +721,19 @@ const char* consistentee_product(const ProductCall* call) {
   args.inputs = static_cast<int32_t>(call->inputs);
   args.outputs = static_cast<int32_t>(call->outputs);
   args.bias_fp32 = call->bias_fp32;
-  if (programs > kProductPrograms) programs = kProductPrograms;
+  Choice choices[kChoices];
+  choose_all(*call, programs, choices);
   int used = 0;
   for (int i = 0; i < kChoices; ++i) {
-    args.choice[i] = choose(*call, (i + 1) * kChoiceRows, programs);
+    args.choice[i] = static_cast<uint8_t>(choices[i].path | choices[i].doublings << 2);
     // The last entry stands for all greater counts.
     if (static_cast<int64_t>(i) * kChoiceRows < call->capacity) used |= 1 << (args.choice[i] & 3);
   }
-  const unsigned grid = static_cast<unsigned>(programs);
   const auto launch_for = [&](auto brain) {
     constexpr bool kBrain = decltype(brain)::value;
-    return call->gelu       ? launch<kBrain, true, false>(args, grid, used, call->stream)
-           : call->partials ? launch<kBrain, false, true>(args, grid, used, call->stream)
-                            : launch<kBrain, false, false>(args, grid, used, call->stream);
+    return call->gelu       ? launch<kBrain, true, false>(args, programs, used, call->stream)
+           : call->partials ? launch<kBrain, false, true>(args, programs, used, call->stream)
+                            : launch<kBrain, false, false>(args, programs, used, call->stream);
   };
   return bfloat16 ? launch_for(std::true_type{}) : launch_for(std::false_type{});
 }

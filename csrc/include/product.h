@@ -8,10 +8,10 @@
 // One launch. Strides are in elements. 16-bit floats throughout; the bias may be fp32. The kernel in front in the stream
 // may write x, but not the count, the weight or the bias: those are read while it still runs.
 //
-// With few rows several programs share a sum. Who puts it together: with `partials`, whoever reads the result. Number
-// 0 says how many partial sums a row has, S; where it is 0, the rows are in `out` as always. Otherwise that of row r,
-// share s and column c stands at kProductHeader + (r S + s) outputs + c, the bias is in share 0, and `out` is not
-// written. With `workspace` alone the last of the programs adds them up. With neither no sum is shared.
+// With few rows several programs share a sum. Who puts it together: with `partials`, whoever reads the result. Then a
+// row has S partial sums, 4 up to some live count, 2 up to another (consistentee_product_limits); that of row r, share s
+// and column c stands at (r S + s) outputs + c, the bias is in share 0, and `out` is not written. Beyond, the rows are
+// in `out` as always. With `workspace` alone the last of the programs adds them up. With neither no sum is shared.
 struct ProductCall {
   const void* x;       // (rows, inputs), row stride x_stride
   const void* weight;  // (outputs, inputs), row stride weight_stride
@@ -30,10 +30,11 @@ struct ProductCall {
 constexpr int64_t kProductPrograms = 160;    // that share tiles at most
 constexpr int64_t kProductSums = 64 * 48;    // of one of them
 constexpr int64_t kProductWorkspace = kProductPrograms * 4 * (1 + kProductSums);
-constexpr int64_t kProductHeader = 64;  // floats: what follows is aligned for whole lines
-constexpr int64_t kProductPartials = kProductHeader + kProductPrograms * 128 * 192;
+constexpr int64_t kProductPartials = kProductPrograms * 128 * 192;
 
 // Null, or what went wrong.
 EE_EXPORT const char* consistentee_product(const ProductCall* call);
 EE_EXPORT int64_t consistentee_product_workspace();
 EE_EXPORT int64_t consistentee_product_partials();
+// Live rows up to which a row has four partial sums, and up to which it has two, on the current device.
+EE_EXPORT const char* consistentee_product_limits(int64_t inputs, int64_t outputs, int32_t* four, int32_t* two);

@@ -23,7 +23,13 @@ from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.gpu_exit import ExitDestinations, ExitLimits, exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import linear_rows_
 from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
-from engine.kernels.products import product_partials, product_workspace
+from engine.kernels.products import (
+    Partials,
+    partials_memory,
+    product_partials,
+    product_problem,
+    product_workspace,
+)
 from engine.kernels.survivors import survivors_
 
 # Largest capacity at which tokens move with a delay. At every exit that saves the exit's own launch, 5 us of an H100. A
@@ -76,7 +82,7 @@ class Arena:
         self.tokens = tokens
         self.hidden, self.attended, self.x, self.projected = (rows(hidden) for _ in range(4))
         self.qkv, self.inner = rows(3 * hidden), rows(wide)
-        self.workspace, self.partials = product_workspace(like.device), product_partials(like)
+        self.workspace, self.sums = product_workspace(like.device), partials_memory(like)
         self.bytes = sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 
 
@@ -115,7 +121,7 @@ class Pass:
     def record(self, when: Callable[[Tensor], AbstractContextManager[None]]) -> None:
         """Launch it on the current stream. ``with when(flag)``: what is launched inside runs if the flag is not 0."""
         w, steps, given = self.weights, self.steps, self._given
-        hidden, now, partials = self.arena.hidden[: self.capacity.tokens], self._lives[0], self.arena.partials
+        hidden, now = self.arena.hidden[: self.capacity.tokens], self._lives[0]
         embed_layer_norm_rows_(
             hidden,
             given["input_ids"],
@@ -139,7 +145,7 @@ class Pass:
                 if layer == steps.deepest:
                     self._last_layer(layer, now)
                     break
-                x, projected = self._layer(w.layers[layer - 1], now, before)
+                x, projected, partials = self._layer(w.layers[layer - 1], now, before)
                 norm, before = w.layers[layer - 1].output_norm, None
                 if layer not in steps.reads:
                     add_layer_norm_rows_(hidden, projected, x, *norm, now.counts, TOKENS, partials=partials)
@@ -147,47 +153,47 @@ class Pass:
                 after = self._lives[2] if now is self._lives[1] else self._lives[1]
                 # The last layer serves first tokens alone: it has no Add & Norm that could move the others.
                 if self._delays and layer + 1 < steps.deepest:
-                    self._exit(layer, now, x, projected, norm, normed=hidden)
+                    self._exit(layer, now, x, projected, partials, norm, normed=hidden)
                     self._find_survivors(now, after)
                     before = now
                 else:
-                    self._exit(layer, now, x, projected, norm)
+                    self._exit(layer, now, x, projected, partials, norm)
                     self._find_survivors(now, after)
                     add_layer_norm_compact_(hidden, projected, x, *norm, now.counts, self._token_dest, partials)
                 now, left_behind = after, True
 
-    def _layer(self, w: LayerWeights, now: Live, before: Live | None) -> tuple[Tensor, Tensor]:
-        """A layer up to its last Add & Norm: (x, projected), whose normed sum is its result. before: see ``record``."""
+    def _layer(self, w: LayerWeights, now: Live, before: Live | None) -> tuple[Tensor, Tensor, Partials | None]:
+        """A layer up to its last Add & Norm: (x, projected, partials), the normed sum of x and projected being its
+        result. before: see ``record``."""
         a, tokens = self.arena, self.capacity.tokens
         hidden, attended, x, projected, inner = (
             buffer[:tokens] for buffer in (a.hidden, a.attended, a.x, a.projected, a.inner)
         )
         standing = now if before is None else before
         self._attend(w.qkv, attended, standing, first_only=False)
-        self._project(projected, attended, w.attention_output, standing.counts, TOKENS)
-        norm, partials = w.attention_norm, a.partials
+        partials = self._project(projected, attended, w.attention_output, standing.counts, TOKENS)
+        norm = w.attention_norm
         if before is None:
             add_layer_norm_rows_(x, projected, hidden, *norm, now.counts, TOKENS, partials=partials)
         else:
             add_layer_norm_compact_(x, projected, hidden, *norm, before.counts, self._token_dest, partials)
         inner = inner[:, : w.intermediate.weight.shape[0]]  # layers may differ
         self._multiply(inner, x, w.intermediate, now.counts, TOKENS, "gelu")
-        self._project(projected, inner, w.output, now.counts, TOKENS)
-        return x, projected
+        return x, projected, self._project(projected, inner, w.output, now.counts, TOKENS)
 
     def _last_layer(self, layer: int, now: Live) -> None:
         """Nobody goes on: behind keys and values, first tokens alone, one a row."""
         w, a, rows, counts = self.weights.layers[layer - 1], self.arena, self.capacity.rows, now.counts
         attended, x, projected, inner = (b[:rows] for b in (a.attended, a.x, a.projected, a.inner))
         self._attend(w.qkv, attended, now, first_only=True)
-        self._project(projected, attended, w.attention_output, counts, ROWS)
+        partials = self._project(projected, attended, w.attention_output, counts, ROWS)
         add_layer_norm_rows_(
-            x, projected, a.hidden, *w.attention_norm, counts, ROWS, now.cu_seqlens, partials=a.partials
+            x, projected, a.hidden, *w.attention_norm, counts, ROWS, now.cu_seqlens, partials=partials
         )
         inner = inner[:, : w.intermediate.weight.shape[0]]
         self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
-        self._project(projected, inner, w.output, counts, ROWS)
-        self._exit(layer, now, x, projected, w.output_norm, compact=True)
+        partials = self._project(projected, inner, w.output, counts, ROWS)
+        self._exit(layer, now, x, projected, partials, w.output_norm, compact=True)
 
     def _multiply(
         self,
@@ -200,9 +206,16 @@ class Pass:
     ) -> None:
         linear_rows_(out, x, *linear, counts, which, act, workspace=self.arena.workspace)
 
-    def _project(self, out: Tensor, x: Tensor, linear: PlainLinear, counts: Tensor, which: int) -> None:
-        """A product that an Add & Norm reads next, which is given the same partials: with few rows it adds them up."""
-        linear_rows_(out, x, *linear, counts, which, partials=self.arena.partials)
+    def _project(
+        self, out: Tensor, x: Tensor, linear: PlainLinear, counts: Tensor, which: int
+    ) -> Partials | None:
+        """A product that an Add & Norm reads next: with few rows that one adds up the partial sums returned here."""
+        if self.arena.sums is None or product_problem(out, x, *linear, "none") is not None:
+            self._multiply(out, x, linear, counts, which)
+            return None
+        partials = product_partials(self.arena.sums, *linear.weight.shape)
+        linear_rows_(out, x, *linear, counts, which, partials=partials)
+        return partials
 
     def _attend(self, qkv: PlainLinear, attended: Tensor, now: Live, first_only: bool) -> None:
         a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
@@ -225,6 +238,7 @@ class Pass:
         now: Live,
         x: Tensor,
         projected: Tensor,
+        partials: Partials | None,
         norm: tuple,
         normed: Tensor | None = None,
         compact: bool = False,
@@ -241,7 +255,7 @@ class Pass:
             given["script"],
             by_row_id=True,
         )
-        index, partials = None if compact else now.cu_seqlens, self.arena.partials
+        index = None if compact else now.cu_seqlens
         criterion = "last" if compact else self.steps.criterion
         decision = now.counts, layer, criterion, weights.policy, tuple(weights.classifier)
         if weights.pooler is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import extension
-from engine.kernels.products import PARTIALS_HEADER
+from engine.kernels.products import Partials
 
 needs_extension = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
 
@@ -37,15 +37,13 @@ def assert_no_worse(ours: Tensor, twin: Tensor, exact: Tensor, factor: float = 2
     assert error <= factor * allowed + floor * scale, f"error {error:.3g}, plain torch {allowed:.3g}"
 
 
-def partials_of(x: Tensor, shares: int) -> Tensor:
-    """x as a product may leave it: ``shares`` partial sums a row, which come to x exactly in any order. 0: none, and
-    nothing that could be read as one."""
-    header = torch.full((PARTIALS_HEADER,), float("nan"), device=x.device)
-    header[0] = shares
+def partials_of(x: Tensor, shares: int) -> Partials:
+    """x as a product may leave it: ``shares`` (4, 2 or 0) partial sums a row, which come to x exactly in any order."""
     if shares == 0:
-        return torch.cat([header, torch.full((4 * x.numel(),), float("nan"), device=x.device)])
+        return Partials(torch.full((4 * x.numel(),), float("nan"), device=x.device), 0, 0)
     parts = torch.tensor([2.0**-i for i in (*range(1, shares), shares - 1)], device=x.device)
-    return torch.cat([header, (x.float()[:, None] * parts[:, None]).flatten()])
+    forever = 1 << 20
+    return Partials((x.float()[:, None] * parts[:, None]).flatten(), forever if shares == 4 else 0, forever)
 
 
 def doubled(*tensors):

@@ -13,7 +13,7 @@ import torch
 
 from engine.kernels import gpu_attention, gpu_exit, gpu_linear, gpu_norms
 from engine.kernels.gpu_common import triton
-from engine.kernels.products import PARTIALS_HEADER
+from engine.kernels.products import Partials
 
 MODULES = (gpu_linear, gpu_attention, gpu_norms, gpu_exit)
 NUM_HEADS = 12  # of BERT-base (H 768, head_dim 64) and MiniLM (H 384, head_dim 32)
@@ -99,7 +99,7 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
     )
     dest = empty(tokens, dtype=int32)
     yield "norm compact", lambda: gpu_norms.add_layer_norm_compact_(out, x, other, *norm, counts, dest)
-    partials = empty(PARTIALS_HEADER + tokens * hidden, dtype=floats)
+    partials = Partials(empty(tokens * hidden, dtype=floats), 512, 2048)
     yield "norm compact partials", lambda: gpu_norms.add_layer_norm_compact_(
         out, x, other, *norm, counts, dest, partials
     )

@@ -4,9 +4,10 @@ from torch.nn import functional as F
 
 from engine.kernels.gpu_linear import ACTIVATIONS, ROWS, TOKENS, configs_for, linear_rows_, linear_rows__ref
 from engine.kernels.products import (
-    PARTIALS_HEADER,
     PATHS,
+    Partials,
     hopper_product,
+    partials_memory,
     product_partials,
     product_problem,
     product_workspace,
@@ -155,48 +156,47 @@ def test_products_that_leave_partial_sums(hopper, capacity, live, features, widt
     """Few rows share a sum, whoever reads it adds it up; many rows, or one step of K, stand in ``out`` as always."""
     x, weight, bias = case(capacity, features, width, dtype, "cuda")
     x[live:] = float("nan")  # nobody may look
-    partials = product_partials(x)
-    partials[:] = float("nan")
+    partials = product_partials(partials_memory(x), features, width)
+    found = partials.shares(live)
+    if path is None and shares is not None:
+        assert found == shares
     for given in (bias, None):
+        partials.sums[:] = float("nan")
         out = poisoned(capacity, features, dtype, "cuda")
         hopper_product(out, x, weight, given, counts_of(live, 0, "cuda"), False, None, path, partials)
-        whole = out.clone()
-        whole[:live] = whole_rows(out, partials, slice(live))
-        check(whole, live, x[:live], weight, given if given is not None else torch.zeros_like(bias), "none")
-        found = int(partials[0])
+        if path is not None:  # another tile has other limits: what is written says how many
+            written = int((~partials.sums.isnan()).sum())
+            found, rest = divmod(written, live * features)
+            assert found in (0, 2, 4) and rest == 0
         assert bool((out == POISON).all()) == (found > 0)
-        used = live * found * features
-        assert bool(partials[PARTIALS_HEADER + used :].isnan().all()), "written past the live rows"
-        if path is None and shares is not None:
-            assert found == shares
+        assert bool(partials.sums[live * found * features :].isnan().all()), "written past the live rows"
+        whole = out.clone()
+        whole[:live] = whole_rows(out, Partials(partials.sums, *{4: (live, live), 2: (0, live), 0: (0, 0)}[found]),
+                                  live, slice(live))  # fmt: skip
+        check(whole, live, x[:live], weight, given if given is not None else torch.zeros_like(bias), "none")
 
 
-@pytest.mark.gpu
-def test_a_product_without_partial_sums_says_so(hopper):
-    """Whatever the one before it has left, from either kernel."""
-    x, weight, bias = case(64, 768, 768, HALF, "cuda")
-    partials, out = product_partials(x), torch.empty(64, 768, dtype=HALF, device="cuda")
-    for config in (None, configs_for(64, 768, 768, HALF)[0]):  # of the second product
-        linear_rows_(out, x, weight, bias, counts_of(0, 64, "cuda"), TOKENS, partials=partials)
-        assert int(partials[0]) > 1
-        many = torch.zeros(2500, 768, dtype=HALF, device="cuda")
-        linear_rows_(
-            many.clone(), many, weight, bias, counts_of(0, 2500, "cuda"), TOKENS, config=config, partials=partials
-        )
-        assert int(partials[0]) == 0
-
-
-def test_partial_sums_have_no_activation(way):
-    x, weight, bias = case(4, 16, 32, HALF, way.device)
-    sums = torch.ones(64, device=way.device)
-    out = torch.empty(4, 16, dtype=HALF, device=way.device)
+def test_partials(way):
+    """The twin keeps to the layout, its reader adds up. Who cannot leave partial sums says so."""
+    x, weight, bias = case(7, 16, 32, SINGLE, way.device)
+    arguments = (x, weight, bias, counts_of(0, 5, way.device), TOKENS)
+    out = poisoned(7, 16, SINGLE, way.device)
+    for four, two, shares in ((8, 8, 4), (4, 5, 2), (3, 4, 0)):
+        partials = Partials(torch.full((7 * 4 * 16,), POISON, device=way.device), four, two)
+        assert partials.shares(5) == shares
+        linear_rows__ref(out, *arguments, partials=partials)
+        whole = torch.cat([whole_rows(out, partials, 5, slice(5)), poisoned(2, 16, SINGLE, way.device)])
+        check(whole, 5, x[:5], weight, bias, "none")
+        index = torch.tensor([4, 0], device=way.device)
+        assert torch.equal(whole_rows(out, partials, 5, index), whole[index])
+        assert bool((partials.sums[5 * shares * 16 :] == POISON).all())
+        out.fill_(POISON)
     with pytest.raises(ValueError, match="partials have no activation: act must be none beside them, got 'gelu'"):
-        linear_rows_(out, x, weight, bias, counts_of(4, 4, way.device), TOKENS, "gelu", partials=sums)
-    way(linear_rows_, linear_rows__ref)(
-        out, x, weight, bias, counts_of(4, 4, way.device), TOKENS, "none", partials=sums
-    )
-    assert float(sums[0]) == 0
-    assert product_partials(x.float()) is None
+        linear_rows_(out, *arguments, "gelu", partials=partials)
+    if way.name != "twin":
+        with pytest.raises(ValueError, match="the Hopper kernel alone leaves partials, and does not serve here: "):
+            linear_rows_(out, *arguments, partials=partials)
+    assert partials_memory(x) is None
 
 
 @pytest.mark.gpu

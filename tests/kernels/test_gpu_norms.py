@@ -13,6 +13,7 @@ from engine.kernels.gpu_norms import (
     embed_layer_norm_rows_,
     embed_layer_norm_rows__ref,
 )
+from engine.kernels.products import Partials
 from tests.kernels.cases import assert_no_worse, doubled, partials_of
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -107,14 +108,14 @@ def test_survivors_move_to_their_places(way, rows_a_program, dtype, stay):
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
-@pytest.mark.parametrize("shares", [0, 2, 3, 4])
+@pytest.mark.parametrize("shares", [0, 2, 4])
 @pytest.mark.parametrize("form", ["rows", "gathered", "compact"])
 def test_partial_sums_are_added_up(way, rows_a_program, dtype, shares, form):
     """Every form reads a product's partial sums instead of its rows, where there are some, and gets the same."""
     way.skip_wrong(dtype)
     x, residual, weight, bias = case(13, 40, dtype, way.device)
     partials, shared = partials_of(x, shares), x if shares == 0 else torch.full_like(x, float("nan"))
-    live, index = 11, torch.tensor([3, 0, 12, 7], dtype=torch.int32, device=way.device)
+    live, index = 11, torch.tensor([3, 0, 10, 7], dtype=torch.int32, device=way.device)
     dest = torch.full((13,), -1, dtype=torch.int32, device=way.device)
     dest[[1, 4, 10]] = torch.arange(3, dtype=torch.int32, device=way.device)
     outs = []
@@ -211,8 +212,8 @@ def test_messages(arguments, message):
 
 
 def test_messages_about_partials():
-    with pytest.raises(ValueError, match=r"partials must be contiguous float32 of one dimension.*product_partials"):
-        add_layer_norm_rows_(OUT, X, X, V, V, EPS, N, 1, partials=X)
+    with pytest.raises(ValueError, match=r"sums of partials must be contiguous float32 of one dimension on cpu"):
+        add_layer_norm_rows_(OUT, X, X, V, V, EPS, N, 1, partials=Partials(X, 1, 1))
 
 
 def test_more_messages():
