@@ -13,7 +13,7 @@ weights, which no kernel of a pass writes, the counts, the row's number, its pla
 kernel in front is waited for; behind it comes its first token.
 
 ``exit_add_norm_rows_`` is the residual Add & Norm of all tokens with the exit beside it, in one launch: the first
-programs of the grid are those of the exit, which take longest, the others norm 8 or 16 rows each. Limited by bytes, 6 H
+programs of the grid are those of the exit, which take longest, the others norm 1 to 8 rows each. Limited by bytes, 6 H
 a token in 16 bit, until the exit's latency is longer.
 
 A pooler (H x H) would take one program 13.5 us by itself: with one, ``add_layer_norm_rows_`` of the first tokens alone
@@ -53,6 +53,7 @@ from engine.kernels.gpu_common import (
     shares_of,
     tl,
 )
+from engine.kernels.gpu_norms import residual_norm
 from engine.kernels.products import MOST_PARTIALS, Partials, whole_rows
 
 __all__ = [
@@ -238,54 +239,63 @@ def _tiles(ptr, rows, present, stride, H: tl.constexpr, TILES: tl.constexpr, BLO
 
 
 @jit
-def _whole(
-    x,
-    sums_ptr,
-    shares,
-    rows,
-    present,
-    H: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MOST_PARTIALS: tl.constexpr,
-):
-    """Tiles of x in fp32, the partial sums of its rows added where a row has some: then x is zero."""
-    whole = ()
-    starts = tl.expand_dims(sums_ptr + rows * (shares * H), -1)
+def _vector(ptr, wanted, H: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """H entries from ptr on as a tuple of tiles (BLOCK_K,); zeros where not wanted and past H."""
+    tiles = ()
     for k in tl.static_range(TILES):
         columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
-        here = tl.expand_dims(present, -1) & (columns < H)
-        tile = x[k].to(tl.float32)
-        for share in tl.static_range(MOST_PARTIALS):  # all on their way before the first is needed
-            tile += tl.load(starts + share * H + columns, mask=here & (share < shares), other=0.0)
-        whole = whole + (tile,)
-    return whole
+        tiles = tiles + (tl.load(ptr + columns, mask=(columns < H) & wanted, other=0.0),)
+    return tiles
 
 
 @jit
-def _normed(x, residual, weight, bias, eps, H: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """LayerNorm(x + residual) in tiles, rounded to the dtype of the residual, as ``add_layer_norm_rows_`` stores it:
-    all forms of the exit, and every executor, then decide on the same numbers."""
-    sums = ()
+def _first_token(
+    x_ptr,
+    sums_ptr,
+    shares,
+    residual_ptr,
+    weight,
+    bias,
+    eps,
+    H: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    MOST_PARTIALS: tl.constexpr,
+):
+    """LayerNorm(x + residual) of one row, rounded to its dtype as ``add_layer_norm_rows_`` stores it: all forms of the
+    exit, and every executor, then decide on the same numbers. All warps work on it together, then each gets a copy:
+    tiles (ROWS, BLOCK_K) of equal rows. With ``shares``, x stands in that many partial sums."""
+    x = _vector(x_ptr, shares == 0, H, TILES, BLOCK_K)
+    residual = _vector(residual_ptr, True, H, TILES, BLOCK_K)
+    rows = ()
     for k in tl.static_range(TILES):
-        sums = sums + (x[k].to(tl.float32) + residual[k].to(tl.float32),)
-    total = sums[0]
+        rows = rows + (x[k].to(tl.float32),)
+    for share in tl.static_range(MOST_PARTIALS):
+        part = _vector(sums_ptr + share * H, share < shares, H, TILES, BLOCK_K)
+        added = ()
+        for k in tl.static_range(TILES):
+            added = added + (rows[k] + part[k],)
+        rows = added
+    summed = ()
+    for k in tl.static_range(TILES):
+        summed = summed + (rows[k] + residual[k].to(tl.float32),)
+    total = summed[0]
     for k in tl.static_range(1, TILES):
-        total += sums[k]
-    mean = tl.expand_dims(tl.sum(total, axis=1) / H, 1)
+        total += summed[k]
+    mean = tl.sum(total, axis=0) / H
     centred = ()
     squares = tl.zeros_like(total)
     for k in tl.static_range(TILES):
-        in_row = k * BLOCK_K + tl.arange(0, BLOCK_K) < H
-        part = tl.where(in_row[None, :], sums[k] - mean, 0.0)
+        part = tl.where(k * BLOCK_K + tl.arange(0, BLOCK_K) < H, summed[k] - mean, 0.0)
         squares += part * part
         centred = centred + (part,)
-    scale = tl.expand_dims(1.0 / tl.sqrt(tl.sum(squares, axis=1) / H + eps), 1)
-    normed = ()
+    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / H + eps)
+    copies = ()
     for k in tl.static_range(TILES):
         y = centred[k] * scale * weight[k].to(tl.float32) + bias[k].to(tl.float32)
-        normed = normed + (y.to(residual[k].dtype),)
-    return normed
+        copies = copies + (tl.broadcast_to(y.to(residual[k].dtype)[None, :], [ROWS, BLOCK_K]),)
+    return copies
 
 
 @jit
@@ -370,6 +380,8 @@ def _exit_kernel(
     HAS_EXIT_LOGITS: tl.constexpr,
     BY_ROW_ID: tl.constexpr,
     MOST_PARTIALS: tl.constexpr,
+    STORE_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -380,33 +392,32 @@ def _exit_kernel(
 ):
     program = tl.program_id(0)
     copies = tl.arange(0, ROWS)
-    everywhere = copies >= 0
     # Weights do not depend on the kernel in front: they are on their way while it still runs.
-    if NORM or STORE:
-        weight = _tiles(norm_weight_ptr, copies, everywhere, 0, H, TILES, BLOCK_K)
-        bias = _tiles(norm_bias_ptr, copies, everywhere, 0, H, TILES, BLOCK_K)
     if STORE:
         if program >= exit_programs:
             tokens = loaded_ahead(counts_ptr + 1)
             shares = 0  # of a row of x
             if MOST_PARTIALS:
                 shares = shares_of(tokens, four, two)
+            columns = tl.arange(0, BLOCK_H)
+            weight = tl.load(norm_weight_ptr + columns, mask=columns < H, other=0.0)
+            bias = tl.load(norm_bias_ptr + columns, mask=columns < H, other=0.0)
             begin(EARLY)
-            first_token = (program - exit_programs) * ROWS
-            if first_token < tokens:
-                token = first_token + copies
+            first = (program - exit_programs) * STORE_ROWS
+            if first < tokens:
+                token = first + tl.arange(0, STORE_ROWS)
                 present = token < tokens
-                added = _tiles(x_ptr, token, present & (shares == 0), x_stride, H, TILES, BLOCK_K)
-                others = _tiles(residual_ptr, token, present, residual_stride, H, TILES, BLOCK_K)
-                if MOST_PARTIALS:
-                    added = _whole(added, sums_ptr, shares, token, present, H, TILES, BLOCK_K, MOST_PARTIALS)
-                stored = _normed(added, others, weight, bias, eps, H, TILES, BLOCK_K)
-                places = tl.expand_dims(normed_ptr + token.to(tl.int64) * normed_stride, 1)
-                for k in tl.static_range(TILES):
-                    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                    here = present[:, None] & (columns < H)[None, :]
-                    tl.store(places + columns[None, :], stored[k], mask=here)
+                y = residual_norm(
+                    x_ptr, token, x_stride, sums_ptr, shares, residual_ptr, token, residual_stride, present, columns,
+                    weight, bias, eps, H, MOST_PARTIALS, STORE_ROWS <= 4,
+                )  # fmt: skip
+                places = normed_ptr + token.to(tl.int64)[:, None] * normed_stride + columns[None, :]
+                here = present[:, None] & (columns < H)[None, :]
+                tl.store(places, y.to(normed_ptr.dtype.element_ty), mask=here)
             return
+    if NORM:
+        norm_weight = _vector(norm_weight_ptr, True, H, TILES, BLOCK_K)
+        norm_bias = _vector(norm_bias_ptr, True, H, TILES, BLOCK_K)
     i = program // SPLITS
     split = program % SPLITS  # of SPLITS that share the row's classes; the first one writes all else
     neurons = copies[:, None] * (BLOCK_P // ROWS) + tl.arange(0, BLOCK_P // ROWS)[None, :]
@@ -439,15 +450,17 @@ def _exit_kernel(
     begin(EARLY)
     if i >= live:
         return
-    whole = everywhere & (row_shares == 0)
-    state = _tiles(state_ptr, source + copies * 0, whole, state_stride, H, TILES, BLOCK_K)
     if NORM:
-        residual = _tiles(residual_ptr, source + copies * 0, everywhere, residual_stride, H, TILES, BLOCK_K)
-    if NORM:
+        row = source.to(tl.int64)
+        sums = sums_ptr
         if MOST_PARTIALS:
-            rows = source + copies * 0
-            state = _whole(state, sums_ptr, row_shares, rows, everywhere, H, TILES, BLOCK_K, MOST_PARTIALS)
-        state = _normed(state, residual, weight, bias, eps, H, TILES, BLOCK_K)
+            sums += source * row_shares * H
+        state = _first_token(
+            x_ptr + row * x_stride, sums, row_shares, residual_ptr + row * residual_stride, norm_weight, norm_bias, eps,
+            H, TILES, BLOCK_K, ROWS, MOST_PARTIALS,
+        )  # fmt: skip
+    else:
+        state = _tiles(state_ptr, source + copies * 0, copies >= 0, state_stride, H, TILES, BLOCK_K)
 
     logits_ptr += row_id * C
     leave = i >= 0
@@ -523,36 +536,36 @@ def exit_block(
     classes: int,
     criterion: str,
     itemsize: int,
-    beside: bool = False,
-    partials: bool = False,
+    tokens: int = 0,
 ) -> dict[str, int]:
     """Tiles of the kernel, and how many programs share a row's classes (all of them are needed to be confident).
 
-    itemsize is that of the widest weight; beside: the grid has blocks of the norm, too. 8 warps hold 32 neurons or
-    classes of up to 96 KB, 96 registers a thread. partials: a program may have to add up sums, and a thread has 96
-    numbers of them on their way: with 16 warps the neurons take half as many of its registers.
+    itemsize is that of the widest weight; tokens: for whose norm the grid has programs, too. 8 warps hold 32 neurons or
+    classes of up to 96 KB, 96 registers a thread.
     """
-    num_warps = 2 * _NUM_WARPS if partials else _NUM_WARPS
     block_k = min(512 // itemsize, max(16, next_power_of_2(hidden)))
-    if block_k == 256 and hidden % 256 and hidden % 128 == 0:
-        block_k = 128  # 384 = 3 x 128: no half-empty tile
-    rows = num_warps * (2 if block_k == 128 and itemsize == 2 else 1)
+    rows = 8
     most = 32
     while most > rows and most * hidden * itemsize > 96 * 1024:
         most //= 2
     block_c = min(most, max(rows, next_power_of_2(classes)))
-    programs = (_PROGRAMS_BESIDE if beside else _PROGRAMS) * _NUM_WARPS // num_warps
+    programs = _PROGRAMS_BESIDE if tokens else _PROGRAMS
     splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, programs // cap_rows))
+    # A row of four partial sums is 12 KB, and a multiprocessor brings some 84 a microsecond: so few rows to a program
+    # while all programs run at once.
+    store_rows = next((n for n in (1, 4) if cap_rows * splits + cdiv(tokens, n) <= _PROGRAMS), 8)
     return {
+        "STORE_ROWS": store_rows if tokens else 1,
+        "BLOCK_H": next_power_of_2(hidden),
         "ROWS": rows,
         "TILES": cdiv(hidden, block_k),
         "BLOCK_K": block_k,
         "BLOCK_P": min(most, max(rows, next_power_of_2(neurons))),
         "BLOCK_C": block_c,
         "SPLITS": splits,
-        "num_warps": num_warps,
-        # What the multiprocessor has. Left alone, ptxas takes 174 registers for 8 warps, so that one program fits.
-        **({"maxnreg": 128} if partials else {}),
+        "num_warps": _NUM_WARPS,
+        # Two programs a multiprocessor. Left alone, ptxas takes up to twice as many at H 384.
+        **({"maxnreg": 128} if itemsize == 2 else {}),
         "num_stages": 1,
     }
 
@@ -653,12 +666,11 @@ def _launch(
         classifier[0].shape[0],
         criterion,
         itemsize,
-        normed is not None,
-        partials is not None,
+        tokens,
     )
     exit_programs = cap_rows * block["SPLITS"]
     with on_device(x):
-        _exit_kernel[(exit_programs + cdiv(tokens, block["ROWS"]),)](
+        _exit_kernel[(exit_programs + cdiv(tokens, block["STORE_ROWS"]),)](
             out.logits,
             out.exit_layers,
             out.exit_probs,

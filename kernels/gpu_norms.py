@@ -128,6 +128,43 @@ def _normalised(x, columns, weight, bias, eps, H: tl.constexpr):
     return centred * scale[:, None] * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
 
 
+@jit
+def residual_norm(
+    x_ptr,
+    x_rows,
+    x_stride,
+    sums_ptr,
+    shares,
+    residual_ptr,
+    residual_rows,
+    residual_stride,
+    present,
+    columns,
+    weight,
+    bias,
+    eps,
+    H: tl.constexpr,
+    MOST_PARTIALS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """LayerNorm(x + residual) [rows, BLOCK_H] in fp32, of rows of x or, with ``shares``, of their partial sums: all
+    loaded TOGETHER, or one after the other where a thread has no registers for that."""
+    here = present[:, None] & (columns < H)[None, :]
+    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    x = tl.load(x_ptrs, mask=here & (shares == 0), other=0.0).to(tl.float32)
+    residual_ptrs = residual_ptr + residual_rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
+    residual = tl.load(residual_ptrs, mask=here, other=0.0).to(tl.float32)
+    if MOST_PARTIALS:
+        sums = sums_ptr + (x_rows * shares * H)[:, None] + columns[None, :]
+        if TOGETHER:
+            for share in tl.static_range(MOST_PARTIALS):
+                x += tl.load(sums + share * H, mask=here & (share < shares), other=0.0)
+        else:
+            for share in range(0, shares):
+                x += tl.load(sums + share * H, mask=here, other=0.0)
+    return _normalised(x + residual, columns, weight, bias, eps, H)
+
+
 @jit(do_not_specialize=["four", "two"], do_not_specialize_on_alignment=UNALIGNED)
 def _add_norm_kernel(
     out_ptr,
@@ -180,21 +217,11 @@ def _add_norm_kernel(
     residual_rows = rows
     if HAS_RESIDUAL_INDEX:
         residual_rows = tl.load(residual_index_ptr + rows, mask=present, other=0)
+    y = residual_norm(
+        x_ptr, x_rows, x_stride, sums_ptr, shares, residual_ptr, residual_rows, residual_stride, present, columns,
+        weight, bias, eps, H, MOST_PARTIALS, BLOCK_ROWS == 1,
+    )  # fmt: skip
     here = present[:, None] & (columns < H)[None, :]
-    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    x = tl.load(x_ptrs, mask=here & (shares == 0), other=0.0).to(tl.float32)
-    residual = tl.load(
-        residual_ptr + residual_rows.to(tl.int64)[:, None] * residual_stride + columns[None, :], mask=here, other=0.0
-    )
-    if MOST_PARTIALS:
-        sums = sums_ptr + (x_rows * shares * H)[:, None] + columns[None, :]
-        if BLOCK_ROWS == 1:
-            for share in tl.static_range(MOST_PARTIALS):  # all on their way before the first is needed
-                x += tl.load(sums + share * H, mask=here & (share < shares), other=0.0)
-        else:  # a row more to a thread leaves no registers for that; where rows are many, there are no sums
-            for share in range(0, shares):
-                x += tl.load(sums + share * H, mask=here, other=0.0)
-    y = _normalised(x + residual.to(tl.float32), columns, weight, bias, eps, H)
     out_ptrs = out_ptr + dest.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=here)
 

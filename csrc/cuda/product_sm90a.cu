@@ -8,8 +8,9 @@
 //   path 2   64 x 48, warpgroups take turns along K    few rows; programs that would idle share a tile along K
 //   path 3   128 x 48, as path 0                       about 1 000 rows and few outputs: again twice the tiles
 //
-// A tile that is shared along K is summed by the program that comes last, always in the order of the shares, so the
-// result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and
+// A tile that is shared along K leaves partial sums for the reader of the result (product.h), on all paths; without one
+// who adds them up, path 2 alone is shared, and the program that comes last does it. Always in the order of the shares,
+// so the result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and
 // latency. L2 gives every multiprocessor some 84 GB/s, which is what a step of K takes on all paths.
 //
 // Code counts by its length, since every launch of a pass brings its kernel back from L2 or memory. From 46 and 53
@@ -21,8 +22,8 @@
 // Tried and left out: storing one tile while the next is multiplied, with two sets of sums a thread (the product
 // takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it) or by way of shared memory
 // and the copy engine (8 % more for a pass of 4 096 tokens). Pairs of programs (clusters) that bring x for each
-// other: 2 us more for a launch, and a pair waits for its slower half at every tile. Sharing on path 1: putting 48
-// KB of sums together takes what it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs
+// other: 2 us more for a launch, and a pair waits for its slower half at every tile. Sharing on path 1 with a sum
+// of its own: putting 48 KB together takes what it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs
 // all others as much. The next product's weights brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more from
 // 1 024 on.
 #include <cuda.h>
@@ -178,17 +179,6 @@ struct Ring {
   uint64_t* full;
   uint64_t* empty;
 };
-
-// The weight, from memory to L2: every program brings its part, and nobody asks for the same line twice.
-__device__ void prefetch_weight(const ProductArgs& args) {
-  const int32_t steps = (args.inputs + kStep - 1) / kStep, boxes = (args.outputs + kBoxColumns - 1) / kBoxColumns * steps;
-#pragma unroll 1
-  for (int32_t box = blockIdx.x; box < boxes; box += gridDim.x) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&args.weight),
-                 "r"(box % steps * kStep), "r"(box / steps * kBoxColumns)
-                 : "memory");
-  }
-}
 
 template <class T>
 __device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& ring) {
@@ -353,10 +343,9 @@ __device__ void store_partial(const ProductArgs& args, const Plan& plan, float (
       float2 bias = *reinterpret_cast<const float2*>(biases + 8 * i);
       if (share != 0) bias = {0.f, 0.f};
       if (column + 8 * i < args.outputs) {
-        if (upper_lives) __stcg(reinterpret_cast<float2*>(upper + 8 * i), {sums[4 * i] + bias.x, sums[4 * i + 1] + bias.y});
-        if (lower_lives) {
-          __stcg(reinterpret_cast<float2*>(lower + 8 * i), {sums[4 * i + 2] + bias.x, sums[4 * i + 3] + bias.y});
-        }
+        const float* const own = sums + 4 * i;
+        if (upper_lives) __stcg(reinterpret_cast<float2*>(upper + 8 * i), {own[0] + bias.x, own[1] + bias.y});
+        if (lower_lives) __stcg(reinterpret_cast<float2*>(lower + 8 * i), {own[2] + bias.x, own[3] + bias.y});
       }
     }
     column += 16;
@@ -511,13 +500,6 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   ring.empty = ring.full + 16;
   int* const last = reinterpret_cast<int*>(ring.empty + 16);
 
-#ifndef LATE
-  // The kernel in front writes neither the count nor weights (product.h), so all that they are enough for comes first.
-  // Past the first level of cache: it may hold what the count was some kernels ago.
-  const int32_t live = __ldcg(args.count);
-  const int32_t choice = args.choice[max(0, min((live - 1) / kChoiceRows, kChoices - 1))], path = choice & 3;
-  const uint32_t shares = 1u << (choice >> 2);
-#endif
   if (threadIdx.x == 0) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
     asm volatile("prefetch.tensormap [%0];" ::"l"(&args.weight) : "memory");
@@ -529,23 +511,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-#ifndef LATE
-  __syncthreads();
-#endif
-#ifndef NOPREFETCH
-  if (threadIdx.x == 32) prefetch_weight(args);
-#endif
-  // From here on the results of the kernel in front are needed.
+  // Everything above ran beside the kernel in front, where it allows that; from here on its results are needed.
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#ifdef LATE
   const int32_t live = *args.count;
   if (live <= 0) return;
   const int32_t choice = args.choice[min((live - 1) / kChoiceRows, kChoices - 1)], path = choice & 3;
   const uint32_t shares = 1u << (choice >> 2);
   __syncthreads();
-#else
-  if (live <= 0) return;
-#endif
   if (threadIdx.x < kWarpgroup) {
     if (threadIdx.x != 0) return;
     with_tile<kTiles>(path, [&](auto tile) {
@@ -558,7 +530,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   }
   with_tile<kTiles>(path, [&](auto tile) {
     using T = decltype(tile);
-    consume<T, kBfloat16, kGelu, kPartials>(args, plan_of<T>(live, args.inputs, args.outputs, shares), ring, second, biases, last);
+    const Plan plan = plan_of<T>(live, args.inputs, args.outputs, shares);
+    consume<T, kBfloat16, kGelu, kPartials>(args, plan, ring, second, biases, last);
   });
 #endif
 }
@@ -602,7 +575,7 @@ const char* encode_map(CUtensorMap* map, const void* data, int64_t rows, int64_t
 
 // The tile and the shares for a live count, by what they take in ns: rounds of the device times a tile's time. A step
 // takes what its bytes take at 84 GB/s; the beginning and end of a tile are fitted to measured launches. Partial sums
-// are written and read at some 5 500 bytes a ns, where a 16-bit row would be, too.
+// are written and read at 5 500 bytes a ns (reckoned), instead of one row of 16 bits.
 struct Choice {
   uint32_t path, doublings, cost;
 };
@@ -632,11 +605,12 @@ Choice choose(const ProductCall& call, uint32_t live, uint32_t programs, uint32_
   return best;
 }
 
-// For every count of the table. Partial sums become fewer with more rows and never more again, so that two limits tell a
-// reader how many there are.
+// For every count of the table. Partial sums become fewer with more rows and never more again, so that two limits tell
+// a reader how many there are. The last entry, which stands for all greater counts, has none: their memory has an end.
 void choose_all(const ProductCall& call, uint32_t programs, Choice (&choices)[kChoices]) {
   uint32_t most = 2;
   for (uint32_t i = 0; i < kChoices; ++i) {
+    if (i == kChoices - 1) most = 0;
     choices[i] = choose(call, (i + 1) * kChoiceRows, programs, most);
     most = choices[i].doublings;
   }

@@ -5,8 +5,7 @@
 
 #include "graph.h"
 
-// One launch. Strides are in elements. 16-bit floats throughout; the bias may be fp32. The kernel in front in the stream
-// may write x, but not the count, the weight or the bias: those are read while it still runs.
+// One launch. Strides are in elements. 16-bit floats throughout; the bias may be fp32.
 //
 // With few rows several programs share a sum. Who puts it together: with `partials`, whoever reads the result. Then a
 // row has S partial sums, 4 up to some live count, 2 up to another (consistentee_product_limits); that of row r, share s
