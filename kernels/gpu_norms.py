@@ -150,19 +150,24 @@ def residual_norm(
     """LayerNorm(x + residual) [rows, BLOCK_H] in fp32, of rows of x or, with ``shares``, of their partial sums: all
     loaded TOGETHER, or one after the other where a thread has no registers for that."""
     here = present[:, None] & (columns < H)[None, :]
-    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    x = tl.load(x_ptrs, mask=here & (shares == 0), other=0.0).to(tl.float32)
     residual_ptrs = residual_ptr + residual_rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
-    residual = tl.load(residual_ptrs, mask=here, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptrs, mask=here, other=0.0)  # widened below: nobody is to wait for it here
+    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
     if MOST_PARTIALS:
-        sums = sums_ptr + (x_rows * shares * H)[:, None] + columns[None, :]
-        if TOGETHER:
-            for share in tl.static_range(MOST_PARTIALS):
-                x += tl.load(sums + share * H, mask=here & (share < shares), other=0.0)
+        if shares > 0:
+            sums = sums_ptr + (x_rows * shares * H)[:, None] + columns[None, :]
+            x = tl.load(sums, mask=here, other=0.0)
+            if TOGETHER:
+                for share in tl.static_range(1, MOST_PARTIALS):
+                    x += tl.load(sums + share * H, mask=here & (share < shares), other=0.0)
+            else:
+                for share in range(1, shares):
+                    x += tl.load(sums + share * H, mask=here, other=0.0)
         else:
-            for share in range(0, shares):
-                x += tl.load(sums + share * H, mask=here, other=0.0)
-    return _normalised(x + residual, columns, weight, bias, eps, H)
+            x = tl.load(x_ptrs, mask=here, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(x_ptrs, mask=here, other=0.0).to(tl.float32)
+    return _normalised(x + residual.to(tl.float32), columns, weight, bias, eps, H)
 
 
 @jit(do_not_specialize=["four", "two"], do_not_specialize_on_alignment=UNALIGNED)
@@ -299,7 +304,7 @@ def _block(capacity: int, hidden: int, partials: bool = False) -> dict[str, int]
         "BLOCK_H": next_power_of_2(hidden),
         "num_warps": 4 if rows * hidden <= 4096 else 8,
         "num_stages": 1,
-        **({"maxnreg": 64 if rows == 1 else 80} if partials else {}),
+        **({"maxnreg": 64 if rows == 1 else 96} if partials else {}),
     }
 
 

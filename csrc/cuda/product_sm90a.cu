@@ -22,10 +22,11 @@
 // Tried and left out: storing one tile while the next is multiplied, with two sets of sums a thread (the product
 // takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it) or by way of shared memory
 // and the copy engine (8 % more for a pass of 4 096 tokens). Pairs of programs (clusters) that bring x for each
-// other: 2 us more for a launch, and a pair waits for its slower half at every tile. Sharing on path 1 with a sum
-// of its own: putting 48 KB together takes what it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs
-// all others as much. The next product's weights brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more from
-// 1 024 on.
+// other: 2 us more for a launch, and a pair waits for its slower half at every tile. Putting the sums of shared tiles of
+// path 1 together here: that takes what it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code
+// costs all others as much. The next product's weights brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more
+// from 1 024 on. A product's own weights brought while the kernel in front still runs: to L2, no gain; into the ring,
+// 3 to 9 % slower at 128 to 1 024 tokens, and the count read that early gains nothing.
 #include <cuda.h>
 
 #include <type_traits>
@@ -48,7 +49,7 @@ constexpr int kBias = 2 * 192 * 4;  // of two tiles: one is read while the next 
 constexpr int kBarriers = 2 * 16 * 8;
 constexpr int kChoices = 128;
 constexpr int kChoiceRows = 64;
-constexpr int kAround = 1024 + kSums + kBias + kBarriers + 16;  // the ring
+constexpr int kShared = 1024 + kRing + kSums + kBias + kBarriers + 16;
 
 struct ProductArgs {
   CUtensorMap x, weight;
@@ -77,12 +78,8 @@ struct Tile {
 };
 using Tile0 = Tile<128, 192, 5, false>;
 using Tile1 = Tile<128, 96, 7, false>;
-using Tile2 = Tile<64, 48, 12, true>;
+using Tile2 = Tile<64, 48, 14, true>;
 using Tile3 = Tile<128, 48, 9, false>;
-
-// Of a kernel with these paths. Path 2 alone is for few rows: there kernels overlap, and what it leaves is attention's.
-template <int kTiles>
-constexpr int kRingOf = kTiles == 4 ? Tile2::stages * Tile2::bytes : kRing;
 
 // How the work of a launch is cut: items, each a tile and a share of its K.
 struct Plan {
@@ -492,11 +489,11 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   extern __shared__ char memory[];
   // An offset, not a rounded pointer, of which the compiler would no longer know that it is shared memory.
   char* const start = memory + (-shared_address(memory) & 1023);
-  float* const second = reinterpret_cast<float*>(start + kRingOf<kTiles>);
+  float* const second = reinterpret_cast<float*>(start + kRing);
   float* const biases = second + kSums / 4;
   Ring ring;
   ring.data = start;
-  ring.full = reinterpret_cast<uint64_t*>(biases + kBias / 4);
+  ring.full = reinterpret_cast<uint64_t*>(start + kRing + kSums + kBias);
   ring.empty = ring.full + 16;
   int* const last = reinterpret_cast<int*>(ring.empty + 16);
 
@@ -629,17 +626,13 @@ const char* programs_of_device(uint32_t* programs) {
 template <bool kBfloat16, bool kGelu, bool kPartials>
 const char* launch(const ProductArgs& args, unsigned programs, int used, void* stream) {
   const auto within = [&](int tiles) { return (used & ~tiles) == 0; };
-  const auto launch_one = [&](auto tiles) {
-    const auto kernel = product_kernel<kBfloat16, kGelu, kPartials, decltype(tiles)::value>;
-    constexpr int kShared = kAround + kRingOf<decltype(tiles)::value>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error != cudaSuccess) return error_text(error);
-    return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
-  };
-  if (within(0b0100)) return launch_one(std::integral_constant<int, 0b0100>{});
-  if (within(0b1100)) return launch_one(std::integral_constant<int, 0b1100>{});
-  if (within(0b0111)) return launch_one(std::integral_constant<int, 0b0111>{});
-  return launch_one(std::integral_constant<int, 0b1111>{});
+  const auto kernel = within(0b0100)   ? product_kernel<kBfloat16, kGelu, kPartials, 0b0100>
+                      : within(0b1100) ? product_kernel<kBfloat16, kGelu, kPartials, 0b1100>
+                      : within(0b0111) ? product_kernel<kBfloat16, kGelu, kPartials, 0b0111>
+                                       : product_kernel<kBfloat16, kGelu, kPartials, 0b1111>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return error_text(error);
+  return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
 }
 
 }  // namespace
