@@ -53,8 +53,8 @@ from engine.kernels.gpu_common import (
     shares_of,
     tl,
 )
-from engine.kernels.gpu_norms import residual_norm
-from engine.kernels.products import MOST_PARTIALS, Partials, whole_rows
+from engine.kernels.gpu_norms import residual_norm, sums_of
+from engine.kernels.products import Partials, whole_rows
 
 __all__ = [
     "CRITERIA",
@@ -261,7 +261,7 @@ def _first_token(
     TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
-    MOST_PARTIALS: tl.constexpr,
+    MOST_SHARES: tl.constexpr,
 ):
     """LayerNorm(x + residual) of one row, rounded to its dtype as ``add_layer_norm_rows_`` stores it: all forms of the
     exit, and every executor, then decide on the same numbers. All warps work on it together, then each gets a copy:
@@ -271,7 +271,7 @@ def _first_token(
     rows = ()
     for k in tl.static_range(TILES):
         rows = rows + (x[k].to(tl.float32),)
-    for share in tl.static_range(MOST_PARTIALS):
+    for share in tl.static_range(MOST_SHARES):
         part = _vector(sums_ptr + share * H, share < shares, H, TILES, BLOCK_K)
         added = ()
         for k in tl.static_range(TILES):
@@ -379,7 +379,7 @@ def _exit_kernel(
     HAS_MAX: tl.constexpr,
     HAS_EXIT_LOGITS: tl.constexpr,
     BY_ROW_ID: tl.constexpr,
-    MOST_PARTIALS: tl.constexpr,
+    SUMS: tl.constexpr,
     STORE_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ROWS: tl.constexpr,
@@ -397,7 +397,7 @@ def _exit_kernel(
         if program >= exit_programs:
             tokens = loaded_ahead(counts_ptr + 1)
             shares = 0  # of a row of x
-            if MOST_PARTIALS:
+            if SUMS != "never":
                 shares = shares_of(tokens, four, two)
             columns = tl.arange(0, BLOCK_H)
             weight = tl.load(norm_weight_ptr + columns, mask=columns < H, other=0.0)
@@ -409,7 +409,7 @@ def _exit_kernel(
                 present = token < tokens
                 y = residual_norm(
                     x_ptr, token, x_stride, sums_ptr, shares, residual_ptr, token, residual_stride, present, columns,
-                    weight, bias, eps, H, MOST_PARTIALS, STORE_ROWS <= 4,
+                    weight, bias, eps, H, SUMS, STORE_ROWS <= 4,
                 )  # fmt: skip
                 places = normed_ptr + token.to(tl.int64)[:, None] * normed_stride + columns[None, :]
                 here = present[:, None] & (columns < H)[None, :]
@@ -436,7 +436,7 @@ def _exit_kernel(
     if HAS_INDEX:
         source = loaded_ahead(index_ptr + i)
     row_shares = 0
-    if NORM and MOST_PARTIALS:
+    if NORM and SUMS != "never":
         row_shares = shares_of(loaded_ahead(counts_ptr + 1) if HAS_INDEX else live, four, two)
     limit = row_id if BY_ROW_ID else i.to(tl.int64)
     if CRITERION == "scripted":
@@ -453,11 +453,11 @@ def _exit_kernel(
     if NORM:
         row = source.to(tl.int64)
         sums = sums_ptr
-        if MOST_PARTIALS:
+        if SUMS != "never":
             sums += source * row_shares * H
         state = _first_token(
             x_ptr + row * x_stride, sums, row_shares, residual_ptr + row * residual_stride, norm_weight, norm_bias, eps,
-            H, TILES, BLOCK_K, ROWS, MOST_PARTIALS,
+            H, TILES, BLOCK_K, ROWS, 0 if SUMS == "never" else 4,
         )  # fmt: skip
     else:
         state = _tiles(state_ptr, source + copies * 0, copies >= 0, state_stride, H, TILES, BLOCK_K)
@@ -545,27 +545,36 @@ def exit_block(
     """
     block_k = min(512 // itemsize, max(16, next_power_of_2(hidden)))
     rows = 8
+
+    def held(most: int) -> tuple[int, int, int]:
+        """Neurons, classes and programs a row."""
+        block_c = min(most, max(rows, next_power_of_2(classes)))
+        programs = _PROGRAMS_BESIDE if tokens else _PROGRAMS
+        splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, programs // cap_rows))
+        return min(most, max(rows, next_power_of_2(neurons))), block_c, splits
+
     most = 32
     while most > rows and most * hidden * itemsize > 96 * 1024:
         most //= 2
-    block_c = min(most, max(rows, next_power_of_2(classes)))
-    programs = _PROGRAMS_BESIDE if tokens else _PROGRAMS
-    splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, programs // cap_rows))
-    # A row of four partial sums is 12 KB, and a multiprocessor brings some 84 a microsecond: so few rows to a program
-    # while all programs run at once.
-    store_rows = next((n for n in (1, 4) if cap_rows * splits + cdiv(tokens, n) <= _PROGRAMS), 8)
+    # A row of four partial sums is 12 KB, and a multiprocessor brings some 84 a microsecond: few rows to a program
+    # while all programs run at once. Where they cannot, the norm is what takes the time, and three of its programs on a
+    # multiprocessor are worth more than weights in registers.
+    store_rows = next((n for n in (1, 4) if cap_rows * held(most)[2] + cdiv(tokens, n) <= _PROGRAMS), 8)
+    if store_rows == 8:
+        most = rows
+    block_p, block_c, splits = held(most)
     return {
         "STORE_ROWS": store_rows if tokens else 1,
         "BLOCK_H": next_power_of_2(hidden),
         "ROWS": rows,
         "TILES": cdiv(hidden, block_k),
         "BLOCK_K": block_k,
-        "BLOCK_P": min(most, max(rows, next_power_of_2(neurons))),
+        "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "SPLITS": splits,
         "num_warps": _NUM_WARPS,
-        # Two programs a multiprocessor. Left alone, ptxas takes up to twice as many at H 384.
-        **({"maxnreg": 128} if itemsize == 2 else {}),
+        # Three or two programs a multiprocessor. Left alone, ptxas takes up to twice as many at H 384.
+        **({"maxnreg": 80 if store_rows == 8 else 128} if itemsize == 2 else {}),
         "num_stages": 1,
     }
 
@@ -713,7 +722,7 @@ def _launch(
             HAS_MAX=limits.max_depth is not None,
             HAS_EXIT_LOGITS=out.exit_logits is not None,
             BY_ROW_ID=limits.by_row_id,
-            MOST_PARTIALS=0 if partials is None else MOST_PARTIALS,
+            SUMS=sums_of(partials, x.shape[0]),
             **block,
             **early(x),
         )

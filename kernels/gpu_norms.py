@@ -35,7 +35,7 @@ from engine.kernels.gpu_common import (
     shares_of,
     tl,
 )
-from engine.kernels.products import MOST_PARTIALS, Partials, whole_rows
+from engine.kernels.products import Partials, whole_rows
 
 __all__ = [
     "ROWS",
@@ -129,6 +129,15 @@ def _normalised(x, columns, weight, bias, eps, H: tl.constexpr):
 
 
 @jit
+def _added_up(sums, shares, here, H: tl.constexpr):
+    """Two to four partial sums of each row, all on their way before the first is needed (see ``_block``)."""
+    x = tl.load(sums, mask=here, other=0.0)
+    for share in tl.static_range(1, 4):
+        x += tl.load(sums + share * H, mask=here & (share < shares), other=0.0)
+    return x
+
+
+@jit
 def residual_norm(
     x_ptr,
     x_rows,
@@ -144,29 +153,31 @@ def residual_norm(
     bias,
     eps,
     H: tl.constexpr,
-    MOST_PARTIALS: tl.constexpr,
+    SUMS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """LayerNorm(x + residual) [rows, BLOCK_H] in fp32, of rows of x or, with ``shares``, of their partial sums: all
-    loaded TOGETHER, or one after the other where a thread has no registers for that."""
+    """LayerNorm(x + residual) [rows, BLOCK_H] in fp32.
+
+    SUMS says whether rows of x stand in ``shares`` partial sums: "never", "always", or "maybe", while shares > 0. They
+    are loaded TOGETHER, or one after the other where a thread has no registers for that."""
     here = present[:, None] & (columns < H)[None, :]
     residual_ptrs = residual_ptr + residual_rows.to(tl.int64)[:, None] * residual_stride + columns[None, :]
     residual = tl.load(residual_ptrs, mask=here, other=0.0)  # widened below: nobody is to wait for it here
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    if MOST_PARTIALS:
-        if shares > 0:
-            sums = sums_ptr + (x_rows * shares * H)[:, None] + columns[None, :]
-            x = tl.load(sums, mask=here, other=0.0)
-            if TOGETHER:
-                for share in tl.static_range(1, MOST_PARTIALS):
-                    x += tl.load(sums + share * H, mask=here & (share < shares), other=0.0)
-            else:
-                for share in range(1, shares):
-                    x += tl.load(sums + share * H, mask=here, other=0.0)
+    if SUMS == "never":
+        x = tl.load(x_ptrs, mask=here, other=0.0).to(tl.float32)
+    else:
+        sums = sums_ptr + (x_rows * shares * H)[:, None] + columns[None, :]
+        if not TOGETHER:
+            x = tl.load(x_ptrs, mask=here & (shares == 0), other=0.0).to(tl.float32)
+            for share in range(0, shares):
+                x += tl.load(sums + share * H, mask=here, other=0.0)
+        elif SUMS == "always":
+            x = _added_up(sums, shares, here, H)
+        elif shares > 0:  # a branch, since loads of nothing take their time, too
+            x = _added_up(sums, shares, here, H)
         else:
             x = tl.load(x_ptrs, mask=here, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(x_ptrs, mask=here, other=0.0).to(tl.float32)
     return _normalised(x + residual.to(tl.float32), columns, weight, bias, eps, H)
 
 
@@ -193,7 +204,7 @@ def _add_norm_kernel(
     HAS_X_INDEX: tl.constexpr,
     HAS_RESIDUAL_INDEX: tl.constexpr,
     HAS_DEST: tl.constexpr,
-    MOST_PARTIALS: tl.constexpr,
+    SUMS: tl.constexpr,
     X_WHICH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -201,7 +212,7 @@ def _add_norm_kernel(
 ):
     live = loaded_ahead(counts_ptr + WHICH)
     shares = 0  # of a row of x
-    if MOST_PARTIALS:
+    if SUMS != "never":
         shares = shares_of(loaded_ahead(counts_ptr + X_WHICH), four, two)
     columns = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
@@ -224,7 +235,7 @@ def _add_norm_kernel(
         residual_rows = tl.load(residual_index_ptr + rows, mask=present, other=0)
     y = residual_norm(
         x_ptr, x_rows, x_stride, sums_ptr, shares, residual_ptr, residual_rows, residual_stride, present, columns,
-        weight, bias, eps, H, MOST_PARTIALS, BLOCK_ROWS == 1,
+        weight, bias, eps, H, SUMS, BLOCK_ROWS == 1,
     )  # fmt: skip
     here = present[:, None] & (columns < H)[None, :]
     out_ptrs = out_ptr + dest.to(tl.int64)[:, None] * out_stride + columns[None, :]
@@ -304,8 +315,15 @@ def _block(capacity: int, hidden: int, partials: bool = False) -> dict[str, int]
         "BLOCK_H": next_power_of_2(hidden),
         "num_warps": 4 if rows * hidden <= 4096 else 8,
         "num_stages": 1,
-        **({"maxnreg": 64 if rows == 1 else 96} if partials else {}),
+        **({"maxnreg": 64 if rows == 1 else 80} if partials else {}),
     }
+
+
+def sums_of(partials: Partials | None, capacity: int) -> str:
+    """The kernels' SUMS, for a product with that capacity."""
+    if partials is None or partials.two == 0:
+        return "never"
+    return "always" if capacity <= partials.two else "maybe"
 
 
 def _check_norm(out: Tensor, weight: Tensor, bias: Tensor) -> int:
@@ -412,7 +430,7 @@ def _launch_add_norm(
             HAS_X_INDEX=x_index is not None,
             HAS_RESIDUAL_INDEX=residual_index is not None,
             HAS_DEST=dest is not None,
-            MOST_PARTIALS=0 if partials is None else MOST_PARTIALS,
+            SUMS=sums_of(partials, x.shape[0]),
             X_WHICH=which if x_index is None else TOKENS,
             **block,
             **early(out),

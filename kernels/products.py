@@ -19,7 +19,6 @@ from torch import Tensor
 from engine.kernels import extension
 
 __all__ = [
-    "MOST_PARTIALS",
     "PATHS",
     "Partials",
     "hopper_product",
@@ -32,8 +31,6 @@ __all__ = [
 
 # Tiles of the kernel: rows x outputs. Without partial sums, that of 64 rows alone is shared among programs.
 PATHS = ((128, 192), (128, 96), (64, 48), (128, 48))
-
-MOST_PARTIALS = 4  # sums of a row
 
 _HALVES = (torch.float16, torch.bfloat16)
 

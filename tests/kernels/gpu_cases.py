@@ -128,6 +128,9 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         yield f"exit add norm partials {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
             exits, limits, out, x, other, norm, *r, cu_seqlens, partials=partials
         )
+        yield f"exit add norm few partials {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
+            exits, limits, out[:800], x[:800], other, norm, *r, cu_seqlens, partials=partials
+        )
         yield f"exit add norm, state, {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
             exits, limits, out, x, other, norm, *r, None, x[:rows]
         )
