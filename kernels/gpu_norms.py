@@ -105,6 +105,7 @@ def add_layer_norm_compact__ref(
     counts_before: Tensor,
     token_dest: Tensor,
     partials: Partials | None = None,
+    settled: bool = False,
 ) -> None:
     live = int(counts_before[TOKENS])
     dest = token_dest[:live].long()
@@ -204,6 +205,7 @@ def _add_norm_kernel(
     HAS_X_INDEX: tl.constexpr,
     HAS_RESIDUAL_INDEX: tl.constexpr,
     HAS_DEST: tl.constexpr,
+    SETTLED: tl.constexpr,
     SUMS: tl.constexpr,
     X_WHICH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -217,15 +219,18 @@ def _add_norm_kernel(
     columns = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
     bias = tl.load(bias_ptr + columns, mask=columns < H, other=0.0)
-    begin(EARLY)
     first = tl.program_id(0) * BLOCK_ROWS
-    if first >= live:
-        return
     rows = first + tl.arange(0, BLOCK_ROWS)
     present = rows < live
     dest = rows
+    if SETTLED:
+        dest = tl.load(dest_ptr + rows, mask=present, other=-1, cache_modifier=".cg")
+    begin(EARLY)
+    if first >= live:
+        return
     if HAS_DEST:
-        dest = tl.load(dest_ptr + rows, mask=present, other=-1)
+        if not SETTLED:
+            dest = tl.load(dest_ptr + rows, mask=present, other=-1)
         present = dest >= 0
     x_rows = rows
     if HAS_X_INDEX:
@@ -304,8 +309,9 @@ def _embed_norm_kernel(
 
 
 def _block(capacity: int, hidden: int, partials: bool = False) -> dict[str, int]:
-    """Four rows a program once that leaves several programs a multiprocessor: a warp then has a row to itself. More
-    variants are up to a tenth faster alone, add nothing to a pass, and each is compiled at the first load.
+    """Eight warps to a row while all programs run at once (a tenth of a norm's time at 128 tokens, from 1 024 on that
+    much slower), four rows to four warps once that leaves several programs a multiprocessor: a warp then has a row to
+    itself. More variants are up to a tenth faster alone, add nothing to a pass, and each is compiled at the first load.
 
     partials: told of a limit, ptxas uses it to have all of one row's sums on their way at once. Left alone, it takes 32
     registers and makes three trips to L2."""
@@ -313,7 +319,7 @@ def _block(capacity: int, hidden: int, partials: bool = False) -> dict[str, int]
     return {
         "BLOCK_ROWS": rows,
         "BLOCK_H": next_power_of_2(hidden),
-        "num_warps": 4 if rows * hidden <= 4096 else 8,
+        "num_warps": 8 if capacity <= 512 or rows * hidden > 4096 else 4,
         "num_stages": 1,
         **({"maxnreg": 64 if rows == 1 else 80} if partials else {}),
     }
@@ -406,7 +412,7 @@ def embed_layer_norm_rows_(
 
 
 def _launch_add_norm(
-    out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, dest, partials
+    out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, dest, settled, partials
 ):
     block = _block(capacity, out.shape[1], partials is not None)
     with on_device(out):
@@ -430,6 +436,7 @@ def _launch_add_norm(
             HAS_X_INDEX=x_index is not None,
             HAS_RESIDUAL_INDEX=residual_index is not None,
             HAS_DEST=dest is not None,
+            SETTLED=settled,
             SUMS=sums_of(partials, x.shape[0]),
             X_WHICH=which if x_index is None else TOKENS,
             **block,
@@ -481,7 +488,7 @@ def add_layer_norm_rows_(
         )
     elif capacity:
         _launch_add_norm(
-            out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, None, partials
+            out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, None, False, partials
         )
 
 
@@ -495,6 +502,7 @@ def add_layer_norm_compact_(
     counts_before: Tensor,
     token_dest: Tensor,
     partials: Partials | None = None,
+    settled: bool = False,
 ) -> None:
     """``out[token_dest[t]] = LayerNorm(x[t] + residual[t])`` for the tokens t < counts_before[1] that stay.
 
@@ -506,6 +514,7 @@ def add_layer_norm_compact_(
     token_dest     (cap_tokens or more,) int32: a row of out, each at most once, or -1 for a token that leaves: it is
                    not loaded
     partials       as in ``add_layer_norm_rows_``
+    settled        token_dest was written further in front than by the kernel in front: it is loaded before that ends
     Sum and norm are in fp32.
     """
     hidden = _check_norm(out, weight, bias)
@@ -522,5 +531,5 @@ def add_layer_norm_compact_(
         add_layer_norm_compact__ref(out, x, residual, weight, bias, eps, counts_before, token_dest, partials)
     elif capacity:
         _launch_add_norm(
-            out, x, residual, weight, bias, eps, counts_before, TOKENS, capacity, None, None, token_dest, partials
+            out, x, residual, weight, bias, eps, counts_before, TOKENS, capacity, None, None, token_dest, settled, partials
         )

@@ -176,7 +176,9 @@ class Pass:
         if before is None:
             add_layer_norm_rows_(x, projected, hidden, *norm, now.counts, TOKENS, partials=partials)
         else:
-            add_layer_norm_compact_(x, projected, hidden, *norm, before.counts, self._token_dest, partials)
+            add_layer_norm_compact_(
+                x, projected, hidden, *norm, before.counts, self._token_dest, partials, settled=True
+            )
         inner = inner[:, : w.intermediate.weight.shape[0]]  # layers may differ
         self._multiply(inner, x, w.intermediate, now.counts, TOKENS, "gelu")
         return x, projected, self._project(projected, inner, w.output, now.counts, TOKENS)

@@ -90,7 +90,8 @@ def test_in_place_and_in_column_slices(way, rows_a_program):
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("stay", ["some", "none", "all"])
-def test_survivors_move_to_their_places(way, rows_a_program, dtype, stay):
+@pytest.mark.parametrize("settled", [False, True])
+def test_survivors_move_to_their_places(way, rows_a_program, dtype, stay, settled):
     x, residual, weight, bias = case(13, 40, dtype, way.device)
     live = 11
     keep = {"some": [0, 3, 4, 5, 10], "none": [], "all": list(range(live))}[stay]
@@ -101,7 +102,7 @@ def test_survivors_move_to_their_places(way, rows_a_program, dtype, stay):
     x[gone] = float("nan")
     out = torch.full((13, 40), POISON, dtype=dtype, device=way.device)
     way(add_layer_norm_compact_, add_layer_norm_compact__ref)(
-        out, x, residual, weight, bias, EPS, counts_of(4, live, way.device), dest.to(way.device)
+        out, x, residual, weight, bias, EPS, counts_of(4, live, way.device), dest.to(way.device), settled=settled
     )
     check(out[: len(keep)], x[keep], residual[keep], weight, bias)
     assert bool((out[len(keep) :] == POISON).all())
