@@ -97,10 +97,10 @@ def begin(EARLY: tl.constexpr):
 
 
 @jit
-def loaded_ahead(ptr):
-    """An entry that a kernel of the pass wrote, but not the one in front. Past the first level of cache, where the
-    last one may still stand: nobody clears it for a kernel that starts early."""
-    return tl.load(ptr, cache_modifier=".cg")
+def loaded_ahead(ptr, mask=None, other=None):
+    """What a kernel of the pass wrote, but not the one in front. Past the first level of cache, where the last value
+    may still stand: nobody clears it for a kernel that starts early."""
+    return tl.load(ptr, mask=mask, other=other, cache_modifier=".cg")
 
 
 @jit

@@ -440,13 +440,13 @@ def _exit_kernel(
         row_shares = shares_of(loaded_ahead(counts_ptr + 1) if HAS_INDEX else live, four, two)
     limit = row_id if BY_ROW_ID else i.to(tl.int64)
     if CRITERION == "scripted":
-        script = tl.load(script_ptr + limit, mask=i < live, other=0)
+        script = loaded_ahead(script_ptr + limit, i < live, 0)
     elif CRITERION != "last":
-        threshold = tl.load(threshold_ptr + limit, mask=i < live, other=0.0)
+        threshold = loaded_ahead(threshold_ptr + limit, i < live, 0.0)
     if HAS_MIN:
-        min_depth = tl.load(min_depth_ptr + limit, mask=i < live, other=0)
+        min_depth = loaded_ahead(min_depth_ptr + limit, i < live, 0)
     if HAS_MAX:
-        max_depth = tl.load(max_depth_ptr + limit, mask=i < live, other=0)
+        max_depth = loaded_ahead(max_depth_ptr + limit, i < live, 0)
     begin(EARLY)
     if i >= live:
         return

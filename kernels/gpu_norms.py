@@ -224,7 +224,7 @@ def _add_norm_kernel(
     present = rows < live
     dest = rows
     if SETTLED:
-        dest = tl.load(dest_ptr + rows, mask=present, other=-1, cache_modifier=".cg")
+        dest = loaded_ahead(dest_ptr + rows, present, -1)
     begin(EARLY)
     if first >= live:
         return
@@ -530,6 +530,5 @@ def add_layer_norm_compact_(
     if not runs_kernel(out):
         add_layer_norm_compact__ref(out, x, residual, weight, bias, eps, counts_before, token_dest, partials)
     elif capacity:
-        _launch_add_norm(
-            out, x, residual, weight, bias, eps, counts_before, TOKENS, capacity, None, None, token_dest, settled, partials
-        )
+        where = None, None, token_dest, settled
+        _launch_add_norm(out, x, residual, weight, bias, eps, counts_before, TOKENS, capacity, *where, partials)
