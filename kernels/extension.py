@@ -204,14 +204,14 @@ def _finish_layer(qkv, cu_seqlens, rows, residual, *rest):
     return residual.new_empty(residual.shape)
 
 
-def _run_layers(hidden_states, cu_seqlens, threshold_logit, *rest):
-    rows = threshold_logit.shape[0]
-    return (
-        hidden_states.new_empty(hidden_states.shape),
-        hidden_states.new_empty((rows, hidden_states.shape[1])),
-        hidden_states.new_empty((rows,)),
-        _ints(hidden_states, 1),
-    )
+def _encoder_plan(*tensors):
+    return _unknown_size()
+
+
+def _run_encoder(input_ids, token_type_ids, lengths, plan, classes, *rest):
+    rows = len(lengths)
+    numbers = input_ids.new_empty((rows, classes), dtype=torch.float32), input_ids.new_empty((rows,), dtype=torch.float32)
+    return numbers[0], _ints(input_ids, rows), numbers[1]
 
 
 _FAKES: dict[str, Callable] = {
@@ -229,7 +229,8 @@ _FAKES: dict[str, Callable] = {
     "add_layer_norm": _add_layer_norm,
     "packed_linear": _packed_linear,
     "finish_layer": _finish_layer,
-    "run_layers": _run_layers,
+    "encoder_plan": _encoder_plan,
+    "run_encoder": _run_encoder,
 }
 
 _load()

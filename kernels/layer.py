@@ -1,21 +1,15 @@
-"""Whole layers as one op: what follows a layer's query-key-value product, and layers until somebody leaves."""
+"""What follows a layer's query-key-value product, as one op."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from engine.kernels.attention import ALL_TOKENS, lead_attention_ref
-from engine.kernels.exits import add_layer_norm_ref, exit_policy_ref
+from engine.kernels.attention import lead_attention_ref
+from engine.kernels.exits import add_layer_norm_ref
 from engine.kernels.extension import bind
 from engine.kernels.linear import packed_linear_ref
 
-__all__ = ["LAYER_TENSORS", "finish_layer", "run_layers"]
-
-# Tensors of one layer in ``run_layers``.
-LAYER_TENSORS = 12
+__all__ = ["finish_layer"]
 
 
 def finish_layer_ref(
@@ -55,49 +49,6 @@ def finish_layer_ref(
     return add_layer_norm_ref(y, x, output_norm_weight, output_norm_bias, output_eps)
 
 
-def run_layers_ref(
-    hidden_states: Tensor,
-    cu_seqlens: Tensor,
-    threshold_logit: Tensor,
-    num_heads: int,
-    scale: float,
-    position_bias: Tensor | None,
-    layers: Sequence[Tensor],
-    eps: Sequence[float],
-    exit_tensors: Sequence[int],
-    exits: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count = len(layers) // LAYER_TENSORS
-    if not count or (len(layers), len(eps), len(exit_tensors)) != (count * LAYER_TENSORS, 2 * count, count):
-        raise ValueError(
-            f"layers must hold {LAYER_TENSORS} tensors, eps 2 numbers and exit_tensors 1 for each layer, got "
-            f"{len(layers)}, {len(eps)} and {len(exit_tensors)}"
-        )
-    if not set(exit_tensors) <= {0, 4, 6}:
-        raise ValueError(f"exit_tensors must be 0 (no exit), 4 (policy) or 6 (pooler and policy), got {exit_tensors}")
-    if sum(exit_tensors) != len(exits):
-        raise ValueError(f"exits must hold the sum of exit_tensors ({sum(exit_tensors)}) tensors, got {len(exits)}")
-    rows, hidden = cu_seqlens.shape[0] - 1, hidden_states.shape[1]
-    state, z = hidden_states.new_empty((rows, hidden)), hidden_states.new_full((rows,), torch.nan)
-    at = 0
-    for layer, read in enumerate(exit_tensors):
-        qkv_weight, qkv_bias, *rest = layers[layer * LAYER_TENSORS : (layer + 1) * LAYER_TENSORS]
-        qkv = packed_linear_ref(hidden_states, qkv_weight, qkv_bias, 3 * hidden, False)
-        rest = (*rest[:4], eps[2 * layer], *rest[4:], eps[2 * layer + 1])
-        hidden_states = finish_layer_ref(
-            qkv, cu_seqlens, None, hidden_states, num_heads, scale, ALL_TOKENS, position_bias, *rest
-        )
-        z = z.new_full((rows,), torch.nan)
-        if read:
-            pooler, policy = exits[at : at + read - 4] or (None, None), exits[at + read - 4 : at + read]
-            at += read
-            state, z = exit_policy_ref(hidden_states[:rows], *pooler, *policy)
-            if bool((z > threshold_logit).any()):
-                break
-    return hidden_states, state, z, torch.tensor([layer + 1], dtype=torch.int32, device=z.device)
-
-
-_run_layers = bind("run_layers", run_layers_ref)
 _finish_layer = bind("finish_layer", finish_layer_ref)
 
 
@@ -157,36 +108,3 @@ def finish_layer(
         output_norm_bias,
         output_eps,
     )
-
-
-def run_layers(
-    hidden_states: Tensor,
-    cu_seqlens: Tensor,
-    threshold_logit: Tensor,
-    num_heads: int,
-    scale: float,
-    position_bias: Tensor | None,
-    layers: Sequence[Tensor],
-    eps: Sequence[float],
-    exit_tensors: Sequence[int],
-    exits: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Run layers one after the other, for all tokens, until a row's policy logit is above its threshold; fp32.
-
-    hidden_states    (total_tokens or more, H) contiguous, in lead layout
-    cu_seqlens, num_heads, scale, position_bias   as in ``lead_attention``
-    threshold_logit  (batch,) fp32: a row leaves when z > threshold_logit
-    layers           of every layer: the qkv product's weight (``pack_panels``) and bias, then the tensors of
-                     ``finish_layer`` from attention_weight on
-    eps              of every layer: attention_eps, output_eps
-    exit_tensors     of every layer, how many of ``exits`` are its exit's: 0 where it has none or the exit is not read,
-                     4 (w1, b1, w2, b2 of ``exit_policy``), or 6 (pooler_weight, pooler_bias before them)
-    Returns the hidden states behind the last layer that ran, that layer's exit state (batch, H) and logits z (batch,)
-    as ``exit_policy`` gives them (undefined, and NaN, where it has no exit), and the number of layers that ran.
-    One op for all of them, because every pass streams more weights through the caches than they hold: between two
-    calls from Python the interpreter itself has to come back from memory, 30 to 50 us a layer at batch 1.
-    """
-    hidden_states, state, z, ran = _run_layers(
-        hidden_states, cu_seqlens, threshold_logit, num_heads, scale, position_bias, layers, eps, exit_tensors, exits
-    )
-    return hidden_states, state, z, int(ran)

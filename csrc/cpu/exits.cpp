@@ -25,9 +25,10 @@ void Cpu::exit_policy(const ExitPolicyArgs& args) const {
       table.pooler(args, n0, n0 + kRows < n ? n0 + kRows : n, o0, o0 + kOutputs < hidden ? o0 + kOutputs : hidden,
                    thread_scratch(0, scratch));
     });
-  } else if (n > 0) {
+  } else if (n > 0 && args.state != nullptr) {
     std::memcpy(args.state, args.first, static_cast<size_t>(n * hidden * size_of(args.dtype)));
   }
+  if (args.logit == nullptr) return;
   constexpr int64_t kRows = 16;
   const size_t scratch = static_cast<size_t>(table.policy_scratch(args, kRows));
   for_each_task((n + kRows - 1) / kRows, n * hidden * args.width >= 4 * kParallelMacs, [&](int64_t tile) {

@@ -32,7 +32,7 @@ struct Scratch {
 }  // namespace
 
 void* thread_scratch(int slot, size_t bytes) {
-  static thread_local Scratch slots[2];
+  static thread_local Scratch slots[3];
   Scratch& scratch = slots[slot];
   if (bytes > scratch.size) {
     const size_t rounded = (bytes + 4095) / 4096 * 4096;

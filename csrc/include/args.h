@@ -131,8 +131,8 @@ struct ExitPolicyArgs {
   const char* b1 = nullptr;
   const char* w2 = nullptr;
   const char* b2 = nullptr;
-  char* state = nullptr;
-  char* logit = nullptr;  // float32; float64 where first is float64
+  char* state = nullptr;  // CPU: null where there is no pooler and nobody wants the copy
+  char* logit = nullptr;  // float32; float64 where first is float64. CPU: null for the pooler alone
 };
 
 // Outputs of one panel of a packed weight, the same for every instruction set: 64 bytes, one cache line for each k.

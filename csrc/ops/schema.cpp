@@ -30,8 +30,12 @@ STABLE_TORCH_LIBRARY(consistentee, m) {
       "Tensor output_weight, Tensor output_bias, Tensor output_norm_weight, Tensor output_norm_bias, "
       "float output_eps) -> Tensor");
   m.def(
-      "run_layers(Tensor hidden_states, Tensor cu_seqlens, Tensor threshold_logit, int num_heads, float scale, "
-      "Tensor? position_bias, Tensor[] layers, float[] eps, int[] exit_tensors, Tensor[] exits) -> "
-      "(Tensor hidden_states, Tensor state, Tensor logit, Tensor ran)");
+      "encoder_plan(Tensor word, Tensor? token_type, Tensor position, Tensor norm_weight, Tensor norm_bias, "
+      "float norm_eps, int first_position, int num_heads, float scale, Tensor? position_bias, Tensor[] layers, "
+      "float[] eps, int[] exit_layers, Tensor[] exits, bool pooled, int classes) -> int");
+  m.def(
+      "run_encoder(Tensor input_ids, Tensor? token_type_ids, int[] lengths, int plan, int classes, "
+      "Tensor? threshold_logit, Tensor? script, Tensor? min_depth, Tensor? max_depth, Tensor leave_rates, int deepest, "
+      "float second_pass_tokens) -> (Tensor logits, Tensor exit_layers, Tensor exit_probs)");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
 }

@@ -205,6 +205,31 @@ class ExitOptions:
         script = None if self.exit_layers is None else self.exit_layers.clone()
         return self.criterion.begin(self.threshold.clone(), script)
 
+    @cached_property
+    def no_comparison(self) -> str | None:
+        """Why a kernel that compares policy logits with thresholds, or a script with the layer, cannot decide; None
+        where it can."""
+        criterion = self.criterion
+        if criterion.policy_threshold is None and criterion.name != "scripted":
+            return f"criterion {criterion.name!r} is neither a threshold on the policy nor a script"
+        if not self.uniform:
+            # An exit at which some row's limit may end is read for all rows, and the kernel then decides about all.
+            exits = (layer for layer in self.leave_rates if self.shallowest <= layer < self.deepest)
+            if not all(map(criterion.may_decide, exits)):
+                return f"criterion {criterion.name!r} decides at some exits only, and rows have limits of their own"
+        return None
+
+    @cached_property
+    def leave_rates_read(self) -> Tensor:
+        """fp32 [deepest]: ``leave_rates`` of layers 1 ... deepest; -1 where there is no exit that matters to any row."""
+        rates = [self.leave_rates[i] if i in self.leave_rates and self.reads_exit(i) else -1.0 for i in range(1, self.deepest)]
+        return torch.tensor([*rates, -1.0])
+
+    @cached_property
+    def depth_limits(self) -> tuple[Tensor | None, Tensor | None]:
+        """min_depth and max_depth, contiguous; None where ``leave_rates_read`` and ``deepest`` say it all."""
+        return (None, None) if self.uniform else (self.min_depth.contiguous(), self.max_depth.contiguous())
+
     def to(self, device: torch.device) -> ExitOptions:
         """The same on ``device``."""
         if device == self.threshold.device:

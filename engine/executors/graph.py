@@ -479,20 +479,10 @@ class GraphExecutor:
         if self._packed is None:
             warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=4)
             self._packed = PackedExecutor(self._model, self.weights.watching)
-        device = self._model.device
-        batch = PackedBatch.from_rows(rows, self._model.family.first_position, device)
-        outputs = self._packed.run(batch, options.to(device))
-        return lambda: outputs
+        return self._packed.submit(rows, options)
 
 
 def _unserved(model: MultiExitEncoder, options: ExitOptions) -> str | None:
     if model.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"its kernels take float16, bfloat16 and float32, not {str(model.dtype).removeprefix('torch.')}"
-    if options.criterion.policy_threshold is None and options.criterion.name != "scripted":
-        return f"criterion {options.criterion.name!r} is neither a threshold on the policy nor a script"
-    if not options.uniform:
-        # An exit at which some row's limit may end is read for all rows, and its kernel then decides about all of them.
-        exits = (k for k in model.config.exit_layers if options.shallowest <= k < options.deepest)
-        if not all(options.criterion.may_decide(k) for k in exits):
-            return f"criterion {options.criterion.name!r} decides at some exits only, and rows have limits of their own"
-    return None
+    return options.no_comparison

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.criteria import ExitReading
-from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs, capacity, ladder
+from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, TokenRows, capacity, ladder
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
 from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS
+from engine.kernels.encoder import EncoderPlan, run_encoder
 from engine.kernels.exits import embed_layer_norm, exit_policy
 from engine.kernels.packing import compact_lead
 from engine.models.encoder import MultiExitEncoder
@@ -26,10 +28,15 @@ def first_tokens_first(rows: int, tokens: int, leave_rate: float) -> bool:
     return 0.75 * leave_rate * (tokens - rows) > _SECOND_PASS_TOKENS
 
 
-class PackedExecutor(AtOnce):
-    """Runs a MultiExitEncoder on packed rows, on the device and in the dtype of its weights."""
+class PackedExecutor:
+    """Runs a MultiExitEncoder on packed rows, on the device and in the dtype of its weights.
+
+    Where our own kernels serve every product, and the criterion is one comparison or a script, the whole pass is one op;
+    else it goes op by op.
+    """
 
     name = "packed"
+    batch_layout = "rows"
 
     def __init__(self, model: MultiExitEncoder, watching: bool = True):
         self.weights = WatchedWeights(model, watching)
@@ -42,10 +49,37 @@ class PackedExecutor(AtOnce):
         """Read the module's weights again now."""
         self.weights.refresh()
 
-    def run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
-        """Exit layer, exit probability and class logits of every row. One host read-back per exit check."""
+    def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
+        """Start a batch; calling what comes back waits for its results: here they are already there."""
+        outputs = self.run(rows, options)
+        return lambda: outputs
+
+    def run(self, rows: TokenRows, options: ExitOptions) -> RowOutputs:
+        """Exit layer, exit probability and class logits of every row. rows and options stand on the host."""
+        weights = self.weights.current()
+        if weights.plan is not None and options.no_comparison is None:
+            return _run_at_once(weights.plan, rows, options)
         with torch.inference_mode():
-            return _Pass(self.weights.current(), batch, options).run()
+            device = weights.word.device
+            batch = PackedBatch.from_rows(rows, weights.first_position, device, weights.own_rows)
+            return _Pass(weights, batch, options.to(device)).run()
+
+
+def _run_at_once(plan: EncoderPlan, rows: TokenRows, options: ExitOptions) -> RowOutputs:
+    name, types = options.criterion.policy_threshold, rows.segments
+    outputs = run_encoder(
+        plan,
+        torch.from_numpy(rows.ids),
+        None if types is None else torch.from_numpy(types),
+        rows.lengths,
+        None if name is None else options.begin()[name],
+        options.exit_layers if name is None else None,
+        *options.depth_limits,
+        options.leave_rates_read,
+        options.deepest,
+        _SECOND_PASS_TOKENS,
+    )
+    return RowOutputs(*outputs)
 
 
 class _Kept(NamedTuple):
@@ -104,14 +138,7 @@ class _Pass:
                 first = self._first_tokens(weights, qkv)[: self.num_rows]
                 self._leave(layer, exit_weights, self.active, exit_weights.state(first), None)
                 break
-            reads = self._block_ahead(layer)
-            block = self.weights.run_block(self.hidden, self.cu_seqlens, self._threshold(), layer, reads)
-            if block is not None:
-                self.hidden, state, logits, ran = block
-                layer += ran - 1
-                if reads[ran - 1]:
-                    self._leave_whole(layer, self.weights.exits[layer], state, logits)
-            elif exit_weights is None or not self.options.reads_exit(layer):
+            if exit_weights is None or not self.options.reads_exit(layer):
                 self.hidden = self._whole_layer(weights)
             elif self._first_tokens_first(layer):
                 self._layer_first_tokens_first(layer, weights, exit_weights)
@@ -123,27 +150,6 @@ class _Pass:
 
     def _first_tokens_first(self, layer: int) -> bool:
         return first_tokens_first(self.num_rows, self.num_tokens, self.options.leave_rates[layer])
-
-    def _threshold(self) -> Tensor | None:
-        name = self.options.criterion.policy_threshold
-        return None if name is None else self.state[name]
-
-    def _block_ahead(self, layer: int) -> tuple[bool, ...]:
-        """Whether the exit is read of each layer, from this one on, that may run in one block: layers served whole,
-        with a decision that is one comparison, up to where somebody is expected to leave."""
-        options = self.options
-        if self.hidden.shape[0] > self.weights.own_rows:
-            return ()
-        compares = options.uniform and options.criterion.policy_threshold is not None
-        reads: list[bool] = []
-        for ahead in range(layer, options.deepest):
-            read = ahead in self.weights.exits and options.reads_exit(ahead)
-            if read and (not compares or ahead < options.shallowest or self._first_tokens_first(ahead)):
-                break
-            reads.append(read)
-            if read and options.leave_rates[ahead] * self.num_rows >= 0.5:
-                break
-        return tuple(reads)
 
     def _finish(
         self, weights: LayerWeights, qkv: Tensor, rows: Tensor | None, residual: Tensor, part: int
@@ -159,11 +165,8 @@ class _Pass:
 
     def _layer_then_exit(self, layer: int, weights: LayerWeights, exit_weights: ExitWeights) -> None:
         self.hidden = self._whole_layer(weights)
-        self._leave_whole(layer, exit_weights, *self._read(exit_weights, self.hidden[: self.num_rows]))
-
-    def _leave_whole(self, layer: int, weights: ExitWeights, state: Tensor, logits: Tensor | None) -> None:
-        """The exit behind a layer that all tokens have finished."""
-        kept = self._exit(layer, weights, self.hidden[: self.num_rows], state, logits)
+        first = self.hidden[: self.num_rows]
+        kept = self._exit(layer, exit_weights, first, *self._read(exit_weights, first))
         if kept is not None and self.num_rows:
             self.hidden, self.cu_seqlens, _ = self._compact(kept.mask)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.attention import lead_attention
+from engine.kernels.encoder import EncoderPlan, EncoderTensors
 from engine.kernels.exits import add_layer_norm
-from engine.kernels.layer import finish_layer, run_layers
+from engine.kernels.layer import finish_layer
 from engine.kernels.linear import PackedLinear, own_rows
 from engine.models.encoder import MultiExitEncoder
 
@@ -37,7 +38,7 @@ class LayerWeights:
     """One layer. qkv: the three projections as one product [3 H, H]; norms as (weight, bias, eps).
 
     Products are PackedLinear, or PlainLinear for who multiplies with kernels of its own and asks for ``derive(...,
-    PlainLinear)``: then ``finish`` and the blocks have nothing to call.
+    PlainLinear)``: then ``finish`` and the plan have nothing to call.
     """
 
     qkv: PackedLinear
@@ -57,8 +58,8 @@ class LayerWeights:
         return *first, *self.attention_norm, *second, *third, *self.output_norm
 
     @property
-    def block_operands(self) -> tuple[list[Tensor], list[float]] | None:
-        """Tensors and eps of this layer as ``run_layers`` takes them; None where it cannot."""
+    def plan_tensors(self) -> tuple[list[Tensor], list[float]] | None:
+        """Tensors and eps of this layer as ``EncoderTensors`` takes them; None where our kernel serves no product."""
         if self._operands is None or self.qkv.panels is None or self.qkv.bias is None:
             return None
         tensors = [x for x in self._operands if isinstance(x, Tensor)]
@@ -102,48 +103,44 @@ class EncoderWeights:
     layers: tuple[LayerWeights, ...]
     exits: dict[int, ExitWeights]
     own_rows: int
-    _blocks: dict[tuple, tuple | None] = field(default_factory=dict)
+    first_position: int
 
-    def run_block(
-        self, hidden: Tensor, cu_seqlens: Tensor, threshold: Tensor | None, first: int, reads: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, int] | None:
-        """``run_layers`` from layer ``first`` on, one entry of ``reads`` a layer: whether its exit is read.
-
-        hidden: no more than own_rows rows. threshold: policy logits above it leave, fp32 [rows]; may be None where no
-        exit is read. Returns None where the layers cannot be run as one op.
-        """
-        if not reads:
+    @cached_property
+    def plan(self) -> EncoderPlan | None:
+        """Everything as ``run_encoder`` takes it; None where it cannot: no kernel of ours here, or not all in fp32."""
+        if not self.own_rows:
             return None
-        key = first, reads
-        if key not in self._blocks:
-            self._blocks[key] = self._block(first, reads)
-        block = self._blocks[key]
-        if block is None:
-            return None
-        if threshold is None:
-            threshold = torch.full((len(cu_seqlens) - 1,), torch.inf)
-        return run_layers(hidden, cu_seqlens, threshold, *self.heads, *block)
-
-    def _block(self, first: int, reads: tuple[bool, ...]) -> tuple | None:
         layers: list[Tensor] = []
         eps: list[float] = []
-        counts: list[int] = []
-        exits: list[Tensor] = []
-        for layer, read in enumerate(reads, start=first):
-            operands = self.layers[layer - 1].block_operands
-            if operands is None:
+        for layer in self.layers:
+            found = layer.plan_tensors
+            if found is None:
                 return None
-            layers += operands[0]
-            eps += operands[1]
-            tensors = []
-            if read:
-                weights = self.exits[layer]
-                tensors = [*(weights.pooler or ()), *weights.policy]
-                if any(not t.is_contiguous() for t in tensors):
-                    return None
-            counts.append(len(tensors))
-            exits += tensors
-        return layers, eps, counts, exits
+            layers += found[0]
+            eps += found[1]
+        exits: list[Tensor] = []
+        for exit_weights in self.exits.values():
+            exits += [*(exit_weights.pooler or ()), *(exit_weights.policy or ())]
+            exits += [exit_weights.classifier.panels, exit_weights.classifier.bias]
+        last = self.exits[len(self.layers)]
+        tensors = EncoderTensors(
+            self.word,
+            self.token_type,
+            self.position,
+            *self.embedding_norm,
+            self.first_position,
+            *self.heads,
+            layers,
+            eps,
+            list(self.exits),
+            exits,
+            last.pooler is not None,
+            len(last.classifier.bias),
+        )
+        every = [*layers, *exits, *(t for t in tensors if isinstance(t, Tensor))]
+        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in every):
+            return None
+        return EncoderPlan(tensors)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -249,6 +246,7 @@ def derive(model: MultiExitEncoder, product: type[PackedLinear] | type[PlainLine
         layers=tuple(layers),
         exits=exits,
         own_rows=own_rows(model.device, model.dtype),
+        first_position=family.first_position,
     )
 
 
