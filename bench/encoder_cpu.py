@@ -162,22 +162,20 @@ def measure(model: Engine, texts: list[str], batch: int, others: dict[str, Calla
         },
     }
 
-    def ours(arguments: Callable[[int], dict[str, Any]]) -> Callable[[], float]:
-        def run() -> float:
-            depth = 0.0
-            for i, inputs in enumerate(batches):
-                depth += model.run(inputs, progress=False, **arguments(i)).stats.mean_depth
-            return depth / len(batches)
+    def ours(arguments: Callable[[int], dict[str, Any]]) -> Callable[[], list[Tensor]]:
+        return lambda: [
+            model.run(inputs, progress=False, **arguments(i)).exit_layers for i, inputs in enumerate(batches)
+        ]
 
-        return run
-
-    def theirs(call: Callable) -> Callable[[], float]:
-        def run() -> float:
+    def theirs(call: Callable) -> Callable[[], None]:
+        def run() -> None:
             for inputs in batches:
                 call(inputs)
-            return float(layers)
 
         return run
+
+    def depth(exit_layers: list[Tensor] | None) -> float:
+        return float(layers) if exit_layers is None else float(torch.cat(exit_layers).double().mean())
 
     competitors = {name: ours(arguments) for name, arguments in settings.items()}
     competitors |= {name: theirs(call) for name, call in others.items()}
@@ -190,7 +188,7 @@ def measure(model: Engine, texts: list[str], batch: int, others: dict[str, Calla
         "tokens": tokens,
         "padded_tokens": padded,
         "times": {
-            name: {"mean_depth": m.result, **{k: v / len(batches) for k, v in _seconds(m.timing).items()}}
+            name: {"mean_depth": depth(m.result), **{k: v / len(batches) for k, v in _seconds(m.timing).items()}}
             for name, m in measured.items()
         },
         "rounds_s": {name: list(m.timing.seconds) for name, m in measured.items()},

@@ -14,10 +14,9 @@ from tqdm.auto import tqdm
 
 from engine.config import EarlyExitConfig
 from engine.criteria import Criterion, make_criterion
-from engine.executors import ExitOptions, PackedBatch, RowOutputs, executor_class
+from engine.executors import ExitOptions, RowOutputs, executor_class
 from engine.executors.base import TokenRows
 from engine.inputs import InputReader
-from engine.kernels.linear import own_rows
 from engine.models.encoder import MultiExitEncoder
 from engine.options import OptionsReader, select_rows
 from engine.results import Classification
@@ -146,12 +145,7 @@ class Engine:
     def _start(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start one micro-batch; calling what comes back waits for its results. Too large for memory: in halves."""
         try:
-            if self.executor.batch_layout == "rows":
-                return self.executor.submit(rows, options)
-            weight = self._model.exits.classifiers[0].weight
-            device, exact = weight.device, own_rows(weight.device, weight.dtype)
-            batch = PackedBatch.from_rows(rows, self._model.family.first_position, device, exact)
-            return self.executor.submit(batch, options.to(device))
+            return self.executor.submit(rows, options)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""A whole pass of an encoder with exits as one op: embeddings, layers, decisions, compaction, classifiers; fp32, CPU."""
+"""A whole pass of an encoder with exits as one op, on the CPU in fp32: from token ids to what every row leaves with."""
 
 from __future__ import annotations
 

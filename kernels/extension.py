@@ -210,8 +210,8 @@ def _encoder_plan(*tensors):
 
 def _run_encoder(input_ids, token_type_ids, lengths, plan, classes, *rest):
     rows = len(lengths)
-    numbers = input_ids.new_empty((rows, classes), dtype=torch.float32), input_ids.new_empty((rows,), dtype=torch.float32)
-    return numbers[0], _ints(input_ids, rows), numbers[1]
+    logits, probs = (input_ids.new_empty(shape, dtype=torch.float32) for shape in ((rows, classes), (rows,)))
+    return logits, _ints(input_ids, rows), probs
 
 
 _FAKES: dict[str, Callable] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -12,6 +13,7 @@ import torch
 
 import engine
 from engine.executors import packed as packed_module
+from engine.executors.weights import EncoderWeights
 from engine.loading import save_checkpoint
 from tests import tiny
 
@@ -45,7 +47,15 @@ def model():
 @pytest.fixture(params=[True, False], ids=["first tokens first", "whole layers first"])
 def first_tokens_first(request, monkeypatch):
     """Both orders of work inside a layer of the packed executor, whatever its plan would be."""
-    monkeypatch.setattr(packed_module, "first_tokens_first", lambda *args: request.param)
+    monkeypatch.setattr(packed_module, "_SECOND_PASS_TOKENS", -1.0 if request.param else math.inf)
+    return request.param
+
+
+@pytest.fixture(params=["one op", "op by op"])
+def way(request, monkeypatch):
+    """Both ways of the packed executor, on a machine that has both; to be asked for ahead of a model's first run."""
+    if request.param == "op by op":
+        monkeypatch.setattr(EncoderWeights, "plan", None)
     return request.param
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ ROWS = random_rows(50, seed=1)
 
 @pytest.fixture(params=["packed, whole layers", "packed, first tokens", "reference"])
 def executor(request, monkeypatch):
-    monkeypatch.setattr(packed_module, "first_tokens_first", lambda *args: "first" in request.param)
+    monkeypatch.setattr(packed_module, "_SECOND_PASS_TOKENS", -1.0 if "first" in request.param else math.inf)
     return request.param.partition(",")[0]
 
 

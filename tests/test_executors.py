@@ -10,6 +10,7 @@ import torch
 
 import engine
 from engine.executors import packed as packed_module
+from engine.executors.weights import EncoderWeights
 from engine.kernels import linear as linear_module
 from tests.tiny import (
     FAMILIES,
@@ -84,7 +85,7 @@ def assert_equals_reference(model, fast, oracle) -> None:
 @pytest.mark.parametrize("exits", [None, (2, 4)], ids=["all exits", "exits 2 and 4"])
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_reference(family, pooler, exits, first_tokens_first):
+def test_packed_equals_reference(family, pooler, exits, first_tokens_first, way):
     model = tiny_model(family, pooler, exits)
     assert_equals_reference(model, *both(model))
 
@@ -126,7 +127,8 @@ def test_half_precision_errs_no_more_than_hugging_face(family, dtype, first_toke
 
 
 def spy_on_orders(monkeypatch) -> list[tuple[str, int]]:
-    """(order of work, tokens) of every layer with an exit, as it is planned."""
+    """(order of work, tokens) of every layer with an exit, as it is planned, op by op."""
+    monkeypatch.setattr(EncoderWeights, "plan", None)
     calls = []
     for name in ("_layer_first_tokens_first", "_layer_then_exit"):
         original = getattr(packed_module._Pass, name)
@@ -170,7 +172,7 @@ def test_the_plan_changes_no_result(rates):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scripted_exits_are_exact(family, first_tokens_first):
+def test_scripted_exits_are_exact(family, first_tokens_first, way):
     """The given layer, and the logits that this layer's exit has for the row."""
     model = tiny_model(family)
     exits = model.config.exit_layers
@@ -184,7 +186,7 @@ def test_scripted_exits_are_exact(family, first_tokens_first):
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
-def test_everybody_leaves_at_once(model, layer, first_tokens_first):
+def test_everybody_leaves_at_once(model, layer, first_tokens_first, way):
     fast, oracle = both(model)
     for size in (1, 2, 40):
         rows = random_rows(size, seed=size)
@@ -198,7 +200,7 @@ def test_everybody_leaves_at_once(model, layer, first_tokens_first):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exits_that_never_fire_equal_exits_removed(family, first_tokens_first):
+def test_exits_that_never_fire_equal_exits_removed(family, first_tokens_first, way):
     """style.md 7: bit for bit where the path is the same."""
     fast, _ = both(tiny_model(family))
     rows = random_rows(30, seed=2)
@@ -215,7 +217,7 @@ def test_exits_that_never_fire_equal_exits_removed(family, first_tokens_first):
     [[1], [MAX_LENGTH], [1] * 40, [1] * 150, [MAX_LENGTH] * 5, [1, MAX_LENGTH] * 6, [2, 1, 1, 2, MAX_LENGTH, 1]],
     ids=lambda lengths: f"{len(lengths)} rows, {sum(lengths)} tokens",
 )
-def test_extreme_lengths(family, lengths, first_tokens_first):
+def test_extreme_lengths(family, lengths, first_tokens_first, way):
     model = tiny_model(family)
     fast, oracle = both(model)
     rows = random_rows(len(lengths), seed=5, lengths=lengths)
@@ -225,7 +227,7 @@ def test_extreme_lengths(family, lengths, first_tokens_first):
 
 
 @pytest.mark.parametrize("exits", [(4,), (1, 4), (3, 4)])
-def test_few_exits(exits, first_tokens_first):
+def test_few_exits(exits, first_tokens_first, way):
     model = tiny_model(exit_layers=exits)
     fast, oracle = both(model)
     rows = random_rows(40, seed=8)
@@ -331,9 +333,9 @@ def test_micro_batches_respect_the_token_budget(model, monkeypatch):
     fast = engine.from_module(model)
     seen, original = [], fast.executor.run
 
-    def spy(batch, options):
-        seen.append(batch.lengths)
-        return original(batch, options)
+    def spy(rows, options):
+        seen.append(rows.lengths)
+        return original(rows, options)
 
     monkeypatch.setattr(fast.executor, "run", spy)
     rows = random_rows(60, seed=24)
@@ -347,6 +349,7 @@ def test_rows_really_leave(model, first_tokens_first, monkeypatch):
     """Nothing is computed for a row behind its exit: the survivors' tokens are all that the next layer gets."""
     rows = random_rows(200, seed=25)
     script = torch.arange(200) % 4 + 1
+    monkeypatch.setattr(EncoderWeights, "plan", None)
     seen = []
     for name in ("_layer_first_tokens_first", "_layer_then_exit"):
         original = getattr(packed_module._Pass, name)
@@ -480,10 +483,9 @@ def test_reference_in_two_threads_on_a_model_in_training_mode(model, monkeypatch
     assert_same(results["second"], want, atol=0)
 
 
-@pytest.mark.parametrize("most", [0, 1, 10, 40])
-def test_products_shared_between_two_kernels(most, first_tokens_first, monkeypatch):
-    """Our own kernel for up to ``most`` rows and oneDNN above, as where AVX-512 serves: same answers, same exits."""
-    monkeypatch.setattr(linear_module, "_OWN_ROWS", dict.fromkeys(("avx2", "avx512", "baseline"), most))
+def test_where_our_product_does_not_serve(first_tokens_first, monkeypatch):
+    """oneDNN then multiplies, on a ladder of row counts: same answers, same exits."""
+    monkeypatch.setattr(linear_module, "_OWN_KERNELS", ())
     model = tiny_model()
     fast, oracle = both(model)
     for size in (1, 5, 30):
@@ -491,3 +493,4 @@ def test_products_shared_between_two_kernels(most, first_tokens_first, monkeypat
         script = [i % 4 + 1 for i in range(size)]
         options = dict(criterion="scripted", exit_layers=script)
         assert_same(fast.run(padded(rows), **options), oracle.run(padded(rows), **options), **FP32)
+    assert fast.executor.weights.current().plan is None

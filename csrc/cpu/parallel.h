@@ -21,8 +21,8 @@ void for_each_task(int64_t count, bool parallel, F&& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// Scratch of the calling thread: 64-byte aligned, kept and grown from call to call, contents undefined. Two slots,
-// because the thread that plans a call may also work on it.
+// Scratch of the calling thread: 64-byte aligned, kept and grown from call to call, contents undefined. Three
+// slots, because the thread that runs a pass (2) plans a call (1) and may also work on it (0).
 void* thread_scratch(int slot, size_t bytes);
 
 }  // namespace consistentee

@@ -181,6 +181,11 @@ struct Results {
   float* probs;
 };
 
+// Memory that a thread keeps from call to call: fresh pages cost a tenth of a pass.
+constexpr int64_t kKeptBytes = 64 << 20;
+// Between two buffers, in floats: rows of the same number must not fall into the same lines of a cache.
+constexpr int64_t kApart = 17 * 16;
+
 // One batch on its way down: rows that are still active, in lead layout. Three [tokens, hidden] buffers take turns:
 // a layer reads `hidden` and writes `out`; compaction writes `spare`.
 class Pass {
@@ -208,11 +213,17 @@ class Pass {
 
   void run(const Tensor& like, const int64_t* ids, const int64_t* types) {
     const int64_t h = plan_.hidden, per_token = 7 * h + plan_.wide, per_row = 2 * h + plan_.classes + 1;
-    // One allocation; ids in lead layout stand where qkv will.
-    float* at = static_cast<float*>(thread_scratch(2, static_cast<size_t>(tokens_ * per_token + rows_ * per_row + 10 * 16 * 17) * 4));
+    const int64_t floats = tokens_ * per_token + rows_ * per_row + 10 * kApart;
+    float* at = nullptr;
+    if (floats * 4 <= kKeptBytes) {
+      at = static_cast<float*>(thread_scratch(2, static_cast<size_t>(floats) * 4));
+    } else {
+      memory_ = empty(like, {floats}, ScalarType::Float);
+      at = reinterpret_cast<float*>(out_bytes(*memory_));
+    }
     const auto take = [&](int64_t count) {
       float* taken = at;
-      at += count + 16 * 17;
+      at += count + kApart;
       return taken;
     };
     hidden_ = take(tokens_ * h), out_ = take(tokens_ * h), spare_ = take(tokens_ * h);
@@ -454,7 +465,7 @@ class Pass {
   std::vector<int32_t> active_;  // original row of each active row
   std::vector<int32_t> cu_, cu_after_, kept_, offsets_;
   std::unique_ptr<bool[]> keep_;
-  std::optional<Tensor> memory_;
+  std::optional<Tensor> memory_;  // of a batch that is too large for what a thread keeps
   float *hidden_ = nullptr, *out_ = nullptr, *spare_ = nullptr, *qkv_ = nullptr, *x_ = nullptr, *inner_ = nullptr;
   float *state_ = nullptr, *picked_ = nullptr, *classes_ = nullptr, *z_ = nullptr;
 };

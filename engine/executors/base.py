@@ -70,15 +70,14 @@ class TokenRows:
         return TokenRows(self.ids[index], None if self.types is None else self.types[index], tuple(lengths.tolist()))
 
 
-def ladder(n: int, exact: int = 0) -> int:
-    """The next allowed row count from ``n`` up: any up to ``exact``, then steps of 1 to 8, 8 to 64, 16 to 256, 32 to
-    1 024, then 64.
+def ladder(n: int, exact: bool = False) -> int:
+    """The next allowed row count from ``n`` up: steps of 1 to 8, 8 to 64, 16 to 256, 32 to 1 024, then 64; any where
+    ``exact``, that is where our own kernel serves: it plans nothing.
 
-    exact: ``own_rows``, the counts that our own kernel serves: it plans nothing. oneDNN plans (and compiles) a product
-    anew for every row count it has not met: 0.25 to 0.65 ms each, more than the product itself. Survivors come in any
-    number; on a ladder there are 60 counts below 2 048, at about 2 % more rows.
+    oneDNN plans (and compiles) a product anew for every row count it has not met: 0.25 to 0.65 ms each, more than the
+    product itself. Survivors come in any number; on a ladder there are 60 counts below 2 048, at about 2 % more rows.
     """
-    if n <= exact:
+    if exact:
         return n
     for limit, step in ((8, 1), (64, 8), (256, 16), (1024, 32)):
         if n <= limit:
@@ -86,7 +85,7 @@ def ladder(n: int, exact: int = 0) -> int:
     return -(-n // 64) * 64
 
 
-def capacity(rows: int, tokens: int, exact: int = 0) -> int:
+def capacity(rows: int, tokens: int, exact: bool = False) -> int:
     """Rows of a buffer for ``rows`` sequences of ``tokens`` tokens in all: on the ladder, with room behind the first
     tokens for the others' own step of it."""
     return ladder(rows + ladder(tokens - rows, exact), exact)
@@ -103,16 +102,11 @@ def _lead_order(cu_seqlens: np.ndarray, size: int) -> np.ndarray:
 
 
 class AtOnce:
-    """For executors that are done with a batch when ``run`` returns.
+    """For executors that are done with a batch when ``run`` returns."""
 
-    batch_layout  "lead": a PackedBatch on their device; "rows": the TokenRows themselves, and options on the host
-    """
-
-    batch_layout = "lead"
-
-    def submit(self, batch: PackedBatch, options: ExitOptions) -> Callable[[], RowOutputs]:
-        """Start a batch; calling what comes back waits for its results: here they are already there."""
-        outputs = self.run(batch, options)
+    def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
+        """Start a batch, options on the host; calling what comes back waits for its results: here they are there."""
+        outputs = self.run(rows, options)
         return lambda: outputs
 
 
@@ -141,7 +135,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
 
     @classmethod
-    def from_rows(cls, rows: TokenRows, first_position: int, device: torch.device, exact: int = 0) -> PackedBatch:
+    def from_rows(cls, rows: TokenRows, first_position: int, device: torch.device, exact: bool = False) -> PackedBatch:
         """rows: one or more. exact: see ``ladder``."""
         n, tokens = len(rows), rows.num_tokens
         cu_seqlens = rows.cu_seqlens.astype(np.int32)
@@ -221,9 +215,12 @@ class ExitOptions:
 
     @cached_property
     def leave_rates_read(self) -> Tensor:
-        """fp32 [deepest]: ``leave_rates`` of layers 1 ... deepest; -1 where there is no exit that matters to any row."""
-        rates = [self.leave_rates[i] if i in self.leave_rates and self.reads_exit(i) else -1.0 for i in range(1, self.deepest)]
-        return torch.tensor([*rates, -1.0])
+        """fp32 [deepest]: ``leave_rates`` of layers 1 ... deepest; -1 where no exit stands that matters to any row."""
+        rates = [-1.0] * self.deepest
+        for layer, rate in self.leave_rates.items():
+            if layer < self.deepest and self.reads_exit(layer):
+                rates[layer - 1] = rate
+        return torch.tensor(rates)
 
     @cached_property
     def depth_limits(self) -> tuple[Tensor | None, Tensor | None]:

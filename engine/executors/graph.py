@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, TokenRows
+from engine.executors.base import ExitOptions, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights
@@ -265,7 +265,6 @@ class GraphExecutor:
     """
 
     name = "graph"
-    batch_layout = "rows"
 
     def __init__(self, model: MultiExitEncoder, watching: bool = True):
         self._model = model

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.criteria import ExitReading
-from engine.executors.base import ExitOptions, PackedBatch, RowOutputs, TokenRows, capacity, ladder
+from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs, TokenRows, capacity, ladder
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
 from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS
 from engine.kernels.encoder import EncoderPlan, run_encoder
@@ -18,9 +17,9 @@ from engine.kernels.packing import compact_lead
 from engine.models.encoder import MultiExitEncoder
 
 # First tokens first reads three of a layer's four weights twice. That costs as much as the products of about this many
-# more tokens, and saves three quarters of the work of every leaving row's other tokens. MiniLM on two cores (AVX2): 6
-# to 12 are the best at 4, 8, 16 and 32 rows; 48 costs 2 to 15 % there.
-_SECOND_PASS_TOKENS = 10
+# more tokens, and saves three quarters of the work of every leaving row's other tokens. MiniLM on two cores, AVX2 and
+# AVX-512: 3 to 7 are the best from 1 to 8 rows and 6 to 14 at 16 and 32; 10 costs 4 % at one row, 40 costs 4 to 28 %.
+_SECOND_PASS_TOKENS = 6
 
 
 def first_tokens_first(rows: int, tokens: int, leave_rate: float) -> bool:
@@ -28,15 +27,14 @@ def first_tokens_first(rows: int, tokens: int, leave_rate: float) -> bool:
     return 0.75 * leave_rate * (tokens - rows) > _SECOND_PASS_TOKENS
 
 
-class PackedExecutor:
+class PackedExecutor(AtOnce):
     """Runs a MultiExitEncoder on packed rows, on the device and in the dtype of its weights.
 
-    Where our own kernels serve every product, and the criterion is one comparison or a script, the whole pass is one op;
+    Where our own kernel serves every product and the criterion is one comparison or a script, the whole pass is one op;
     else it goes op by op.
     """
 
     name = "packed"
-    batch_layout = "rows"
 
     def __init__(self, model: MultiExitEncoder, watching: bool = True):
         self.weights = WatchedWeights(model, watching)
@@ -49,11 +47,6 @@ class PackedExecutor:
         """Read the module's weights again now."""
         self.weights.refresh()
 
-    def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
-        """Start a batch; calling what comes back waits for its results: here they are already there."""
-        outputs = self.run(rows, options)
-        return lambda: outputs
-
     def run(self, rows: TokenRows, options: ExitOptions) -> RowOutputs:
         """Exit layer, exit probability and class logits of every row. rows and options stand on the host."""
         weights = self.weights.current()
@@ -61,7 +54,7 @@ class PackedExecutor:
             return _run_at_once(weights.plan, rows, options)
         with torch.inference_mode():
             device = weights.word.device
-            batch = PackedBatch.from_rows(rows, weights.first_position, device, weights.own_rows)
+            batch = PackedBatch.from_rows(rows, weights.first_position, device, weights.own_kernel)
             return _Pass(weights, batch, options.to(device)).run()
 
 
@@ -157,7 +150,7 @@ class _Pass:
         return weights.finish(qkv, self.cu_seqlens, rows, residual, self.weights.heads, part)
 
     def _first_tokens(self, weights: LayerWeights, qkv: Tensor) -> Tensor:
-        size = ladder(self.num_rows, self.weights.own_rows)
+        size = ladder(self.num_rows, self.weights.own_kernel)
         return self._finish(weights, qkv, None, self.hidden[:size], FIRST_TOKENS)
 
     def _whole_layer(self, weights: LayerWeights) -> Tensor:
@@ -180,7 +173,7 @@ class _Pass:
         if kept is not None:
             residual, cu_seqlens, rows = self._compact(kept.mask)
             first = first[kept.index]
-        size = ladder(self.num_tokens - self.num_rows, self.weights.own_rows)
+        size = ladder(self.num_tokens - self.num_rows, self.weights.own_kernel)
         if size:
             others = self._finish(weights, qkv, rows, residual[self.num_rows : self.num_rows + size], OTHER_TOKENS)
             self.hidden = torch.cat([first, others, residual[self.num_rows + size :]])
@@ -272,5 +265,5 @@ class _Pass:
         compact, cu_seqlens, rows, _ = compact_lead(self.hidden, self.cu_seqlens, keep)
         cu_seqlens = cu_seqlens[: self.num_rows + 1]
         self.num_tokens = int(cu_seqlens[-1])
-        size = capacity(self.num_rows, self.num_tokens, self.weights.own_rows)
+        size = capacity(self.num_rows, self.num_tokens, self.weights.own_kernel)
         return compact[:size], cu_seqlens, rows[: self.num_rows]

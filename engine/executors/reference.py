@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.criteria import ExitReading
-from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs
+from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs, TokenRows
 from engine.kernels.packing import unpack_lead
 from engine.models.encoder import MultiExitEncoder
 
@@ -46,9 +46,11 @@ class ReferenceExecutor(AtOnce):
     def refresh(self) -> None:
         """Nothing to do: the module itself is run."""
 
-    def run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
+    def run(self, rows: TokenRows, options: ExitOptions) -> RowOutputs:
+        device = self.model.device
         with torch.inference_mode(), _evaluating(self.model):
-            return self._run(batch, options)
+            batch = PackedBatch.from_rows(rows, self.model.family.first_position, device)
+            return self._run(batch, options.to(device))
 
     def _run(self, batch: PackedBatch, options: ExitOptions) -> RowOutputs:
         model, config = self.model, self.model.config

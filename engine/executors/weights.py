@@ -14,7 +14,7 @@ from engine.kernels.attention import lead_attention
 from engine.kernels.encoder import EncoderPlan, EncoderTensors
 from engine.kernels.exits import add_layer_norm
 from engine.kernels.layer import finish_layer
-from engine.kernels.linear import PackedLinear, own_rows
+from engine.kernels.linear import PackedLinear, own_kernel
 from engine.models.encoder import MultiExitEncoder
 
 
@@ -70,7 +70,7 @@ class LayerWeights:
     ) -> Tensor:
         """The layer behind its qkv product, for the queries of ``part``: attention, output projection, Add & Norm, MLP,
         Add & Norm. As many rows as ``residual`` has: those past the queries are spare."""
-        if self._operands is not None and residual.shape[0] <= self.output.rows:
+        if self._operands is not None:
             return finish_layer(qkv, cu_seqlens, rows, residual, *heads[:2], part, heads.position_bias, *self._operands)
         query, key, value = qkv.chunk(3, 1)
         x = lead_attention(
@@ -102,13 +102,13 @@ class EncoderWeights:
     heads: Heads
     layers: tuple[LayerWeights, ...]
     exits: dict[int, ExitWeights]
-    own_rows: int
+    own_kernel: bool
     first_position: int
 
     @cached_property
     def plan(self) -> EncoderPlan | None:
         """Everything as ``run_encoder`` takes it; None where it cannot: no kernel of ours here, or not all in fp32."""
-        if not self.own_rows:
+        if not self.own_kernel:
             return None
         layers: list[Tensor] = []
         eps: list[float] = []
@@ -245,7 +245,7 @@ def derive(model: MultiExitEncoder, product: type[PackedLinear] | type[PlainLine
         ),
         layers=tuple(layers),
         exits=exits,
-        own_rows=own_rows(model.device, model.dtype),
+        own_kernel=own_kernel(model.device, model.dtype),
         first_position=family.first_position,
     )
 

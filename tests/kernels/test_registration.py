@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from engine.kernels import attention, exits, extension, layer, linear, packing
+from engine.kernels.encoder import EncoderPlan
 from tests.kernels.cases import cu_seqlens_of, needs_extension
+from tests.kernels.test_encoder import tensors_of
 
 # opcheck compares eager and traced outputs, so an op whose output is undefined in part skips that comparison.
 TRACING = ("test_schema", "test_faketensor")
+PLAN = ("test_schema", "test_autograd_registration")  # what it returns is another one each time
 FULL = (*TRACING, "test_autograd_registration", "test_aot_dispatch_dynamic")
+
+_PLANS: list[EncoderPlan] = []  # a handle is good as long as its owner lives
 
 
 def samples(device="cpu"):
@@ -62,9 +67,14 @@ def samples(device="cpu"):
     qkv = randn(6, 24)
     yield "finish_layer", (qkv, cu, None, randn(6, 8), 2, 0.5, 2, None, *layer_weights), FULL
     yield "finish_layer", (qkv, cu, ints(2, 0), randn(4, 8), 2, 0.5, 1, bias, *layer_weights), FULL
-    block = [linear.pack_panels(randn(24, 8)), randn(24), *(x for x in layer_weights if isinstance(x, torch.Tensor))]
-    block = (randn(6, 8), cu, randn(3), 2, 0.5, bias, block * 2, [1e-5] * 4, [0, 4], list(policy))
-    yield "run_layers", block, FULL
+    encoder = tensors_of(2)  # the CPU's alone
+    yield "encoder_plan", tuple(encoder), PLAN
+    _PLANS.append(EncoderPlan(encoder))
+    ids, types = torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64)
+    deep = torch.tensor([1, 2], dtype=torch.int32)
+    for rules in ((torch.zeros(2), None, None, None), (None, deep, deep, deep)):
+        rest = _PLANS[-1].handle, 3, *rules, torch.tensor([0.5, -1.0]), 2, 6.0
+        yield "run_encoder", (ids, types, [4, 2], *rest), FULL
     yield "add_layer_norm", (randn(4, 8), randn(4, 8), randn(8), randn(8), 1e-5), FULL
 
 
