@@ -24,6 +24,7 @@ from engine.results import Classification
 # Tokens per micro-batch. CPU: activations of one layer stay near the last-level cache of a small machine. CUDA: enough
 # for whole rounds of every product, and for launches to weigh nothing.
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_ANY_DEVICE_TOKENS = min(DEFAULT_BATCH_TOKENS.values())
 _PROGRESS_AFTER_S = 1.0
 
 
@@ -131,7 +132,8 @@ class Engine:
             self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers
         )
         if batch_tokens is None:
-            batch_tokens = DEFAULT_BATCH_TOKENS.get(self.device.type, 2048)
+            few = rows.num_tokens <= _ANY_DEVICE_TOKENS  # asking a module for its device takes longer than it looks
+            batch_tokens = _ANY_DEVICE_TOKENS if few else DEFAULT_BATCH_TOKENS.get(self.device.type, _ANY_DEVICE_TOKENS)
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
         if len(rows) and rows.num_tokens <= batch_tokens:
@@ -192,7 +194,9 @@ class Engine:
 
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
         # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.
-        logits, exit_layers, exit_probs = (x.clone() if x.is_cpu and x.is_inference() else x.cpu() for x in outputs)
+        if outputs[0].is_inference() or not outputs[0].is_cpu:
+            outputs = [x.clone() if x.is_cpu else x.cpu() for x in outputs]
+        logits, exit_layers, exit_probs = outputs
         seconds = time.perf_counter() - started
         return Classification(logits, exit_layers, exit_probs, self.config, tokens, micro_batches, seconds)
 

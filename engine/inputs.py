@@ -90,12 +90,12 @@ class InputReader:
         raise AssertionError("no row is at fault")
 
     def _read_mapping(self, batch: Mapping, truncation: bool) -> TokenRows:
-        keys = list(batch.keys())
-        unknown = sorted(set(keys) - set(_MAPPING_KEYS))
-        if unknown:
-            raise ValueError(f"the batch has unknown keys {unknown}; allowed are {list(_MAPPING_KEYS)}")
-        if "input_ids" not in keys:
-            raise ValueError(f"the batch lacks input_ids; it has {keys}")
+        for key in batch:
+            if key not in _MAPPING_KEYS:
+                unknown = sorted(set(batch) - set(_MAPPING_KEYS))
+                raise ValueError(f"the batch has unknown keys {unknown}; allowed are {list(_MAPPING_KEYS)}")
+        if "input_ids" not in batch:
+            raise ValueError(f"the batch lacks input_ids; it has {list(batch)}")
         ids = _integers("input_ids", batch["input_ids"], None)
         mask = _integers("attention_mask", batch.get("attention_mask"), ids)
         types = _integers("token_type_ids", batch.get("token_type_ids"), ids)
@@ -210,7 +210,12 @@ def _integers(name: str, value: Any, like: np.ndarray | None) -> np.ndarray | No
     """Rows of integers [N, S]. ``like``: an array that it must equal in shape; then None stays None."""
     if value is None and like is not None:
         return None
-    if not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        if value.dtype == torch.int64 and value.is_cpu:  # what tokenizers return: questions to torch cost more
+            array = value.numpy()
+            if array.ndim == 2 and (like is None or array.shape == like.shape):
+                return array
+    else:
         if isinstance(value, (list, tuple)) and len(value) == 0:
             value = torch.empty(0, 0, dtype=torch.int64)
         try:

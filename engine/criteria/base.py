@@ -85,10 +85,11 @@ def check_threshold(criterion: Criterion, threshold: Tensor) -> None:
         )
 
 
+BUILT_IN: dict[str, Criterion] = {}  # filled where the package is imported
+
+
 def make_criterion(name: str | Criterion) -> Criterion:
     """A criterion by name (one shared object: all state is per row and per run), or the one given."""
-    from engine.criteria import BUILT_IN
-
     if isinstance(name, Criterion):
         return name
     if not isinstance(name, str) or name not in BUILT_IN:
