@@ -139,8 +139,8 @@ def _without_padding(ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray
         return None
     tokens = None if mask is None else mask == 1
     if tokens is None or tokens.item(tokens.argmin()):  # no padding, so views of the caller's memory will do
-        ids, lengths = ids.reshape(-1), (width,) * n
-        types = None if types is None else types.reshape(-1)
+        ids, lengths = ids.ravel(), (width,) * n
+        types = None if types is None else types.ravel()
     else:
         # From the first 1 of every row to its last: as many as there are 1s, or there is a 0 between (or nothing else).
         spans = width - tokens[:, ::-1].argmax(1) - tokens.argmax(1)
@@ -149,8 +149,14 @@ def _without_padding(ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray
         ids, lengths = ids[tokens], tuple(spans.tolist())
         types = None if types is None else types[tokens]
     if types is not None:
-        types = np.ascontiguousarray(types, np.int64)
-    return TokenRows(np.ascontiguousarray(ids, np.int64), types, lengths)
+        types = _int64(types)
+        if _all_below(types, 1):
+            types = None  # zeros are what a row without types has; any() takes three times as long
+    return TokenRows(_int64(ids), types, lengths)
+
+
+def _int64(values: np.ndarray) -> np.ndarray:
+    return values if values.dtype == np.int64 else values.astype(np.int64)
 
 
 def _all_below(values: np.ndarray, limit: int) -> bool:

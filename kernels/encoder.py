@@ -56,6 +56,9 @@ def _drop(handle: int) -> None:
     extension.library().consistentee_drop_encoder_plan(ctypes.c_int64(handle))
 
 
+_run_encoder = torch.ops.consistentee.run_encoder.default if extension.available() else None
+
+
 class EncoderPlan:
     """Weights of one encoder as ``run_encoder`` takes them, checked once and held by the extension.
 
@@ -98,7 +101,7 @@ def run_encoder(
     the interpreter above all, has to come back from memory each time. One row of 14 tokens through MiniLM's first layer
     takes 0.3 ms on two cores; done from Python call by call, what stood around it took 0.3 ms more.
     """
-    return torch.ops.consistentee.run_encoder.default(
+    return _run_encoder(
         input_ids,
         token_type_ids,
         lengths,

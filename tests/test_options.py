@@ -172,10 +172,11 @@ def test_max_depth_between_exits_means_the_deepest_before_it():
 
 
 def test_rows_do_not_go_deeper_than_the_deepest_limit(model, monkeypatch):
-    """max_depth saves the layers behind it."""
-    from engine.executors.weights import LayerWeights
+    """max_depth saves the layers behind it (op by op, where they can be counted)."""
+    from engine.executors.weights import EncoderWeights, LayerWeights
 
     calls = []
+    monkeypatch.setattr(EncoderWeights, "plan", None)
     original = LayerWeights.finish
     monkeypatch.setattr(LayerWeights, "finish", lambda *args: (calls.append(1), original(*args))[1])
     runner = engine.from_module(model)
