@@ -7,6 +7,8 @@ from typing import Any
 
 POOLERS = ("shared", "per_layer", "none")
 CRITERIA = ("policy", "scripted")
+HEADS = ("shared", "lora", "own")
+HEAD_SIDES = ("hidden", "logits")
 FORMAT_VERSION = 1
 
 
@@ -47,25 +49,11 @@ class EarlyExitConfig:
                 raise TypeError(f"{name} must be a list, got {type(value).__name__}: {value!r}")
             object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "leave_rates", _checked_rates(self.leave_rates, len(self.exit_layers) - 1))
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"early_exit.format_version is {self.format_version!r}, this engine reads {FORMAT_VERSION}: "
-                "load the checkpoint with the release that wrote it, or export it again"
-            )
+        _check_version(self.format_version)
         _positive_int("num_layers", self.num_layers)
         _positive_int("policy_hidden_size", self.policy_hidden_size)
         _positive_int("max_length", self.max_length)
-        if not self.exit_layers or any(isinstance(x, bool) or not isinstance(x, int) for x in self.exit_layers):
-            raise ValueError(f"exit_layers must be a list of layer numbers, got {list(self.exit_layers)!r}")
-        if list(self.exit_layers) != sorted(set(self.exit_layers)) or self.exit_layers[0] < 1:
-            raise ValueError(
-                f"exit_layers must be ascending, without repeats, from 1 on, got {list(self.exit_layers)}"
-            )
-        if self.exit_layers[-1] != self.num_layers:
-            raise ValueError(
-                f"the last exit must stand at the last layer ({self.num_layers}), got exit_layers "
-                f"{list(self.exit_layers)}"
-            )
+        _check_exit_layers(self.exit_layers, self.num_layers)
         if not all(isinstance(name, str) for name in self.labels):
             raise TypeError(f"labels must be strings, got {list(self.labels)!r}")
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
@@ -110,19 +98,92 @@ class EarlyExitConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "early_exit") -> EarlyExitConfig:
         """Build from parsed JSON. Unknown and missing keys are a ValueError that names them."""
-        if not isinstance(data, dict):
-            raise TypeError(f"{where} must be a mapping, got {type(data).__name__}")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise ValueError(f"{where} has unknown keys {unknown}; known keys are {sorted(known)}")
-        missing = sorted({"num_layers", "exit_layers", "labels"} - set(data))
-        if missing:
-            raise ValueError(f"{where} lacks the keys {missing}")
-        for key in ("exit_layers", "labels"):
-            if not isinstance(data[key], (list, tuple)):
-                raise TypeError(f"{where}.{key} must be a list, got {type(data[key]).__name__}")
+        _check_keys(cls, data, where, lists=("exit_layers", "labels"))
         return cls(**data)
+
+
+@dataclass(frozen=True)
+class DecoderExitConfig:
+    """Exits of one multi-exit decoder. Immutable, checked once when it is made.
+
+    num_layers, exit_layers, policy_hidden_size, criterion, threshold   as in EarlyExitConfig
+    head        next-token logits of an exit: the model's own head ("shared"), with a change of low rank for each exit
+                ("lora"), or a head for each exit ("own", the authors' code: as large as the vocabulary each time)
+    head_side   where the change of rank ``head_rank`` acts: on the final-normed state ("hidden", small at large
+                vocabularies) or on the logits ("logits", what LoRA on the authors' heads comes to)
+    max_length  longest sequence in tokens, prompt and continuation
+    """
+
+    num_layers: int
+    exit_layers: tuple[int, ...]
+    head: str = "lora"
+    head_rank: int = 16
+    head_side: str = "hidden"
+    policy_hidden_size: int = 32
+    criterion: str = "policy"
+    threshold: float = 0.5
+    max_length: int = 2048
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.exit_layers, (list, tuple)):
+            raise TypeError(f"exit_layers must be a list, got {type(self.exit_layers).__name__}: {self.exit_layers!r}")
+        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        _check_version(self.format_version)
+        for name in ("num_layers", "head_rank", "policy_hidden_size", "max_length"):
+            _positive_int(name, getattr(self, name))
+        _check_exit_layers(self.exit_layers, self.num_layers)
+        for name, allowed in (("head", HEADS), ("head_side", HEAD_SIDES), ("criterion", CRITERIA)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        _in_range("threshold", self.threshold, 0.0, 1.0)
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exit_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "exit_layers": list(self.exit_layers)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "early_exit") -> DecoderExitConfig:
+        """Build from parsed JSON. Unknown and missing keys are a ValueError that names them."""
+        _check_keys(cls, data, where, lists=("exit_layers",))
+        return cls(**data)
+
+
+def _check_keys(cls: type, data: Any, where: str, lists: tuple[str, ...]) -> None:
+    if not isinstance(data, dict):
+        raise TypeError(f"{where} must be a mapping, got {type(data).__name__}")
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ValueError(f"{where} has unknown keys {unknown}; known keys are {sorted(known)}")
+    missing = sorted({"num_layers", *lists} - set(data))
+    if missing:
+        raise ValueError(f"{where} lacks the keys {missing}")
+    for key in lists:
+        if not isinstance(data[key], (list, tuple)):
+            raise TypeError(f"{where}.{key} must be a list, got {type(data[key]).__name__}")
+
+
+def _check_version(version: Any) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"early_exit.format_version is {version!r}, this engine reads {FORMAT_VERSION}: "
+            "load the checkpoint with the release that wrote it, or export it again"
+        )
+
+
+def _check_exit_layers(exit_layers: tuple, num_layers: int) -> None:
+    if not exit_layers or any(isinstance(x, bool) or not isinstance(x, int) for x in exit_layers):
+        raise ValueError(f"exit_layers must be a list of layer numbers, got {list(exit_layers)!r}")
+    if list(exit_layers) != sorted(set(exit_layers)) or exit_layers[0] < 1:
+        raise ValueError(f"exit_layers must be ascending, without repeats, from 1 on, got {list(exit_layers)}")
+    if exit_layers[-1] != num_layers:
+        raise ValueError(
+            f"the last exit must stand at the last layer ({num_layers}), got exit_layers {list(exit_layers)}"
+        )
 
 
 def _checked_rates(leave_rates: tuple, entries: int) -> tuple[tuple[float, tuple[float, ...]], ...]:

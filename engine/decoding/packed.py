@@ -1,0 +1,242 @@
+"""Decode steps over packed rows, eagerly: rows that leave go, visited layers settle what their sequences owe."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from engine.decoding.cache import CacheShape, PagedCache, Pages
+from engine.decoding.requests import Generating, scripted_layer
+from engine.models.decoder import MultiExitDecoder
+
+STATE_COPIES = ("lazy", "eager")
+
+
+class StepOutputs(NamedTuple):
+    """One entry a row: next-token logits [n, V] of the exit it left through; exit layers; exit probabilities."""
+
+    logits: Tensor
+    exit_layers: list[int]
+    exit_probs: list[float]
+
+
+def cache_shape(model: MultiExitDecoder, block_size: int = 16) -> CacheShape:
+    """What a cache of this model holds."""
+    hf = model.language_model.config
+    return CacheShape(
+        hf.num_hidden_layers,
+        hf.num_key_value_heads,
+        getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        hf.hidden_size,
+        block_size,
+    )
+
+
+def logits_by_exit(model: MultiExitDecoder, n: Tensor, exit_layers: list[int]) -> Tensor:
+    """[rows, V] in fp32 (fp64 for fp64): each row of n [rows, H] through the head of the exit it left through."""
+    out = None
+    for index, layer in enumerate(model.config.exit_layers):
+        rows = [i for i, left in enumerate(exit_layers) if left == layer]
+        if rows:
+            part = model.exit_logits(index, n[rows])
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            out = part.new_empty(len(exit_layers), part.shape[1]) if out is None else out
+            out[rows] = part
+    return out
+
+
+class _Row(NamedTuple):
+    """One sequence in a step: its cache, and the position that is computed."""
+
+    sequence: Generating
+    pages: Pages
+    position: int
+
+
+class PackedDecoder:
+    """Runs a MultiExitDecoder on any device, in the dtype of its weights.
+
+    state_copy  "lazy": keys and values of skipped layers are worked out when their layer is next visited; "eager": as
+                soon as a token has left, as the method is written. Same results
+    """
+
+    def __init__(self, model: MultiExitDecoder, cache: PagedCache, state_copy: str = "lazy"):
+        if state_copy not in STATE_COPIES:
+            raise ValueError(f"state_copy must be one of {', '.join(STATE_COPIES)}, got {state_copy!r}")
+        self.model, self.cache, self.state_copy = model, cache, state_copy
+        self.settled = 0  # keys and values of one position in one layer that were owed
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(self, rows: list[tuple[Generating, Pages]]) -> StepOutputs:
+        """Keys and values of everything that has run of each sequence, in all layers: prompts at full depth, new tokens
+        (of a sequence that lost its cache) frozen at the exit layers they had. Returns what follows each prompt at full
+        depth; for a sequence with new tokens that is of no use.
+
+        Pages have room for the positions.
+        """
+        model = self.model
+        layers = model.config.num_layers
+        ids: list[int] = []
+        depths: list[int] = []
+        ends, slots = [0], []
+        for sequence, pages in rows:
+            ran = len(sequence) - (1 if sequence.new else 0)
+            ids += sequence.ids[:ran]
+            depths += [layers] * len(sequence.request.prompt) + sequence.frozen
+            ends.append(len(ids))
+            slots.append(pages.slots(0, ran))
+            pages.watermarks = [ran] * layers
+        device = model.device
+        starts = torch.tensor([start for start, end in zip(ends, ends[1:], strict=False) for _ in range(end - start)])
+        positions = (torch.arange(len(ids)) - starts).to(device)
+        depth, places = torch.tensor(depths, device=device), torch.cat(slots)
+        hidden = model.backbone.embed_tokens(torch.tensor(ids, device=device))
+        rope = model.rope(positions)
+        for number, layer in enumerate(model.backbone.layers, start=1):
+            n = layer.input_layernorm(hidden)
+            keys, values = _keys_values(layer.self_attn, n, rope)
+            self.cache.keys[number - 1, places], self.cache.values[number - 1, places] = keys, values
+            moving = depth >= number
+            attended = []
+            for start, end in zip(ends, ends[1:], strict=False):
+                asked = moving[start:end].nonzero()[:, 0]
+                turned = rope[0][start:end][asked], rope[1][start:end][asked]
+                query = _queries(layer.self_attn, n[start:end][asked], turned)
+                seen = torch.arange(end - start, device=device) <= asked[:, None]
+                attended.append(_attention(layer.self_attn, query, keys[start:end], values[start:end], seen))
+            went = hidden[moving] + layer.self_attn.o_proj(torch.cat(attended))
+            went = went + layer.mlp(layer.post_attention_layernorm(went))
+            if bool(moving.all()):
+                hidden = went
+            else:
+                hidden = hidden.clone()
+                hidden[moving] = went
+        # The last position of a replayed sequence may be frozen: its logits were drawn from before.
+        last = model.final_norm(hidden[[end - 1 for end in ends[1:]]])
+        exit_layers = [layers] * len(rows)
+        return StepOutputs(logits_by_exit(model, last, exit_layers), exit_layers, [1.0] * len(rows))
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self, batch: list[tuple[Generating, Pages]]) -> StepOutputs:
+        """The newest token of every sequence through its layers. Pages have room for one more position."""
+        model, config = self.model, self.model.config
+        rows = [_Row(sequence, pages, len(sequence) - 1) for sequence, pages in batch]
+        device = model.device
+        hidden = model.backbone.embed_tokens(torch.tensor([row.sequence.ids[-1] for row in rows], device=device))
+        active = list(range(len(rows)))
+        states = torch.empty_like(hidden)  # final-normed, as each row left
+        exit_layers, exit_probs = [0] * len(rows), [1.0] * len(rows)
+        exits = {layer: index for index, layer in enumerate(config.exit_layers)}
+        for number, layer in enumerate(model.backbone.layers, start=1):
+            hidden = self._layer(number, layer, hidden, [rows[i] for i in active])
+            if number not in exits:
+                continue
+            n = model.final_norm(hidden)
+            leaves, probs = self._decide(number, exits[number], n, [rows[i].sequence for i in active])
+            gone = [k for k, leave in enumerate(leaves) if leave]
+            if not gone:
+                continue
+            left = [rows[active[k]] for k in gone]
+            if number < config.num_layers:
+                slots = torch.cat([row.pages.slots(row.position, row.position + 1) for row in left])
+                self.cache.states[slots] = hidden[gone]
+                if self.state_copy == "eager":
+                    self._copy(number, hidden[gone], left)
+            states[[active[k] for k in gone]] = n[gone]
+            for k in gone:
+                exit_layers[active[k]], exit_probs[active[k]] = number, probs[k]
+            kept = [k for k, leave in enumerate(leaves) if not leave]
+            if not kept:
+                break
+            hidden, active = hidden[kept], [active[k] for k in kept]
+        return StepOutputs(logits_by_exit(model, states, exit_layers), exit_layers, exit_probs)
+
+    def _layer(self, number: int, layer: nn.Module, hidden: Tensor, rows: list[_Row]) -> Tensor:
+        """One layer for the live rows [n, H], and what it owes their sequences."""
+        owed = [(row, start) for row in rows if (start := row.pages.watermarks[number - 1]) < row.position]
+        positions = [row.position for row in rows] + [p for row, start in owed for p in range(start, row.position)]
+        own = torch.cat([row.pages.slots(row.position, row.position + 1) for row in rows])
+        x, places = hidden, own
+        if owed:
+            there = torch.cat([row.pages.slots(start, row.position) for row, start in owed])
+            x, places = torch.cat([hidden, self.cache.states[there]]), torch.cat([own, there])
+            self.settled += len(there)
+        n = layer.input_layernorm(x)
+        cos, sin = self.model.rope(torch.tensor(positions, device=hidden.device))
+        keys, values = _keys_values(layer.self_attn, n, (cos, sin))
+        self.cache.keys[number - 1, places], self.cache.values[number - 1, places] = keys, values
+        for row in rows:
+            row.pages.watermarks[number - 1] = row.position + 1
+        count = len(rows)
+        query = _queries(layer.self_attn, n[:count], (cos[:count], sin[:count]))
+        attended = []
+        for k, row in enumerate(rows):
+            context = row.pages.slots(0, row.position + 1)
+            keys, values = self.cache.keys[number - 1, context], self.cache.values[number - 1, context]
+            attended.append(_attention(layer.self_attn, query[k : k + 1], keys, values, None))
+        hidden = hidden + layer.self_attn.o_proj(torch.cat(attended))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def _decide(
+        self, number: int, exit_index: int, n: Tensor, sequences: list[Generating]
+    ) -> tuple[list[bool], list[float]]:
+        """Who leaves behind layer ``number``, and the exit probabilities."""
+        config = self.model.config
+        if number == config.num_layers:
+            return [True] * len(sequences), [1.0] * len(sequences)
+        z = self.model.policy_logits(exit_index, n)
+        limits = torch.logit(torch.tensor([s.request.threshold for s in sequences], device=z.device))
+        above = (z > limits).tolist()
+        leaves, probs = [], torch.sigmoid(z).tolist()
+        for k, sequence in enumerate(sequences):
+            request, script = sequence.request, scripted_layer(sequence.request, len(sequence.new))
+            leave = above[k] if script is None else script <= number
+            if request.max_depth is not None and number >= request.max_depth:
+                leave, probs[k] = True, 1.0
+            leaves.append(leave and number >= request.min_depth)
+        return leaves, probs
+
+    def _copy(self, left: int, states: Tensor, rows: list[_Row]) -> None:
+        """Keys and values of the layers behind ``left`` for rows that have just left there (eager state copying)."""
+        slots = torch.cat([row.pages.slots(row.position, row.position + 1) for row in rows])
+        rope = self.model.rope(torch.tensor([row.position for row in rows], device=states.device))
+        for number, layer in enumerate(self.model.backbone.layers, start=1):
+            if number <= left:
+                continue
+            keys, values = _keys_values(layer.self_attn, layer.input_layernorm(states), rope)
+            self.cache.keys[number - 1, slots], self.cache.values[number - 1, slots] = keys, values
+            for row in rows:
+                row.pages.watermarks[number - 1] = row.position + 1
+            self.settled += len(rows)
+
+
+def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE (Su et al. 2021) of x [n, heads, d] in LLaMA's layout: halves, not pairs."""
+    cos, sin = (part[:, None] for part in rope)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def _queries(attention: nn.Module, n: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    return _turned(attention.q_proj(n).unflatten(-1, (-1, attention.head_dim)), rope)
+
+
+def _keys_values(attention: nn.Module, n: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    keys, values = (p(n).unflatten(-1, (-1, attention.head_dim)) for p in (attention.k_proj, attention.v_proj))
+    return _turned(keys, rope), values
+
+
+def _attention(attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+    """query [q, heads, d] on keys and values [c, kv_heads, d] -> [q, heads * d]. seen [q, c]; None: everything."""
+    query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))
+    out = scaled_dot_product_attention(
+        query, keys, values, attn_mask=seen, scale=attention.scaling, enable_gqa=query.shape[1] != keys.shape[1]
+    )
+    return out[0].transpose(0, 1).flatten(1)

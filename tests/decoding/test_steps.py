@@ -1,0 +1,261 @@
+"""Lazy = eager = reference = (without exits) Hugging Face, over any exits, any batch and any cache that is large enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.decoding.cache import PagedCache, Pages
+from engine.decoding.generate import begin, generate_packed, generate_reference, take_tokens
+from engine.decoding.packed import PackedDecoder, cache_shape
+from engine.decoding.reference import ReferenceDecoder
+from engine.decoding.requests import Request
+from tests.decoding.tiny import LAYERS, VOCAB, random_requests, tiny_decoder
+
+EVERY = tuple(range(1, LAYERS + 1))
+LLAMA3 = dict(rope_type="llama3", rope_theta=100.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)  # fmt: skip
+# Hugging Face's RMSNorm rounds to fp32 whatever the model's dtype is: where two ways differ in the last bit of fp64, a
+# norm may differ in the last bit of fp32.
+FP64 = dict(rtol=1e-6, atol=1e-6)
+
+
+def by_reference(model, requests):
+    sequences = begin(requests)
+    for _ in generate_reference(ReferenceDecoder(model), sequences):
+        pass
+    return sequences
+
+
+def by_steps(model, requests, state_copy="lazy", blocks=200, block_size=4, max_rows=5):
+    cache = PagedCache(cache_shape(model, block_size), blocks, model.device, model.dtype)
+    decoder, sequences = PackedDecoder(model, cache, state_copy), begin(requests)
+    for _ in generate_packed(decoder, sequences, max_rows):
+        pass
+    assert cache.free_blocks == blocks
+    return sequences, decoder
+
+
+def tokens(sequences):
+    return [[(t.token_id, t.exit_layer) for t in s.new] for s in sequences]
+
+
+def assert_same(got, want, **tolerance):
+    assert tokens(got) == tokens(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.finish_reason == b.finish_reason
+        torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), **(tolerance or FP64))
+        probs = [torch.tensor([t.exit_prob for t in s.new]) for s in (a, b)]
+        torch.testing.assert_close(*probs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("exits", [EVERY, (2, 5), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_scripted_exits_and_forced_tokens(exits, kv_heads, seed):
+    model = tiny_decoder(exits, kv_heads=kv_heads, seed=seed).double()
+    requests = random_requests(7, seed, exits=exits, forced=True)
+    want = by_reference(model, requests)
+    for s in want:
+        assert [t.exit_layer for t in s.new[1:]] == list(s.request.script[: len(s.new) - 1])
+    assert all(s.new[0].exit_layer == LAYERS for s in want), "a prompt runs at full depth"
+    for state_copy in ("lazy", "eager"):
+        assert_same(by_steps(model, requests, state_copy)[0], want)
+
+
+@pytest.mark.parametrize("head", ["shared", "lora", "own"])
+@pytest.mark.parametrize("side", ["hidden", "logits"])
+@pytest.mark.parametrize("rope", [None, LLAMA3], ids=["plain rope", "llama3 rope"])
+def test_free_running_greedy(head, side, rope):
+    """Token for token, exit for exit, each deciding for itself."""
+    model = tiny_decoder(head=head, head_side=side, rope=rope, seed=3).double()
+    requests = random_requests(8, seed=11, new=30)
+    want = by_reference(model, requests)
+    assert len({t.exit_layer for s in want for t in s.new[1:]}) >= 4, "policies are not spread out"
+    for state_copy in ("lazy", "eager"):
+        assert_same(by_steps(model, requests, state_copy)[0], want)
+
+
+def test_exits_removed_equal_hugging_face():
+    for tied in (True, False):
+        model = tiny_decoder(tied=tied, seed=5)
+        for request in random_requests(4, seed=2, new=20):
+            request = replace(request, min_depth=LAYERS)
+            ids = torch.tensor([request.prompt])
+            theirs = model.causal_lm.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=request.max_new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+            )
+            with torch.no_grad():
+                for parameter in model.head_parameters():
+                    parameter.zero_()
+            for sequences in (by_reference(model, [request]), by_steps(model, [request])[0]):
+                assert sequences[0].ids == theirs[0].tolist()
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 3.0), (torch.bfloat16, 3.0)])
+def test_errors_of_smaller_dtypes(dtype, factor):
+    """style.md 7: error against fp64 at most three times that of the reference, Hugging Face's layers in the same dtype."""
+    model = tiny_decoder(seed=7).double()
+    requests = random_requests(6, seed=4, exits=EVERY, forced=True)
+    exact = by_reference(model, requests)
+    model.to(dtype)
+    plain, errors = by_reference(model, requests), {}
+    ours = [(how, by_steps(model, requests, how)[0]) for how in ("lazy", "eager")]
+    for name, sequences in (("plain", plain), *ours):
+        assert tokens(sequences) == tokens(exact)
+        errors[name] = max(
+            float((torch.stack(a.logits).double() - torch.stack(b.logits)).abs().max())
+            for a, b in zip(sequences, exact, strict=True)
+        )
+    assert max(errors["lazy"], errors["eager"]) <= factor * errors["plain"]
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("max_rows", [1, 3, 9])
+def test_batch_and_blocks_do_not_matter(block_size, max_rows):
+    model = tiny_decoder(seed=1).double()
+    requests = random_requests(9, seed=6)
+    want = [by_steps(model, [r])[0][0] for r in requests]
+    got = by_steps(model, requests, block_size=block_size, max_rows=max_rows)[0]
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("state_copy", ["lazy", "eager"])
+@pytest.mark.parametrize("blocks", [17, 20, 26])
+def test_preempted_sequences_are_replayed_with_their_exits(state_copy, blocks):
+    """A cache too small for all of them: rows lose their blocks, and nothing of what they say."""
+    model = tiny_decoder(seed=2).double()
+    requests = random_requests(8, seed=8, longest=20, new=45)
+    want = by_reference(model, requests)
+    cache = PagedCache(cache_shape(model, 4), blocks, model.device, model.dtype)
+    decoder, sequences = PackedDecoder(model, cache, state_copy), begin(requests)
+    replayed = []
+    prefill = decoder.prefill
+    decoder.prefill = lambda rows: (replayed.extend(s.number for s, _ in rows if s.new), prefill(rows))[1]
+    for _ in generate_packed(decoder, sequences, 8):
+        pass
+    assert replayed, "nobody was preempted"
+    assert_same(sequences, want)
+    assert cache.free_blocks == blocks
+
+
+def test_a_replay_at_full_depth_would_change_the_continuation():
+    """Why tokens are frozen: the negative control of the test above."""
+    model = tiny_decoder(seed=2).double()
+    request = random_requests(1, seed=9, new=1, exits=(1,), forced=True)[0]
+    request = replace(request, max_new_tokens=12, script=(1,) * 10 + (LAYERS,), forced=tuple(range(12)))
+    want = by_reference(model, [request])[0]
+    other = by_reference(model, [replace(request, script=(LAYERS,) * 11)])[0]
+    assert float((want.logits[-1] - other.logits[-1]).abs().max()) > 1e-3
+
+
+def test_watermarks_never_rise_with_depth_and_owed_states_are_settled_on_a_visit():
+    model = tiny_decoder(seed=4).double()
+    cache = PagedCache(cache_shape(model, 4), 100, model.device, model.dtype)
+    decoder = PackedDecoder(model, cache)
+    sequences = begin(random_requests(5, seed=12, new=40, exits=EVERY, forced=True))
+    rows = [(s, Pages(cache)) for s in sequences]
+    for sequence, pages in rows:
+        pages.reserve(64)
+    take_tokens(sequences, decoder.prefill(rows))
+    while rows := [row for row in rows if row[0].finish_reason is None]:
+        positions = [len(s) - 1 for s, _ in rows]
+        outputs = decoder.step(rows)
+        for (_, pages), position, layer in zip(rows, positions, outputs.exit_layers, strict=True):
+            marks = pages.watermarks
+            assert marks == sorted(marks, reverse=True)
+            assert marks[:layer] == [position + 1] * layer
+            assert all(mark <= position for mark in marks[layer:])
+            assert pages.owed == sum(position + 1 - mark for mark in marks)
+        take_tokens([s for s, _ in rows], outputs)
+
+
+def test_a_long_shallow_decode_and_one_deep_visit():
+    """Hundreds of owed rows settled by one token."""
+    model = tiny_decoder(seed=6, exit_layers=(1, 5)).double()
+    model.causal_lm.config.max_position_embeddings = 512
+    prompt, steps = (3, 4, 5), 300
+    script = (1,) * (steps - 2) + (5,)
+    forced = tuple(k % VOCAB for k in range(steps))
+    request = Request(prompt, steps, script=script, forced=forced, keep_logits=True)
+    (lazy,), decoder = by_steps(model, [request])
+    assert decoder.settled == (steps - 2) * (LAYERS - 1)
+    (eager,), decoder = by_steps(model, [request], "eager")
+    assert decoder.settled == (steps - 2) * (LAYERS - 1)
+    torch.testing.assert_close(lazy.logits[-1], eager.logits[-1], **FP64)
+    last = by_reference(model, [replace(request, keep_logits=False)])  # every step anew: its last logits are enough
+    assert tokens([lazy]) == tokens(last)
+
+
+def test_what_nobody_visits_again_is_never_computed():
+    model = tiny_decoder(seed=6)
+    request = Request((1, 2, 3), 20, script=(1,) * 19)
+    assert by_steps(model, [request], "lazy")[1].settled == 0
+    assert by_steps(model, [request], "eager")[1].settled == 19 * (LAYERS - 1)
+
+
+@pytest.mark.parametrize("state_copy", ["lazy", "eager"])
+def test_limits_of_each_row(state_copy):
+    model = tiny_decoder(seed=9).double()
+    requests = random_requests(6, seed=5, new=15)
+    requests = [
+        replace(r, min_depth=1 + k % 3, max_depth=3 + k % 3, threshold=(0.0, 0.3, 0.5, 0.9, 1.0, 0.5)[k])
+        for k, r in enumerate(requests)
+    ]
+    want = by_reference(model, requests)
+    assert_same(by_steps(model, requests, state_copy)[0], want)
+    for s in want:
+        layers = [t.exit_layer for t in s.new[1:]]
+        assert all(s.request.min_depth <= layer <= s.request.max_depth for layer in layers)
+        assert all(t.exit_prob == 1.0 for t in s.new if t.exit_layer == s.request.max_depth)
+    assert {t.exit_layer for t in want[0].new[1:]} <= {1}  # threshold 0: at once
+    assert {t.exit_layer for t in want[4].new[1:]} <= {4}  # threshold 1: never before the limit
+
+
+def test_stop_ids():
+    model = tiny_decoder(seed=1)
+    free = by_reference(model, [Request((5, 6), 20)])[0]
+    stop = free.new[6].token_id
+    first = next(k for k, t in enumerate(free.new) if t.token_id == stop)
+    for sequences in (
+        by_reference(model, [Request((5, 6), 20, stop_ids=frozenset([stop]))]),
+        by_steps(model, [Request((5, 6), 20, stop_ids=frozenset([stop]))])[0],
+    ):
+        assert sequences[0].finish_reason == "stop" and tokens(sequences) == [tokens([free])[0][: first + 1]]
+
+
+def test_an_iterator_that_is_closed_gives_everything_back():
+    model = tiny_decoder()
+    cache = PagedCache(cache_shape(model, 4), 50, model.device, model.dtype)
+    steps = generate_packed(PackedDecoder(model, cache), begin(random_requests(5, new=30)), 3)
+    for _ in range(4):
+        next(steps)
+    assert cache.free_blocks < 50
+    steps.close()
+    assert cache.free_blocks == 50
+
+
+def test_memory_does_not_grow():
+    """Thousands of steps, one cache."""
+    model = tiny_decoder(exit_layers=(1, 5))
+    cache = PagedCache(cache_shape(model, 4), 30, model.device, model.dtype)
+    decoder = PackedDecoder(model, cache)
+    for seed in range(30):
+        for _ in generate_packed(decoder, begin(random_requests(3, seed=seed, longest=8, new=12)), 3):
+            pass
+        assert cache.free_blocks == 30 and sorted(cache._free) == list(range(30))
+
+
+def test_state_copy_by_name():
+    model = tiny_decoder()
+    cache = PagedCache(cache_shape(model), 2, model.device, model.dtype)
+    with pytest.raises(ValueError, match="state_copy must be one of lazy, eager, got 'never'"):
+        PackedDecoder(model, cache, "never")
+    assert math.isclose(cache.shape.block_bytes(torch.float16), 16 * 2 * (2 * 5 * 2 * 8 + 32))
