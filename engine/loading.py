@@ -3,7 +3,7 @@
 A folder in Hugging Face layout:
 
     config.json             the backbone's config with an ``early_exit`` section
-    exits.safetensors       poolers, classifiers and policies
+    exits.safetensors       poolers, classifiers and policies; of a decoder, policies and what heads have of their own
     model.safetensors       the backbone; or instead of it
     adapter_model.safetensors, adapter_config.json   a LoRA adapter (peft layout) for the backbone that
                             ``early_exit.backbone`` names by hub id and sha256
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from engine.backbones import (
     CONFIG,
+    DECODER,
+    GENERATION,
     WEIGHTS,
     BackboneReference,
     file_sha256,
@@ -36,7 +38,8 @@ from engine.backbones import (
     load_backbone,
     read_backbone_config,
 )
-from engine.config import EarlyExitConfig
+from engine.config import DecoderExitConfig, EarlyExitConfig
+from engine.models.decoder import MultiExitDecoder
 from engine.models.encoder import MultiExitEncoder
 from engine.models.families import family_of
 from engine.reading import (
@@ -86,7 +89,7 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> tuple[Any, EarlyExitConfig, BackboneReference | None]:
+def read_config(folder: Path) -> tuple[Any, EarlyExitConfig | DecoderExitConfig, BackboneReference | None]:
     """(Hugging Face config, exits, backbone reference or None) of a checkpoint folder.
 
     FileNotFoundError where it has no config.json, ValueError that names file and key where that is wrong.
@@ -99,19 +102,21 @@ def read_config(folder: Path) -> tuple[Any, EarlyExitConfig, BackboneReference |
         raise ValueError(
             f"{path} has no early_exit section: this is a model without exits; train them with 'consistentee train'"
         )
+    hf_config = read_backbone_config(path)
     with naming(path):
         section = data["early_exit"]
         if not isinstance(section, dict):
             raise TypeError(f"early_exit must be a mapping, got {type(section).__name__}")
         backbone = section.pop("backbone", None)
         reference = None if backbone is None else BackboneReference.from_dict(backbone)
-        exits = EarlyExitConfig.from_dict(section)
-    return read_backbone_config(path), exits, reference
+        decoder = hf_config.model_type == DECODER
+        exits = (DecoderExitConfig if decoder else EarlyExitConfig).from_dict(section)
+    return hf_config, exits, reference
 
 
 def load_model(
     checkpoint: str | os.PathLike, merge: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[MultiExitEncoder, Any]:
+) -> tuple[MultiExitEncoder | MultiExitDecoder, Any]:
     """(model in eval mode on the CPU, tokenizer or None). Draws no random numbers.
 
     merge  fold a LoRA adapter into the backbone's weights
@@ -130,7 +135,7 @@ def load_model(
         else:
             backbone = _load_adapter(load_backbone(reference.resolve(), folder / CONFIG), folder, merge)
         with naming(folder / CONFIG):
-            model = MultiExitEncoder(backbone, config)
+            model = (MultiExitEncoder if isinstance(config, EarlyExitConfig) else MultiExitDecoder)(backbone, config)
     fill_module(model.exits, read_tensors(folder / EXITS), folder / EXITS)
     for name, value in model.state_dict().items():
         check_finite(name, value, dtype, folder)
@@ -142,7 +147,8 @@ def _load_adapter(backbone: nn.Module, folder: Path, merge: bool) -> nn.Module:
 
     tensors = read_tensors(folder / ADAPTER)
     options = read_json(folder / ADAPTER_CONFIG)
-    backbone.pooler = None  # the exits hold their own; an adapter never covers it
+    if hasattr(backbone, "pooler"):
+        backbone.pooler = None  # the exits hold their own; an adapter never covers it
     with naming(folder / ADAPTER_CONFIG):
         if options.get("peft_type") != "LORA":
             raise ValueError(f"peft_type must be 'LORA', got {options.get('peft_type')!r}")
@@ -175,10 +181,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 def attach_exits(
     backbone: BackboneReference, config: dict[str, Any]
-) -> tuple[MultiExitEncoder, Any, BackboneReference]:
+) -> tuple[MultiExitEncoder | MultiExitDecoder, Any, BackboneReference]:
     """A fresh multi-exit model on a pretrained backbone.
 
-    config  EarlyExitConfig fields; num_layers, exit_layers (all layers) and max_length default to the backbone's
+    config  EarlyExitConfig or DecoderExitConfig fields; num_layers, exit_layers (all layers) and max_length default to
+            the backbone's
     Returns the model, its tokenizer (or None), and the reference with the sha256 of the weights found.
     Raises as ``BackboneReference.resolve`` and ``load_backbone``; ValueError or TypeError for a wrong config.
     """
@@ -186,9 +193,14 @@ def attach_exits(
     module = load_backbone(folder)
     layers = module.config.num_hidden_layers
     chosen = {"num_layers": layers, "exit_layers": tuple(range(1, layers + 1)), **config}
+    decoder = module.config.model_type == DECODER
     if chosen.get("max_length") is None:
-        chosen["max_length"] = family_of(module.config).longest(module.config)
-    model = MultiExitEncoder(module, EarlyExitConfig.from_dict(chosen, where="exits"))
+        hf = module.config
+        chosen["max_length"] = hf.max_position_embeddings if decoder else family_of(hf).longest(hf)
+    if decoder:
+        model = MultiExitDecoder(module, DecoderExitConfig.from_dict(chosen, where="exits"))
+    else:
+        model = MultiExitEncoder(module, EarlyExitConfig.from_dict(chosen, where="exits"))
     reference = BackboneReference(backbone.source, file_sha256(folder / WEIGHTS), backbone.revision)
     return model, load_tokenizer(folder), reference
 
@@ -197,7 +209,7 @@ def attach_exits(
 
 
 def save_checkpoint(
-    model: MultiExitEncoder,
+    model: MultiExitEncoder | MultiExitDecoder,
     folder: str | os.PathLike,
     tokenizer=None,
     backbone: BackboneReference | None = None,
@@ -212,29 +224,36 @@ def save_checkpoint(
     Raises ValueError where the reference is missing or not wanted, the adapter is no single LoRA, a tensor is not
     finite, or ``folder`` is something else than a checkpoint; then, and whatever else fails, nothing has changed.
     """
-    if not isinstance(model, MultiExitEncoder):
-        raise TypeError(f"model must be a MultiExitEncoder, got {type(model).__name__}")
+    if not isinstance(model, (MultiExitEncoder, MultiExitDecoder)):
+        raise TypeError(f"model must be a MultiExitEncoder or a MultiExitDecoder, got {type(model).__name__}")
     folder = Path(folder)
     check_replaceable(folder)
-    wrapped = hasattr(model.backbone, "peft_config")
+    decoder = isinstance(model, MultiExitDecoder)
+    module = model.causal_lm if decoder else model.backbone
+    base = model.language_model if decoder else model.encoder_backbone
+    wrapped = hasattr(module, "peft_config")
     if wrapped and (backbone is None or backbone.sha256 is None):
         raise ValueError("the backbone carries an adapter: name the weights it was trained on (backbone=, with sha256)")
     if not wrapped and backbone is not None:
         raise ValueError("a backbone reference is for models with an adapter; this one's backbone is written whole")
-    config = model.encoder_backbone.config.to_dict()
+    config = base.config.to_dict()
     config.pop("_name_or_path", None)  # where the backbone lay on the machine that trained: nobody else's business
     config["early_exit"] = model.config.to_dict()
     if wrapped:
         config["early_exit"]["backbone"] = backbone.to_dict()
-        name, tensors, adapter_config = _adapter(model.backbone, backbone.source)
+        name, tensors, adapter_config = _adapter(module, backbone.source)
     else:
-        name, tensors, adapter_config = WEIGHTS, model.backbone.state_dict(), None
+        name, tensors, adapter_config = WEIGHTS, module.state_dict(), None
+        if decoder and base.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]  # the embeddings, once more
     files = {name: _plain(tensors), EXITS: _plain(model.exits.state_dict())}
 
     def write(target: Path) -> None:
         _write_json(target / CONFIG, config)
         if adapter_config is not None:
             _write_json(target / ADAPTER_CONFIG, adapter_config)
+        if decoder:
+            _write_json(target / GENERATION, {"eos_token_id": base.generation_config.eos_token_id})
         for name, tensors in files.items():
             save_file(tensors, target / name, metadata={"format": "pt"})
         if tokenizer is not None:

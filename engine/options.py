@@ -54,10 +54,10 @@ def _read(
     config: EarlyExitConfig, n: int, criterion: Criterion, threshold, min_depth, max_depth, exit_layers
 ) -> ExitOptions:
     num_layers, exits = config.num_layers, config.exit_layers
-    thresholds = _per_row("threshold", config.threshold if threshold is None else threshold, n, torch.float32)
+    thresholds = per_row("threshold", config.threshold if threshold is None else threshold, n, torch.float32)
     check_threshold(criterion, thresholds)
-    least = _per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int64)
-    most = _per_row("max_depth", num_layers if max_depth is None else max_depth, n, torch.int64)
+    least = per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int64)
+    most = per_row("max_depth", num_layers if max_depth is None else max_depth, n, torch.int64)
     script = None
     if min_depth is not None:
         _check_layers("min_depth", least, 1, num_layers)
@@ -75,7 +75,7 @@ def _read(
     if exit_layers is not None:
         if criterion.name != "scripted":
             raise ValueError(f"exit_layers is for the scripted criterion, got criterion {criterion.name!r}")
-        script = _per_row("exit_layers", exit_layers, n, torch.int64)
+        script = per_row("exit_layers", exit_layers, n, torch.int64)
         known = torch.isin(script, torch.tensor(exits))
         if not bool(known.all()):
             row = int(torch.nonzero(~known)[0])
@@ -116,7 +116,7 @@ def _uniform(value: Any) -> bool:
     return value is None or isinstance(value, int)
 
 
-def _per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
+def per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
     """One value or one per row -> [n] on the host."""
     kind = "a number" if dtype.is_floating_point else "an integer"
     if isinstance(value, (str, bytes, Mapping)):

@@ -730,7 +730,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         model.exits.classifiers[1].bias[0] = float("nan")
     with pytest.raises(ValueError, match="classifiers.1.bias holds NaN"):
         save_checkpoint(model, tmp_path / "ck")
-    with pytest.raises(TypeError, match="MultiExitEncoder, got Linear"):
+    with pytest.raises(TypeError, match="MultiExitDecoder, got Linear"):
         save_checkpoint(torch.nn.Linear(2, 2), tmp_path / "ck")
     assert list(tmp_path.iterdir()) == []
 

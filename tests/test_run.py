@@ -151,7 +151,7 @@ def test_progress_bar_on_a_terminal_after_a_second(packed, monkeypatch):
 
 def test_from_module_wants_a_multi_exit_model(model):
     for wrong in (tiny_backbone(), torch.nn.Linear(2, 2), None, "bert"):
-        with pytest.raises(TypeError, match=f"MultiExitEncoder, got {type(wrong).__name__}"):
+        with pytest.raises(TypeError, match=f"MultiExitDecoder, got {type(wrong).__name__}"):
             engine.from_module(wrong)
     for executor in ("fast", "", None, 3):
         with pytest.raises((ValueError, TypeError), match="auto, packed, reference"):

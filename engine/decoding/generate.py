@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -31,19 +33,36 @@ def take_tokens(sequences: list[Generating], outputs: StepOutputs) -> None:
         sequence.add(NewToken(token, outputs.exit_layers[k], outputs.exit_probs[k]))
 
 
+@dataclass
+class Counts:
+    """Of one run. Seconds include the draws: on a device those are what waits for it."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    preemptions: int = 0
+
+
 def generate_packed(
-    decoder: PackedDecoder, sequences: list[Generating], max_rows: int
+    decoder: PackedDecoder, sequences: list[Generating], max_rows: int, counts: Counts | None = None
 ) -> Iterator[list[Generating]]:
     """Continuous batching; after every prefill and every step, the sequences that have one token more.
 
-    The cache is as it was before when the iterator ends, or is closed.
+    ValueError, before anything runs, where a sequence can never have room. The cache is as it was before when the
+    iterator ends, or is closed.
     """
+    counts = Counts() if counts is None else counts
     scheduler = Scheduler(decoder.cache, max_rows)
     for sequence in sequences:
         scheduler.add(sequence)
+    return _generate(decoder, scheduler, counts)
+
+
+def _generate(decoder: PackedDecoder, scheduler: Scheduler, counts: Counts) -> Iterator[list[Generating]]:
     try:
         while scheduler.unfinished:
+            started = time.perf_counter()
             joining = scheduler.admit()
+            grown: list[Generating] = []
             if joining:
                 outputs = decoder.prefill(joining)
                 fresh = [k for k, (sequence, _) in enumerate(joining) if not sequence.new]
@@ -51,14 +70,19 @@ def generate_packed(
                     grown = [joining[k][0] for k in fresh]
                     take_tokens(grown, _rows(outputs, fresh))
                     scheduler.retire()
-                    yield grown
+                counts.prefill_s += time.perf_counter() - started
+            if grown:
+                yield grown
+            started = time.perf_counter()
             rows = scheduler.step()
             if rows:
                 grown = [sequence for sequence, _ in rows]
                 take_tokens(grown, decoder.step(rows))
                 scheduler.retire()
+                counts.decode_s += time.perf_counter() - started
                 yield grown
     finally:
+        counts.preemptions = scheduler.preemptions
         scheduler.abandon()
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-FINISHED = ("stop", "length")
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,18 @@ class Generating:
     logits: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     draws: Any = None  # the row's random numbers
+    stops_at: Callable[[list[int]], bool] | None = None  # whether a continuation holds a stop string
 
     def __len__(self) -> int:
         return len(self.request.prompt) + len(self.new)
 
     @property
     def ids(self) -> list[int]:
-        return [*self.request.prompt, *(token.token_id for token in self.new)]
+        return [*self.request.prompt, *self.new_ids]
+
+    @property
+    def new_ids(self) -> list[int]:
+        return [token.token_id for token in self.new]
 
     @property
     def frozen(self) -> list[int]:
@@ -121,7 +124,7 @@ class Generating:
     def add(self, token: NewToken) -> None:
         """One more token; finish_reason is set where it is the last."""
         self.new.append(token)
-        if token.token_id in self.request.stop_ids:
+        if token.token_id in self.request.stop_ids or (self.stops_at is not None and self.stops_at(self.new_ids)):
             self.finish_reason = "stop"
         elif len(self.new) == self.request.max_new_tokens:
             self.finish_reason = "length"
@@ -130,7 +133,3 @@ class Generating:
 def scripted_layer(request: Request, step: int) -> int | None:
     """The layer at which new token ``step`` (1 is the second) leaves by script, or None."""
     return None if request.script is None else request.script[step - 1]
-
-
-def longest(requests: Sequence[Request]) -> int:
-    return max(len(r.prompt) + r.max_new_tokens for r in requests)

@@ -16,10 +16,11 @@ Row = tuple[Generating, Pages]
 
 
 class Scheduler:
-    """max_rows: sequences that decode together."""
+    """max_rows: sequences that decode together. Whoever else uses the cache holds no more of it while this one runs."""
 
     def __init__(self, cache: PagedCache, max_rows: int):
         self._cache, self._max_rows = cache, max_rows
+        self._room = cache.free_blocks  # others may hold a part of the cache
         self._waiting: deque[Generating] = deque()
         self._running: list[Row] = []  # the oldest first
         self.preemptions = 0
@@ -33,12 +34,12 @@ class Scheduler:
         request = sequence.request
         most = len(request.prompt) + request.max_new_tokens - 1  # the last new token does not run
         needed = self._cache.blocks_for(most)
-        if needed > self._cache.num_blocks:
+        if needed > self._room:
             size = self._cache.shape.block_size
             raise ValueError(
                 f"request {sequence.number} may need {most} positions ({len(request.prompt)} of its prompt, "
-                f"{request.max_new_tokens} new), the cache has {self._cache.num_blocks * size}: shorten the prompt, ask "
-                "for fewer new tokens, or give the cache more memory"
+                f"{request.max_new_tokens} new), the cache has room for {self._room * size}: shorten the prompt, "
+                "ask for fewer new tokens, or give the cache more memory"
             )
         self._waiting.append(sequence)
 

@@ -1,8 +1,8 @@
 """A Hugging Face LLaMA with exits: the module that training optimises and every executor runs.
 
-method: ConsistentEE (AAAI 2024), its generation part; ``method.md`` 2.1 of the design. An exit reads n = Norm(h) with the
-model's *final* norm, shared by all layers; the policy is the two-layer MLP of the paper on n, the head the model's own
-with a change of low rank, or one of the exit's own.
+method: ConsistentEE (AAAI 2024), its generation part. An exit reads n = Norm(h) with the model's *final* norm, shared
+by all layers; the policy is the two-layer MLP of the paper on n, the head the model's own with a change of low rank, or
+one of the exit's own.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class MultiExitDecoder(nn.Module):
         rope = hf.rope_parameters["rope_type"]
         if rope not in _FIXED_ROPE:
             raise ValueError(
-                f"RoPE scaling {rope!r} changes with the length of the sequence, so cached keys would be wrong; allowed "
-                f"are {', '.join(_FIXED_ROPE)}"
+                f"RoPE scaling {rope!r} changes with the length of the sequence, so cached keys would be wrong; "
+                f"allowed are {', '.join(_FIXED_ROPE)}"
             )
         self.config = config
         self.causal_lm = causal_lm
@@ -116,7 +116,7 @@ class MultiExitDecoder(nn.Module):
         return self.exits.logits(exit_index, n, self.language_model.lm_head)
 
     def policy_logits(self, exit_index: int, n: Tensor) -> Tensor:
-        """z [...], fp32 (fp64 for fp64); sigmoid(z) is the exit probability. The last exit has none: it always exits."""
+        """z [...] in fp32 (fp64 for fp64); sigmoid(z) is the exit probability. The last exit has none: it exits."""
         z = self.exits.policies[exit_index](n)
         return z.to(torch.promote_types(z.dtype, torch.float32))
 

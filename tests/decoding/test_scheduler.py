@@ -72,7 +72,7 @@ def test_everybody_finishes_whatever_the_cache(seed):
 def test_a_request_that_never_fits_is_refused_before_anything_runs():
     scheduler = Scheduler(cache_of(3), 2)
     scheduler.add(begin([Request((1,) * 8, 5)])[0])  # 12 positions: the last token does not run
-    with pytest.raises(ValueError, match=r"request 0 may need 13 positions \(8 of its prompt, 6 new\), the cache has 12"):
+    with pytest.raises(ValueError, match=r"request 0 may need 13 positions \(8 of its prompt, 6 new\), .* room for 12"):
         scheduler.add(begin([Request((1,) * 8, 6)])[0])
 
 

@@ -1,4 +1,4 @@
-"""Lazy = eager = reference = (without exits) Hugging Face, over any exits, any batch and any cache that is large enough."""
+"""Lazy = eager = reference = (without exits) Hugging Face, over any exits, any batch and any cache that has room."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_exits_removed_equal_hugging_face():
 
 @pytest.mark.parametrize("dtype, factor", [(torch.float32, 3.0), (torch.bfloat16, 3.0)])
 def test_errors_of_smaller_dtypes(dtype, factor):
-    """style.md 7: error against fp64 at most three times that of the reference, Hugging Face's layers in the same dtype."""
+    """style.md 7: error against fp64 at most three times that of Hugging Face's layers in the same dtype."""
     model = tiny_decoder(seed=7).double()
     requests = random_requests(6, seed=4, exits=EVERY, forced=True)
     exact = by_reference(model, requests)
@@ -162,7 +162,7 @@ def test_watermarks_never_rise_with_depth_and_owed_states_are_settled_on_a_visit
     decoder = PackedDecoder(model, cache)
     sequences = begin(random_requests(5, seed=12, new=40, exits=EVERY, forced=True))
     rows = [(s, Pages(cache)) for s in sequences]
-    for sequence, pages in rows:
+    for _, pages in rows:
         pages.reserve(64)
     take_tokens(sequences, decoder.prefill(rows))
     while rows := [row for row in rows if row[0].finish_reason is None]:

@@ -12,11 +12,13 @@ from engine.models.decoder import MultiExitDecoder
 VOCAB, LAYERS = 61, 5
 
 
-def tiny_decoder(exit_layers=(1, 2, 3, 4, 5), head="lora", kv_heads=2, rope=None, tied=True, seed=0, **options):
+def tiny_decoder(
+    exit_layers=(1, 2, 3, 4, 5), head="lora", kv_heads=2, rope=None, tied=True, seed=0, vocab=VOCAB, **options
+):
     """Weights large enough for exits to disagree about the next token; policies above and below zero."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=32,
         intermediate_size=56,
         num_hidden_layers=LAYERS,
@@ -44,6 +46,20 @@ def tiny_decoder(exit_layers=(1, 2, 3, 4, 5), head="lora", kv_heads=2, rope=None
         for parameter in model.head_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
+
+
+def byte_tokenizer():
+    """Every byte is a token: half a character comes often."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0, "</s>": 1} | {letter: 2 + k for k, letter in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+    return tokenizer
 
 
 def random_requests(count, seed=0, longest=20, new=12, exits=None, forced=False, **fields):

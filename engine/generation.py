@@ -1,0 +1,544 @@
+"""The engine of a decoder: checks a call, turns prompts into requests, runs them, puts texts together."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from engine.config import DecoderExitConfig
+from engine.decoding.cache import PagedCache, Pages
+from engine.decoding.generate import Counts, begin, generate_packed, generate_reference, take_tokens
+from engine.decoding.packed import PackedDecoder, cache_shape
+from engine.decoding.reference import ReferenceDecoder
+from engine.decoding.requests import Generating, Request, Sampling
+from engine.models.decoder import MultiExitDecoder
+from engine.options import per_row
+
+EXECUTORS = ("packed", "reference")
+_PROGRESS_AFTER_S = 1.0
+_DEFAULT_CACHE_BYTES = 1 << 30
+_MAX_ROWS = 64
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Figures of one run.
+
+    prompt_tokens, new_tokens   in all rows
+    prefill_s, decode_s         seconds of the calls that ran prompts (and replays), and of the steps
+    mean_depth                  mean exit layer of the tokens that a step decoded: all but each row's first, which its
+                                prompt yields at full depth; nan where there is none
+    saved_layers                1 - mean_depth / num_layers: a depth figure, not a speed-up
+    cache_bytes                 of keys, values and exit states, reserved for all rows together
+    owed_settled                keys and values of one position in one layer that a later visit worked out
+    preemptions                 rows that gave their cache back and were replayed
+    """
+
+    rows: int
+    prompt_tokens: int
+    new_tokens: int
+    num_layers: int
+    mean_depth: float
+    saved_layers: float
+    prefill_s: float
+    decode_s: float
+    wall_time_s: float
+    cache_bytes: int
+    owed_settled: int
+    preemptions: int
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens that steps decoded, a second of steps."""
+        return (self.new_tokens - self.rows) / self.decode_s if self.decode_s else float("nan")
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else float("nan")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Generation:
+    """One entry a row, in the caller's order.
+
+    texts               the continuations, up to a stop string; None for each row where the model has no tokenizer
+    token_ids           of the continuations, what ended them included
+    exit_layers         layers that ran for each new token; the first one comes from the prompt, at full depth
+    exit_probabilities  sigmoid of the policy logit at the exit; 1 where a token had to leave
+    finish_reasons      "stop" (an EOS id or a stop string) or "length"
+    """
+
+    texts: list[str | None]
+    token_ids: list[list[int]]
+    exit_layers: list[list[int]]
+    exit_probabilities: list[list[float]]
+    finish_reasons: list[str]
+    stats: GenerationStats
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        s = self.stats
+        return f"Generation({s.rows} rows, {s.new_tokens} new tokens, mean depth {s.mean_depth:.2f} of {s.num_layers})"
+
+
+class StreamedToken(NamedTuple):
+    """One new token. text: what it adds to the text so far, empty while a character is incomplete."""
+
+    text: str
+    token_id: int
+    exit_layer: int
+    exit_probability: float
+
+
+class TokenStream(Iterator[StreamedToken]):
+    """Tokens as they come. ``close`` (or the end, an error, leaving ``with``) gives the sequence's cache back."""
+
+    def __init__(self, tokens: Iterator[StreamedToken], release: Callable[[], None]):
+        self._tokens = tokens
+        self._release = weakref.finalize(self, release)
+
+    def __next__(self) -> StreamedToken:
+        try:
+            return next(self._tokens)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._tokens = iter(())
+        self._release()
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class DecoderEngine:
+    """Token-level early-exit generation with one model. Made by ``engine.load`` and ``engine.from_module``.
+
+    executor     "packed", or "reference" (no cache, the oracle: very slow)
+    state_copy   "lazy" or "eager": see ``PackedDecoder``
+    cache_bytes  memory for keys, values and exit states of all rows; default 1 GiB, or less where the model's longest
+                 sequences for 64 rows need less
+    Calls from several threads are safe: they run one after the other.
+    """
+
+    def __init__(
+        self,
+        model: MultiExitDecoder,
+        tokenizer=None,
+        executor: str = "auto",
+        *,
+        state_copy: str = "lazy",
+        cache_bytes: int | None = None,
+    ):
+        executor = "packed" if executor == "auto" else executor
+        if executor not in EXECUTORS:
+            raise ValueError(f"a decoder's executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
+        self.model, self.tokenizer, self.executor = model, tokenizer, executor
+        self._state_copy, self._cache_bytes = state_copy, cache_bytes
+        self._decoder: PackedDecoder | None = None
+        self._lock = threading.RLock()  # a stream may be closed by the collector, in a thread that runs
+        if executor == "packed":
+            self._packed()  # what is wrong with the arguments is found now
+
+    @property
+    def config(self) -> DecoderExitConfig:
+        """The model's DecoderExitConfig."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def _eos_ids(self) -> frozenset[int]:
+        causal_lm = self.model.language_model
+        found = getattr(causal_lm.generation_config, "eos_token_id", None)
+        found = causal_lm.config.eos_token_id if found is None else found
+        return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"DecoderEngine({c.num_layers} layers, exits at {list(c.exit_layers)}, head {c.head}, executor "
+            f"{self.executor}, {self.device}, {self.model.dtype})"
+        )
+
+    def run(
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        threshold: float | Sequence[float] | None = None,
+        min_depth: int | Sequence[int] | None = None,
+        max_depth: int | Sequence[int] | None = None,
+        criterion: str | None = None,
+        exit_layers: int | Sequence[Sequence[int]] | None = None,
+        progress: bool | None = None,
+    ) -> Generation:
+        """Continue every prompt; each new token leaves at the layer its exit decides.
+
+        prompts       strings, chats (lists of {"role", "content"} for the tokenizer's template), or lists of token ids
+        temperature, top_k, top_p, repetition_penalty   see ``Sampling``; temperature 0 is greedy
+        seed          row i draws from seed + i, whatever stands beside it
+        stop          strings that end a continuation, and are cut off
+        ignore_eos    go on behind the checkpoint's EOS ids
+        threshold     a token leaves when its exit probability is above this; [0, 1]. Default: the model's
+        min_depth     no token leaves before this layer; the number of layers removes all exits. Default 1
+        max_depth     every decoded token has left by this layer, at the deepest exit not beyond it. Default: all layers
+        criterion     "policy" or "scripted". Default: the model's
+        exit_layers   for "scripted": one layer for all tokens, or for each prompt one layer for each new token (the
+                      first comes from the prompt, at full depth: its entry must be the number of layers)
+        threshold, min_depth, max_depth: one value, or one per prompt. No prompts: an empty result.
+        Raises ValueError or TypeError before any token is computed.
+        """
+        started = time.perf_counter()
+        options = dict(
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, repetition_penalty, seed),
+            stop=stop,
+            ignore_eos=ignore_eos,
+            threshold=threshold,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            criterion=criterion,
+            exit_layers=exit_layers,
+        )
+        sequences, stops = self._sequences(prompts, options)
+        counts, settled = Counts(), 0
+        bar = tqdm(
+            total=sum(s.request.max_new_tokens for s in sequences),
+            unit="token",
+            disable=not (sys.stderr.isatty() if progress is None else progress),
+            delay=_PROGRESS_AFTER_S if progress is None else 0,
+        )
+        with self._lock, bar:
+            decoder = self._packed() if self.executor == "packed" else None
+            if decoder is None:
+                steps = generate_reference(ReferenceDecoder(self.model), sequences)
+            else:
+                settled = -decoder.settled
+                steps = generate_packed(decoder, sequences, _MAX_ROWS, counts)
+            for grown in steps:
+                bar.update(len(grown))
+            settled += 0 if decoder is None else decoder.settled
+            seconds = time.perf_counter() - started
+            stats = self._stats(sequences, counts, decoder, settled, seconds)
+        return Generation(
+            texts=[self._text(s, stops) for s in sequences],
+            token_ids=[s.new_ids for s in sequences],
+            exit_layers=[[t.exit_layer for t in s.new] for s in sequences],
+            exit_probabilities=[[t.exit_prob for t in s.new] for s in sequences],
+            finish_reasons=[s.finish_reason for s in sequences],
+            stats=stats,
+        )
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        threshold: float | None = None,
+        min_depth: int | None = None,
+        max_depth: int | None = None,
+        criterion: str | None = None,
+        exit_layers: int | Sequence[int] | None = None,
+    ) -> TokenStream:
+        """The tokens of one prompt's continuation as they come; options as in ``run``, exit_layers without the outer
+        list. Their texts together are what ``run`` gives.
+
+        What is wrong is raised by this call, before the first token is asked for. The sequence's room in the cache is
+        its own until the iterator ends or is closed.
+        """
+        options = dict(
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, repetition_penalty, seed),
+            stop=stop,
+            ignore_eos=ignore_eos,
+            threshold=threshold,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            criterion=criterion,
+            exit_layers=exit_layers if exit_layers is None or isinstance(exit_layers, int) else [exit_layers],
+        )
+        (sequence,), stops = self._sequences([prompt], options)
+        if self.executor == "reference":
+            steps = generate_reference(ReferenceDecoder(self.model), [sequence])
+            return TokenStream(self._told(steps, sequence, stops), lambda: None)
+        with self._lock:
+            decoder = self._packed()
+            pages = Pages(decoder.cache)
+            needed = len(sequence.request.prompt) + max_new_tokens - 1
+            if decoder.cache.blocks_for(needed) > decoder.cache.free_blocks:
+                size = decoder.cache.shape.block_size
+                raise ValueError(
+                    f"the prompt and its continuation may need {needed} positions, the cache has room for "
+                    f"{decoder.cache.free_blocks * size}: close other streams, or give it more memory (cache_bytes)"
+                )
+            pages.reserve(needed)
+        lock = self._lock
+
+        def release() -> None:
+            with lock:
+                pages.release()
+
+        return TokenStream(self._told(_alone(decoder, sequence, pages), sequence, stops), release)
+
+    # -- reading a call ------------------------------------------------------------------------------------------
+
+    def _sequences(self, prompts: Sequence[Any], o: dict[str, Any]) -> tuple[list[Generating], tuple[str, ...]]:
+        """Checked sequences, of which nothing has run, and the stop strings."""
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a list, got {type(prompts).__name__}: for one prompt, put it in a list")
+        new, sampling = o["max_new_tokens"], o["sampling"]
+        if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+            raise ValueError(f"max_new_tokens must be a positive integer, got {new!r}")
+        ids = [self._read(index, prompt) for index, prompt in enumerate(prompts)]
+        stops = self._read_stops(o["stop"])
+        limits = self._read_limits(len(ids), o["threshold"], o["min_depth"], o["max_depth"])
+        scripts = self._read_scripts(len(ids), new, o["criterion"], o["exit_layers"])
+        requests = []
+        for k, prompt in enumerate(ids):
+            if len(prompt) + new > self.config.max_length:
+                raise ValueError(
+                    f"prompt {k} has {len(prompt)} tokens and may become {len(prompt) + new} with {new} new ones, the "
+                    f"model takes at most {self.config.max_length}"
+                )
+            requests.append(
+                Request(
+                    prompt=tuple(prompt),
+                    max_new_tokens=new,
+                    sampling=replace(sampling, seed=sampling.seed + k),
+                    stop_ids=frozenset() if o["ignore_eos"] else self._eos_ids,
+                    threshold=limits[0][k],
+                    min_depth=limits[1][k],
+                    max_depth=limits[2][k],
+                    script=scripts[k],
+                )
+            )
+        sequences = begin(requests)
+        if stops:
+            for sequence in sequences:
+                sequence.stops_at = lambda new_ids: _cut(self._decode(new_ids), stops) is not None
+        return sequences, stops
+
+    def _read(self, index: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError(f"prompt {index} is an empty string: generation needs something to start from")
+            return self._tokenizer(index).encode(prompt)
+        if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
+            tokenizer = self._tokenizer(index)
+            if getattr(tokenizer, "chat_template", None) is None:
+                raise ValueError(f"prompt {index} is a chat, but the tokenizer has no chat template: pass a string")
+            for place, message in enumerate(prompt):
+                if set(message) != {"role", "content"} or not all(isinstance(v, str) for v in message.values()):
+                    raise ValueError(f"prompt {index}, message {place}, must have role and content, got {message!r}")
+            return list(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
+        if hasattr(prompt, "tolist"):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise TypeError(
+                f"prompt {index} must be a string, a list of messages or a list of token ids, got "
+                f"{type(prompt).__name__}"
+            )
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty: generation needs at least one token to start from")
+        vocab = self.model.language_model.config.vocab_size
+        for place, token in enumerate(prompt):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"prompt {index} must hold token ids, got {token!r} at {place}")
+            if not 0 <= token < vocab:
+                raise ValueError(f"prompt {index} has token id {token} at {place}, allowed are 0 to {vocab - 1}")
+        return list(prompt)
+
+    def _tokenizer(self, index: int):
+        if self.tokenizer is None:
+            raise ValueError(f"prompt {index} is text and this model has no tokenizer: pass token ids")
+        return self.tokenizer
+
+    def _read_stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(s, str) and s for s in stops):
+            raise ValueError(f"stop must hold strings of one character or more, got {list(stops)!r}")
+        if stops and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+        return stops
+
+    def _read_limits(self, n: int, threshold, min_depth, max_depth) -> tuple[list, list, list]:
+        layers, exits = self.config.num_layers, self.config.exit_layers
+        thresholds = per_row("threshold", self.config.threshold if threshold is None else threshold, n, torch.float32)
+        least = per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int64).tolist()
+        most = per_row("max_depth", layers if max_depth is None else max_depth, n, torch.int64).tolist()
+        for row, value in enumerate(thresholds.tolist()):
+            if not 0 <= value <= 1:
+                raise ValueError(f"threshold must lie in [0, 1], got {value:g} (row {row})")
+        for row in range(n):
+            if not 1 <= least[row] <= layers:
+                raise ValueError(f"min_depth must lie between 1 and {layers}, got {least[row]} (row {row})")
+            if not exits[0] <= most[row] <= layers:
+                raise ValueError(
+                    f"max_depth must lie between {exits[0]}, where the first exit stands, and {layers}, got "
+                    f"{most[row]} (row {row})"
+                )
+            # Tokens leave through exits: the deepest one that is not beyond the limit.
+            most[row] = max(layer for layer in exits if layer <= most[row])
+            if least[row] > most[row]:
+                raise ValueError(
+                    f"row {row} may not leave before layer {least[row]} (min_depth) but must have left by {most[row]} "
+                    f"(the deepest exit within max_depth): exits stand at {list(exits)}"
+                )
+        return thresholds.tolist(), least, most
+
+    def _read_scripts(self, n: int, new: int, criterion, exit_layers) -> list[tuple[int, ...] | None]:
+        chosen = self.config.criterion if criterion is None else criterion
+        if chosen not in ("policy", "scripted"):
+            raise ValueError(f"criterion must be one of policy, scripted, got {chosen!r}")
+        if chosen == "policy":
+            if exit_layers is not None:
+                raise ValueError("exit_layers is for the scripted criterion, got criterion 'policy'")
+            return [None] * n
+        if exit_layers is None:
+            raise ValueError("the scripted criterion needs exit_layers: one layer, or a list for each prompt")
+        known, layers = set(self.config.exit_layers), self.config.num_layers
+        if isinstance(exit_layers, int) and not isinstance(exit_layers, bool):
+            exit_layers = [[layers] + [exit_layers] * (new - 1)] * n
+        if not isinstance(exit_layers, Sequence) or len(exit_layers) != n:
+            raise ValueError(f"exit_layers must be one layer, or a list for each of {n} prompts")
+        scripts = []
+        for row, script in enumerate(exit_layers):
+            script = tuple(script)
+            if len(script) < new:
+                raise ValueError(f"exit_layers[{row}] must have a layer for each of {new} tokens, got {len(script)}")
+            for step, layer in enumerate(script):
+                if layer not in known:
+                    raise ValueError(f"exit_layers[{row}][{step}] is {layer}, exits stand at {sorted(known)}")
+            if script[0] != layers:
+                raise ValueError(
+                    f"exit_layers[{row}][0] is {script[0]}: the first new token comes from the prompt, at {layers}"
+                )
+            scripts.append(script[1:])
+        return scripts
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def _packed(self) -> PackedDecoder:
+        """The decoder with its cache, made anew where the model has moved."""
+        model = self.model
+        held = self._decoder
+        if held is not None and held.cache.keys.device == model.device and held.cache.keys.dtype == model.dtype:
+            return held
+        shape = cache_shape(model)
+        block = shape.block_bytes(model.dtype)
+        if self._cache_bytes is None:
+            most = _MAX_ROWS * -(-self.config.max_length // shape.block_size)
+            blocks = min(max(_DEFAULT_CACHE_BYTES // block, 1), most)
+        else:
+            blocks = self._cache_bytes // block
+            if blocks < 1:
+                raise ValueError(f"cache_bytes must be at least {block}, one block, got {self._cache_bytes}")
+        cache = PagedCache(shape, blocks, model.device, model.dtype)
+        self._decoder = PackedDecoder(model, cache, self._state_copy)
+        return self._decoder
+
+    def _told(
+        self, steps: Iterator[list[Generating]], sequence: Generating, stops: tuple[str, ...]
+    ) -> Iterator[StreamedToken]:
+        told = ""
+        for _ in steps:
+            token = sequence.new[-1]
+            text = ""
+            if self.tokenizer is not None:
+                text = self._text(sequence, stops)
+                if sequence.finish_reason is None:
+                    text = _sure(text, stops)
+                text, told = text[len(told) :], max(told, text, key=len)
+            yield StreamedToken(text, *token)
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _text(self, sequence: Generating, stops: tuple[str, ...]) -> str | None:
+        if self.tokenizer is None:
+            return None
+        ids = sequence.new_ids
+        text = self._decode(ids[:-1] if ids[-1] in sequence.request.stop_ids else ids)
+        place = _cut(text, stops)
+        return text if place is None else text[:place]
+
+    def _stats(
+        self, sequences: list[Generating], counts: Counts, decoder: PackedDecoder | None, settled: int, seconds: float
+    ) -> GenerationStats:
+        layers = self.config.num_layers
+        depths = [token.exit_layer for sequence in sequences for token in sequence.new[1:]]
+        mean_depth = sum(depths) / len(depths) if depths else math.nan
+        cache_bytes = 0
+        if decoder is not None:
+            cache_bytes = decoder.cache.num_blocks * decoder.cache.shape.block_bytes(decoder.cache.keys.dtype)
+        return GenerationStats(
+            rows=len(sequences),
+            prompt_tokens=sum(len(s.request.prompt) for s in sequences),
+            new_tokens=sum(len(s.new) for s in sequences),
+            num_layers=layers,
+            mean_depth=mean_depth,
+            saved_layers=1 - mean_depth / layers,
+            prefill_s=counts.prefill_s,
+            decode_s=counts.decode_s,
+            wall_time_s=seconds,
+            cache_bytes=cache_bytes,
+            owed_settled=settled,
+            preemptions=counts.preemptions,
+        )
+
+
+def _alone(decoder: PackedDecoder, sequence: Generating, pages: Pages) -> Iterator[list[Generating]]:
+    rows = [(sequence, pages)]
+    take_tokens([sequence], decoder.prefill(rows))
+    yield [sequence]
+    while sequence.finish_reason is None:
+        take_tokens([sequence], decoder.step(rows))
+        yield [sequence]
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> int | None:
+    """Where the first stop string begins in ``text``."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return min(places, default=None)
+
+
+def _sure(text: str, stops: tuple[str, ...]) -> str:
+    """``text`` without an end that the next token may change: half a character, or what may become a stop string."""
+    text = text.rstrip("\ufffd")
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held]
