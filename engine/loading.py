@@ -33,7 +33,6 @@ from engine.backbones import (
     GENERATION,
     WEIGHTS,
     BackboneReference,
-    file_sha256,
     hub_snapshot,
     load_backbone,
     read_backbone_config,
@@ -57,7 +56,7 @@ from engine.reading import (
 EXITS = "exits.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "README.md"]
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "README.md"]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -189,7 +188,7 @@ def attach_exits(
     Returns the model, its tokenizer (or None), and the reference with the sha256 of the weights found.
     Raises as ``BackboneReference.resolve`` and ``load_backbone``; ValueError or TypeError for a wrong config.
     """
-    folder = backbone.resolve()
+    folder, sha256 = backbone.found()
     module = load_backbone(folder)
     layers = module.config.num_hidden_layers
     chosen = {"num_layers": layers, "exit_layers": tuple(range(1, layers + 1)), **config}
@@ -201,7 +200,7 @@ def attach_exits(
         model = MultiExitDecoder(module, DecoderExitConfig.from_dict(chosen, where="exits"))
     else:
         model = MultiExitEncoder(module, EarlyExitConfig.from_dict(chosen, where="exits"))
-    reference = BackboneReference(backbone.source, file_sha256(folder / WEIGHTS), backbone.revision)
+    reference = BackboneReference(backbone.source, sha256, backbone.revision)
     return model, load_tokenizer(folder), reference
 
 

