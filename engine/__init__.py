@@ -68,7 +68,7 @@ def load(
     if isinstance(model, MultiExitDecoder):
         if sizes:
             raise ValueError("warmup is for encoders: a decoder captures nothing")
-        return DecoderEngine(model.to(chosen_device), tokenizer, executor)
+        return DecoderEngine(model.to(chosen_device), tokenizer, executor, private=True)
     loaded = Engine(model.to(chosen_device), tokenizer, executor, private=True)
     for rows, tokens in sizes:
         loaded.warm_up(rows, tokens)

@@ -134,6 +134,7 @@ class DecoderEngine:
     state_copy   "lazy" or "eager": see ``PackedDecoder``
     cache_bytes  memory for keys, values and exit states of all rows; default 1 GiB, or less where the model's longest
                  sequences for 64 rows need less
+    private      nobody else holds ``model``, so its weights need no watching until somebody asks for it
     Calls from several threads are safe: they run one after the other.
     """
 
@@ -145,11 +146,12 @@ class DecoderEngine:
         *,
         state_copy: str = "lazy",
         cache_bytes: int | None = None,
+        private: bool = False,
     ):
         executor = "packed" if executor == "auto" else executor
         if executor not in EXECUTORS:
             raise ValueError(f"a decoder's executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
-        self.model, self.tokenizer, self.executor = model, tokenizer, executor
+        self._model, self.tokenizer, self.executor, self._watching = model, tokenizer, executor, not private
         self._state_copy, self._cache_bytes = state_copy, cache_bytes
         self._decoder: PackedDecoder | None = None
         self._lock = threading.RLock()  # a stream may be closed by the collector, in a thread that runs
@@ -157,17 +159,25 @@ class DecoderEngine:
             self._packed()  # what is wrong with the arguments is found now
 
     @property
+    def model(self) -> MultiExitDecoder:
+        """The module that is run. Asking for it turns on the look at its weights before every run."""
+        self._watching = True
+        if self._decoder is not None:
+            self._decoder.watch()
+        return self._model
+
+    @property
     def config(self) -> DecoderExitConfig:
         """The model's DecoderExitConfig."""
-        return self.model.config
+        return self._model.config
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self._model.device
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        causal_lm = self.model.language_model
+        causal_lm = self._model.language_model
         found = getattr(causal_lm.generation_config, "eos_token_id", None)
         found = causal_lm.config.eos_token_id if found is None else found
         return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
@@ -176,7 +186,7 @@ class DecoderEngine:
         c = self.config
         return (
             f"DecoderEngine({c.num_layers} layers, exits at {list(c.exit_layers)}, head {c.head}, executor "
-            f"{self.executor}, {self.device}, {self.model.dtype})"
+            f"{self.executor}, {self.device}, {self._model.dtype})"
         )
 
     def run(
@@ -237,7 +247,7 @@ class DecoderEngine:
         with self._lock, bar:
             decoder = self._packed() if self.executor == "packed" else None
             if decoder is None:
-                steps = generate_reference(ReferenceDecoder(self.model), sequences)
+                steps = generate_reference(ReferenceDecoder(self._model), sequences)
             else:
                 settled = -decoder.settled
                 steps = generate_packed(decoder, sequences, _MAX_ROWS, counts)
@@ -292,7 +302,7 @@ class DecoderEngine:
         )
         (sequence,), stops = self._sequences([prompt], options)
         if self.executor == "reference":
-            steps = generate_reference(ReferenceDecoder(self.model), [sequence])
+            steps = generate_reference(ReferenceDecoder(self._model), [sequence])
             return TokenStream(self._told(steps, sequence, stops), lambda: None)
         with self._lock:
             decoder = self._packed()
@@ -305,6 +315,7 @@ class DecoderEngine:
                     f"{decoder.cache.free_blocks * size}: close other streams, or give it more memory (cache_bytes)"
                 )
             pages.reserve(needed)
+            decoder.look()
         lock = self._lock
 
         def release() -> None:
@@ -373,7 +384,7 @@ class DecoderEngine:
             )
         if not prompt:
             raise ValueError(f"prompt {index} is empty: generation needs at least one token to start from")
-        vocab = self.model.language_model.config.vocab_size
+        vocab = self._model.language_model.config.vocab_size
         for place, token in enumerate(prompt):
             if isinstance(token, bool) or not isinstance(token, int):
                 raise TypeError(f"prompt {index} must hold token ids, got {token!r} at {place}")
@@ -453,7 +464,7 @@ class DecoderEngine:
 
     def _packed(self) -> PackedDecoder:
         """The decoder with its cache, made anew where the model has moved."""
-        model = self.model
+        model = self._model
         held = self._decoder
         if held is not None and held.cache.keys.device == model.device and held.cache.keys.dtype == model.dtype:
             return held
@@ -467,7 +478,7 @@ class DecoderEngine:
             if blocks < 1:
                 raise ValueError(f"cache_bytes must be at least {block}, one block, got {self._cache_bytes}")
         cache = PagedCache(shape, blocks, model.device, model.dtype)
-        self._decoder = PackedDecoder(model, cache, self._state_copy)
+        self._decoder = PackedDecoder(model, cache, self._state_copy, self._watching)
         return self._decoder
 
     def _told(

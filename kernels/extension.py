@@ -204,7 +204,7 @@ def _finish_layer(qkv, cu_seqlens, rows, residual, *rest):
     return residual.new_empty(residual.shape)
 
 
-def _encoder_plan(*tensors):
+def _plan(*tensors):
     return _unknown_size()
 
 
@@ -212,6 +212,12 @@ def _run_encoder(input_ids, token_type_ids, lengths, plan, classes, *rest):
     rows = len(lengths)
     logits, probs = (input_ids.new_empty(shape, dtype=torch.float32) for shape in ((rows, classes), (rows,)))
     return logits, _ints(input_ids, rows), probs
+
+
+def _decode_step(token_ids, positions, block_table, watermarks, keys, values, states, *rest):
+    rows = token_ids.shape[0]
+    normed, probs = states.new_empty((rows, states.shape[1])), states.new_empty((rows,))
+    return normed, _ints(states, rows), probs, token_ids.new_empty((1,))
 
 
 _FAKES: dict[str, Callable] = {
@@ -229,8 +235,10 @@ _FAKES: dict[str, Callable] = {
     "add_layer_norm": _add_layer_norm,
     "packed_linear": _packed_linear,
     "finish_layer": _finish_layer,
-    "encoder_plan": _encoder_plan,
+    "encoder_plan": _plan,
     "run_encoder": _run_encoder,
+    "decoder_plan": _plan,
+    "decode_step": _decode_step,
 }
 
 _load()

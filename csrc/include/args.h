@@ -168,4 +168,28 @@ struct NormArgs {
   int64_t n_word = 0, n_token_type = 0, n_position = 0;
 };
 
+// RMSNorm of rows: x += add (where given, in place), out = x / sqrt(mean(x^2) + eps) * weight. fp32, contiguous.
+struct RmsNormArgs {
+  int64_t count = 0, hidden = 0;
+  double eps = 0.0;
+  float* x = nullptr;
+  const float* add = nullptr;
+  const float* weight = nullptr;
+  float* out = nullptr;  // null: the sum alone
+};
+
+// One query of each row on its cached keys and values, fp32. A row's position p stands in slot
+// block_table[row, p / block_size] * block_size + p % block_size.
+struct DecodeAttentionArgs {
+  const float* query = nullptr;  // [count, heads * head_dim], rows query_stride apart
+  int64_t query_stride = 0;
+  const float* keys = nullptr;    // [slots, kv_heads, head_dim]
+  const float* values = nullptr;
+  const int32_t* const* blocks = nullptr;  // of each row
+  const int64_t* lengths = nullptr;        // positions of each row
+  int64_t count = 0, heads = 0, kv_heads = 0, head_dim = 0, block_size = 0;
+  float scale = 1.0f;
+  float* out = nullptr;  // [count, heads * head_dim]
+};
+
 }  // namespace consistentee

@@ -25,6 +25,10 @@ struct Cpu {
   void linear(const LinearArgs& args) const;  // the CPU's alone
   void add_layer_norm(const NormArgs& args) const;
   void embed_layer_norm(const NormArgs& args) const;
+  // The CPU's alone, too:
+  void rms_norm(const RmsNormArgs& args) const;
+  void swiglu(const float* gate_up, int64_t count, int64_t width, float* out) const;  // [count, 2 width] -> [count, width]
+  void decode_attention(const DecodeAttentionArgs& args) const;
 };
 
 // Each enqueues on `stream` and returns null, or the CUDA runtime's own words for what went wrong.

@@ -1,18 +1,14 @@
 // A whole pass of an encoder with exits as one op, on the CPU: embeddings, layers, decisions, compaction, classifiers.
-//
-// The plan of a model holds its weights, checked once: as arguments of every call, a hundred tensors take 30 us.
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <mutex>
-#include <shared_mutex>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
 
 #include "../cpu/parallel.h"
 #include "attention.h"
 #include "layer.h"
+#include "plans.h"
 
 namespace consistentee {
 
@@ -40,22 +36,7 @@ struct Plan {
   std::vector<Exit> exits;
 };
 
-std::shared_mutex plans_mutex;
-std::unordered_map<int64_t, std::shared_ptr<const Plan>> plans;
-
-std::shared_ptr<const Plan> plan_of(int64_t handle) {
-  const std::shared_lock lock(plans_mutex);
-  const auto found = plans.find(handle);
-  EE_CHECK(found != plans.end(), "plan must be one that encoder_plan made and nobody dropped, got ", handle);
-  return found->second;
-}
-
-const char* data_of(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  check_dtype(name, tensor, ScalarType::Float);
-  check_shape(name, tensor, shape);
-  check_contiguous(name, tensor);
-  return bytes_of(tensor);
-}
+Plans<Plan> plans;
 
 const char* table_of(const char* name, const Tensor& tensor, int64_t hidden, int64_t* size) {
   check_dim(name, tensor, 2);
@@ -154,11 +135,7 @@ int64_t encoder_plan(const Tensor& word, const std::optional<Tensor>& token_type
   if (position_bias.has_value()) plan->held.push_back(*position_bias);
   for (Tensor& tensor : layers) plan->held.push_back(std::move(tensor));
   for (Tensor& tensor : exits) plan->held.push_back(std::move(tensor));
-
-  static int64_t next = 1;
-  const std::unique_lock lock(plans_mutex);
-  plans.emplace(next, std::move(plan));
-  return next++;
+  return plans.put(std::move(plan));
 }
 
 namespace {
@@ -494,7 +471,7 @@ std::tuple<Tensor, Tensor, Tensor> run_encoder(const Tensor& input_ids, const st
                                                const std::optional<Tensor>& min_depth,
                                                const std::optional<Tensor>& max_depth, const Tensor& leave_rates,
                                                int64_t deepest, double second_pass_tokens) {
-  const std::shared_ptr<const Plan> held = plan_of(plan);
+  const std::shared_ptr<const Plan> held = plans.get(plan, "encoder_plan");
   const int64_t rows = static_cast<int64_t>(lengths.size()), layers = static_cast<int64_t>(held->layers.size());
   EE_CHECK(classes == held->classes, "classes must be the plan's, ", held->classes, ", got ", classes);
   EE_CHECK(deepest >= 1 && deepest <= layers && held->layers[static_cast<size_t>(deepest - 1)].exit >= 0,
@@ -530,8 +507,6 @@ STABLE_TORCH_LIBRARY_IMPL(consistentee, CPU, m) {
 
 }  // namespace consistentee
 
-// Passes that run keep the plan until they are done.
 extern "C" __attribute__((visibility("default"))) void consistentee_drop_encoder_plan(int64_t plan) {
-  const std::unique_lock lock(consistentee::plans_mutex);
-  consistentee::plans.erase(plan);
+  consistentee::plans.drop(plan);
 }

@@ -37,5 +37,12 @@ STABLE_TORCH_LIBRARY(consistentee, m) {
       "run_encoder(Tensor input_ids, Tensor? token_type_ids, int[] lengths, int plan, int classes, "
       "Tensor? threshold_logit, Tensor? script, Tensor? min_depth, Tensor? max_depth, Tensor leave_rates, int deepest, "
       "float second_pass_tokens) -> (Tensor logits, Tensor exit_layers, Tensor exit_probs)");
+  m.def(
+      "decoder_plan(Tensor embedding, Tensor cos, Tensor sin, Tensor final_weight, float final_eps, int num_heads, "
+      "int kv_heads, float scale, Tensor[] layers, float[] eps, int[] exit_layers, Tensor[] policies) -> int");
+  m.def(
+      "decode_step(Tensor token_ids, Tensor positions, Tensor block_table, Tensor(a!) watermarks, Tensor(b!) keys, "
+      "Tensor(c!) values, Tensor(d!) states, int block_size, int plan, Tensor threshold_logit, Tensor script, "
+      "Tensor min_depth, Tensor max_depth) -> (Tensor normed, Tensor exit_layers, Tensor exit_probs, Tensor settled)");
   m.def("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor");
 }

@@ -51,6 +51,7 @@ def generate_packed(
     iterator ends, or is closed.
     """
     counts = Counts() if counts is None else counts
+    decoder.look()
     scheduler = Scheduler(decoder.cache, max_rows)
     for sequence in sequences:
         scheduler.add(sequence)

@@ -10,6 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.decoding.cache import CacheShape, PagedCache, Pages
 from engine.decoding.requests import Generating, scripted_layer
+from engine.decoding.weights import decoder_plan
+from engine.executors.weights import WatchedWeights
+from engine.kernels.decoder import DecoderPlan, decode_step
+from engine.kernels.linear import own_kernel
 from engine.models.decoder import MultiExitDecoder
 
 STATE_COPIES = ("lazy", "eager")
@@ -59,15 +63,32 @@ class _Row(NamedTuple):
 class PackedDecoder:
     """Runs a MultiExitDecoder on any device, in the dtype of its weights.
 
+    On a CPU in fp32, with lazy state copying, a step is one op on packed copies of the layers' weights
+    (``decoder_plan``); else it calls the modules, layer by layer.
+
     state_copy  "lazy": keys and values of skipped layers are worked out when their layer is next visited; "eager": as
                 soon as a token has left, as the method is written. Same results
+    watching    whether somebody else may change the module: ``look`` then reads all weights
     """
 
-    def __init__(self, model: MultiExitDecoder, cache: PagedCache, state_copy: str = "lazy"):
+    def __init__(self, model: MultiExitDecoder, cache: PagedCache, state_copy: str = "lazy", watching: bool = True):
         if state_copy not in STATE_COPIES:
             raise ValueError(f"state_copy must be one of {', '.join(STATE_COPIES)}, got {state_copy!r}")
         self.model, self.cache, self.state_copy = model, cache, state_copy
         self.settled = 0  # keys and values of one position in one layer that were owed
+        self._weights = WatchedWeights(model, watching, decoder_plan)
+        self._plan: DecoderPlan | None = None
+
+    def watch(self) -> None:
+        """From now on somebody else may change the module."""
+        self._weights.watching = True
+
+    def look(self) -> None:
+        """Steps use the weights of this moment from now on: to be called where a run begins."""
+        if self.state_copy == "lazy" and own_kernel(self.model.device, self.model.dtype):
+            self._plan = self._weights.current()
+        else:
+            self._plan = None
 
     # -- prompts -------------------------------------------------------------------------------------------------
 
@@ -128,6 +149,8 @@ class PackedDecoder:
         """The newest token of every sequence through its layers. Pages have room for one more position."""
         model, config = self.model, self.model.config
         rows = [_Row(sequence, pages, len(sequence) - 1) for sequence, pages in batch]
+        if self._plan is not None:
+            return self._step_at_once(self._plan, rows)
         device = model.device
         hidden = model.backbone.embed_tokens(torch.tensor([row.sequence.ids[-1] for row in rows], device=device))
         active = list(range(len(rows)))
@@ -157,6 +180,33 @@ class PackedDecoder:
                 break
             hidden, active = hidden[kept], [active[k] for k in kept]
         return StepOutputs(logits_by_exit(model, states, exit_layers), exit_layers, exit_probs)
+
+    def _step_at_once(self, plan: DecoderPlan, rows: list[_Row]) -> StepOutputs:
+        cache, requests = self.cache, [row.sequence.request for row in rows]
+        scripts = [scripted_layer(row.sequence.request, len(row.sequence.new)) or 0 for row in rows]
+        layers, blocks = self.model.config.num_layers, max(len(row.pages.blocks) for row in rows)
+        table = [row.pages.blocks + [0] * (blocks - len(row.pages.blocks)) for row in rows]
+        watermarks = _ints([row.pages.watermarks for row in rows])
+        states, exit_layers, probs, settled = decode_step(
+            plan,
+            torch.tensor([row.sequence.ids[-1] for row in rows]),
+            torch.tensor([row.position for row in rows]),
+            _ints(table),
+            watermarks,
+            cache.keys,
+            cache.values,
+            cache.states,
+            cache.shape.block_size,
+            torch.logit(torch.tensor([r.threshold for r in requests])),
+            _ints(scripts),
+            _ints([r.min_depth for r in requests]),
+            _ints([layers if r.max_depth is None else r.max_depth for r in requests]),
+        )
+        for row, marks in zip(rows, watermarks.tolist(), strict=True):
+            row.pages.watermarks = marks
+        self.settled += settled
+        left = exit_layers.tolist()
+        return StepOutputs(logits_by_exit(self.model, states, left), left, probs.tolist())
 
     def _layer(self, number: int, layer: nn.Module, hidden: Tensor, rows: list[_Row]) -> Tensor:
         """One layer for the live rows [n, H], and what it owes their sequences."""
@@ -215,6 +265,10 @@ class PackedDecoder:
             for row in rows:
                 row.pages.watermarks[number - 1] = row.position + 1
             self.settled += len(rows)
+
+
+def _ints(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 from engine.executors.base import ExitOptions, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
-from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights
+from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights, derive
 from engine.kernels.gpu_common import triton
 from engine.kernels.gpu_exit import ExitDestinations
 from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem, no_allocation
@@ -268,7 +269,7 @@ class GraphExecutor:
 
     def __init__(self, model: MultiExitEncoder, watching: bool = True):
         self._model = model
-        self.weights = WatchedWeights(model, watching, PlainLinear)
+        self.weights = WatchedWeights(model, watching, partial(derive, product=PlainLinear))
         self._packed: PackedExecutor | None = None
         self._problem: str | None = None
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.criteria import ExitReading
 from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs, TokenRows, capacity, ladder
-from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights
+from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, WatchedWeights, derive
 from engine.kernels.attention import ALL_TOKENS, FIRST_TOKENS, OTHER_TOKENS
 from engine.kernels.encoder import EncoderPlan, run_encoder
 from engine.kernels.exits import embed_layer_norm, exit_policy
@@ -37,7 +37,7 @@ class PackedExecutor(AtOnce):
     name = "packed"
 
     def __init__(self, model: MultiExitEncoder, watching: bool = True):
-        self.weights = WatchedWeights(model, watching)
+        self.weights = WatchedWeights(model, watching, derive)
 
     def watch(self) -> None:
         """From now on somebody else may change the module: look before every run."""

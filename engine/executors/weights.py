@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from engine.kernels.exits import add_layer_norm
 from engine.kernels.layer import finish_layer
 from engine.kernels.linear import PackedLinear, own_kernel
 from engine.models.encoder import MultiExitEncoder
+
+M = TypeVar("M", bound=nn.Module)
+W = TypeVar("W")
 
 
 class Heads(NamedTuple):
@@ -250,8 +254,8 @@ def derive(model: MultiExitEncoder, product: type[PackedLinear] | type[PlainLine
     )
 
 
-class WatchedWeights:
-    """Derived weights of one model, packed again when the model's have changed.
+class WatchedWeights(Generic[W]):
+    """Derived weights of one model, derived again when the model's have changed.
 
     watching  whether anybody but the engine holds the model. Until then nothing can change and nothing is looked at.
 
@@ -261,29 +265,27 @@ class WatchedWeights:
     The look costs one read of the weights: 3 ms for 10 M parameters.
     """
 
-    def __init__(
-        self, model: MultiExitEncoder, watching: bool, product: type[PackedLinear] | type[PlainLinear] = PackedLinear
-    ):
+    def __init__(self, model: M, watching: bool, derive: Callable[[M], W]):
         self.model = model
         self.watching = watching
-        self._product = product
+        self._derive = derive
         self._lock = threading.Lock()
-        self._held: tuple[EncoderWeights, tuple | None] | None = None  # weights, and the state they were derived from
+        self._held: tuple[W, tuple | None] | None = None  # weights, and the state they were derived from
         self._listing: tuple[list, list, list] = ([], [], [])
 
-    def current(self) -> EncoderWeights:
+    def current(self) -> W:
         """The weights of this moment."""
         held = self._held
         if held is not None and (not self.watching or self._read_state() == held[1]):
             return held[0]
         return self.refresh()
 
-    def refresh(self) -> EncoderWeights:
+    def refresh(self) -> W:
         """Pack again, whatever the watch says."""
         with self._lock:
             self._listing = self._list()
             state = self._read_state()
-            weights = derive(self.model, self._product)
+            weights = self._derive(self.model)
             self._held = weights, state
             return weights
 

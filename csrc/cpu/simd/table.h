@@ -26,6 +26,10 @@ struct KernelTable {
   int64_t (*norm_scratch)(const NormArgs&);
   void (*add_norm)(const NormArgs&, int64_t n0, int64_t n1, void* scratch);
   void (*embed_norm)(const NormArgs&, int64_t n0, int64_t n1, void* scratch);
+  void (*rms_norm)(const RmsNormArgs&, int64_t n0, int64_t n1);
+  void (*swiglu)(const float* gate, const float* up, int64_t width, float* out);
+  // One row and one head of keys, for all the query heads that share it. scratch: decode_scratch floats.
+  void (*decode_attention)(const DecodeAttentionArgs&, int64_t row, int64_t kv_head, float* scratch);
 };
 
 const KernelTable& kernels();
