@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from engine.kernels import attention, exits, extension, layer, linear, packing
+from engine.kernels.decoder import DecoderPlan
 from engine.kernels.encoder import EncoderPlan
+from tests.kernels import test_decoder
 from tests.kernels.cases import cu_seqlens_of, needs_extension
 from tests.kernels.test_encoder import tensors_of
 
@@ -17,7 +19,7 @@ TRACING = ("test_schema", "test_faketensor")
 PLAN = ("test_schema", "test_autograd_registration")  # what it returns is another one each time
 FULL = (*TRACING, "test_autograd_registration", "test_aot_dispatch_dynamic")
 
-_PLANS: list[EncoderPlan] = []  # a handle is good as long as its owner lives
+_PLANS: list[EncoderPlan | DecoderPlan] = []  # a handle is good as long as its owner lives
 
 
 def samples(device="cpu"):
@@ -75,6 +77,11 @@ def samples(device="cpu"):
     for rules in ((torch.zeros(2), None, None, None), (None, deep, deep, deep)):
         rest = _PLANS[-1].handle, 3, *rules, torch.tensor([0.5, -1.0]), 2, 6.0
         yield "run_encoder", (ids, types, [4, 2], *rest), FULL
+    decoder = test_decoder.tensors_of()
+    yield "decoder_plan", tuple(decoder), PLAN
+    _PLANS.append(DecoderPlan(decoder))
+    step = list(test_decoder.arguments_of().values())
+    yield "decode_step", (*step[:8], _PLANS[-1].handle, *step[8:]), FULL
     yield "add_layer_norm", (randn(4, 8), randn(4, 8), randn(8), randn(8), 1e-5), FULL
 
 
