@@ -18,6 +18,7 @@ from engine.lines import Row, read_rows
 
 if TYPE_CHECKING:
     from engine.api import Engine
+    from engine.generation import DecoderEngine
     from engine.results import Classification
 
 # The caller's mistakes and missing files or packages: one line. Anything else is a defect and keeps its traceback.
@@ -51,7 +52,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Early-exit transformers: classify, evaluate, explain and train (ConsistentEE, AAAI 2024).",
+    help="Early-exit transformers: classify, generate, evaluate, explain and train (ConsistentEE, AAAI 2024).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -96,11 +97,40 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_tokens: BatchTokens = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Decoders: longest continuation (default: 128).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Decoders: 0 is greedy (default).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Decoders: draw from the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Decoders: draw from tokens that come to this share.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Decoders: above 1, tokens repeat less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decoders: of the draws (default: 0).")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Decoders: a string that ends it; repeat at will.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Decoders: continue the text itself, no chat template.")] = False,
+    show_exits: Annotated[bool, typer.Option("--show-exits", help="Decoders: colour tokens by their depth.")] = False,
 ) -> None:
-    """Classify texts: arguments, or lines on stdin.
+    """Classify texts, or continue prompts with a decoder: arguments, or lines on stdin.
 
-    A line is one text, or a JSON object with "text" (or "text_a" and "text_b").
+    Classifiers: a line is one text, or a JSON object with "text" (or "text_a" and "text_b"). Decoders: a line is a
+    prompt; on a terminal, without any, a chat begins.
     """
+    generation = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or None,
+    }
+    generation = {name: value for name, value in generation.items() if value is not None}
+    limits = {"threshold": threshold, "min_depth": min_depth, "max_depth": max_depth}
+    if is_decoder(checkpoint):
+        classifier = {"--pair": pair, "--truncation": truncation, "--batch-tokens": batch_tokens}
+        _refuse(classifier, "classifiers, and this checkpoint is a decoder")
+        lm = _load(checkpoint, executor, device, dtype)
+        _generate(lm, texts, {"seed": 0, **generation, **limits}, raw, as_json, show_exits)
+        return
+    named = {f"--{name.replace('_', '-')}": True for name in generation}
+    _refuse({**named, "--raw": raw, "--show-exits": show_exits}, "decoders, and this checkpoint is a classifier")
     rows = _argument_rows(texts, pair) if texts else _stdin_rows(pair)
     result = _load(checkpoint, executor, device, dtype).run(
         rows,
@@ -143,6 +173,7 @@ def evaluate(
     """Accuracy, depth and time on labelled rows, at full depth and with exits, from the same interleaved runs."""
     from engine.bench import report
 
+    _check_classifier(checkpoint, "eval")
     if output is not None and output.is_dir():
         raise ValueError(f"--json must name a file to write, {output} is a folder")
     chosen = _thresholds(threshold, thresholds)
@@ -185,6 +216,7 @@ def explain(
     """One text, layer by layer: what every exit decides and answers, and where the row leaves."""
     from engine.console import say, show_table
 
+    _check_classifier(checkpoint, "explain")
     row: Row = text if text_b is None else (text, text_b)
     model = _load(checkpoint, "reference", device, dtype)
     result = model.run([row], threshold=threshold, truncation=truncation)
@@ -279,6 +311,39 @@ def main() -> None:
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
+
+
+def is_decoder(checkpoint: str) -> bool:
+    """Whether a checkpoint generates; errors as ``engine.load``."""
+    from engine.config import DecoderExitConfig
+    from engine.loading import read_config, resolve_checkpoint
+
+    return isinstance(read_config(resolve_checkpoint(checkpoint))[1], DecoderExitConfig)
+
+
+def _check_classifier(checkpoint: str, command: str) -> None:
+    if is_decoder(checkpoint):
+        raise ValueError(f"{command} is for classifiers, and {checkpoint} is a decoder: try consistentee run")
+
+
+def _refuse(options: dict[str, Any], what: str) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)}: for {what}")
+
+
+def _generate(
+    lm: DecoderEngine, texts: list[str] | None, options: dict[str, Any], raw: bool, as_json: bool, show_exits: bool
+) -> None:
+    from engine.chat import answer_prompts, chat, read_prompts
+
+    prompts = list(texts) if texts else read_prompts()
+    if prompts is not None:
+        answer_prompts(lm, prompts, options, raw, as_json, show_exits)
+    elif as_json:
+        raise ValueError("no prompts: give them as arguments, or pipe them in, one a line")
+    else:
+        chat(lm, options, raw, show_exits)
 
 
 def _load(checkpoint: str, executor: str, device: str, dtype: str) -> Engine:
@@ -444,11 +509,15 @@ def _show_facts(facts: dict[str, Any]) -> None:
         ["backbone", source],
         ["exits", f"layers {', '.join(map(str, exits['exit_layers']))}"],
         ["leaves by", f"{exits['criterion']}, threshold {exits['threshold']:g}"],
-        ["pooler", exits["pooler"]],
         ["policy hidden size", str(exits["policy_hidden_size"])],
         ["longest row", f"{exits['max_length']} tokens"],
-        [f"{len(exits['labels'])} classes", ", ".join(exits["labels"])],
     ]
+    if "labels" in exits:
+        lines.append(["pooler", exits["pooler"]])
+        lines.append([f"{len(exits['labels'])} classes", ", ".join(exits["labels"])])
+    else:
+        rank = f", rank {exits['head_rank']} on the {exits['head_side']}" if exits["head"] == "lora" else ""
+        lines.append(["head", exits["head"] + rank])
     show_table(console, [facts["checkpoint"], ""], lines, left=(facts["checkpoint"], ""))
     say(console)
     files = [

@@ -1,0 +1,107 @@
+"""``consistentee run`` on a decoder, and what the other commands say of one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import engine
+from engine import chat as chat_module
+from engine.loading import save_checkpoint
+from tests.decoding.tiny import byte_tokenizer, tiny_decoder
+from tests.test_cli import call, refused
+
+PROMPTS = ["why is", "the sky"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = tiny_decoder(vocab=258, seed=2)
+    model.language_model.generation_config.eos_token_id = None
+    return str(save_checkpoint(model, tmp_path_factory.mktemp("lm") / "lm", byte_tokenizer()))
+
+
+@pytest.fixture(scope="module")
+def lm(checkpoint):
+    return engine.load(checkpoint, device="cpu")
+
+
+def chats(prompts):
+    return [[{"role": "user", "content": p}] for p in prompts]
+
+
+def test_json(checkpoint, lm):
+    want = lm.run(chats(PROMPTS), max_new_tokens=9, temperature=0.7, seed=4, threshold=0.3)
+    arguments = "--max-new-tokens", 9, "--temperature", 0.7, "--seed", 4, "--threshold", 0.3, "--json"
+    piped = call("run", checkpoint, *arguments, stdin="\n".join(PROMPTS) + "\n\n")
+    for result in (call("run", checkpoint, *PROMPTS, *arguments), piped):
+        records = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [r["prompt"] for r in records] == PROMPTS
+        assert [r["text"] for r in records] == want.texts and [r["token_ids"] for r in records] == want.token_ids
+        assert [r["exit_layers"] for r in records] == want.exit_layers
+        assert [r["finish_reason"] for r in records] == want.finish_reasons
+
+
+def visible(text):
+    """Random bytes hold all kinds of blanks and control characters, which a console may change."""
+    return "".join(c for c in text if c.isprintable() and not c.isspace())
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_answers_are_streamed(checkpoint, lm, raw):
+    prompts = PROMPTS if raw else chats(PROMPTS)
+    options = dict(max_new_tokens=12, temperature=1.0, stop=["zz"])
+    want = lm.run(prompts, **options)
+    flags = ["--raw"] if raw else []
+    out = call("run", checkpoint, *PROMPTS, "--max-new-tokens", 12, "--temperature", 1.0, "--stop", "zz", *flags).stdout
+    assert visible(out) == "".join(map(visible, want.texts)) != ""
+
+
+def test_exits_are_shown(checkpoint, lm):
+    depths = lm.run(chats(["hi"]), max_new_tokens=9).exit_layers[0][1:]
+    out = call("run", checkpoint, "hi", "--max-new-tokens", 9, "--show-exits").stdout
+    mean = sum(depths) / len(depths)
+    assert out.splitlines()[-1].endswith(f"| mean depth {mean:.1f} of 5 over 8 decoded tokens]")
+
+
+def test_a_chat_keeps_its_messages(lm, monkeypatch, capsys):
+    asked, given = iter(["hi", "and?", ""]), []
+    monkeypatch.setattr(chat_module, "_ask", lambda console: next(asked))
+    stream = lm.stream
+    monkeypatch.setattr(lm, "stream", lambda prompt, **o: (given.append(list(prompt)), stream(prompt, **o))[1])
+    chat_module.chat(lm, {"max_new_tokens": 4, "seed": 0}, raw=False, show_exits=False)
+    assert [m["role"] for m in given[1]] == ["user", "assistant", "user"]
+    assert given[1][0]["content"] == "hi" and given[1][2]["content"] == "and?"
+    assert given[1][1]["content"] == lm.run([given[0]], max_new_tokens=4).texts[0]
+    assert "an empty line ends the chat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["run", "CKPT", "hi", "--pair"], "--pair: for classifiers, and this checkpoint is a decoder"),
+        (["run", "CKPT", "hi", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+        (["run", "CKPT", "hi", "--executor", "graph"], "a decoder's executor must be one of auto, packed, reference"),
+        (["run", "CKPT", "x" * 200], "and may become"),
+        (["eval", "CKPT", "--data", "x.jsonl"], "eval is for classifiers"),
+        (["explain", "CKPT", "hi"], "explain is for classifiers"),
+    ],
+)
+def test_what_is_refused(checkpoint, arguments, says):
+    assert says in refused(*[checkpoint if a == "CKPT" else a for a in arguments])
+
+
+def test_a_classifier_refuses_what_is_for_decoders(tmp_path):
+    from tests import tiny
+
+    folder = save_checkpoint(tiny.tiny_model(), tmp_path / "c", tiny.tiny_tokenizer())
+    said = refused("run", folder, "hi", "--top-k", 3, "--show-exits")
+    assert "--top-k, --show-exits: for decoders, and this checkpoint is a classifier" in said
+
+
+def test_info(checkpoint):
+    out = call("info", checkpoint).stdout
+    assert "llama, 5 layers, hidden size 32" in out and "lora, rank 3 on the hidden" in out
+    facts = json.loads(call("info", checkpoint, "--json").stdout)
+    assert facts["early_exit"]["head"] == "lora" and facts["model_type"] == "llama"
