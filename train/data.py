@@ -89,7 +89,7 @@ def load_examples(
         raise FileNotFoundError(f"{path} is no file; for a data set of the hub write {HUB_PREFIX}owner/name")
     if labels is None and (path.parent / "labels.json").exists():
         labels = _read_labels(path.parent / "labels.json")
-    return _to_examples(_read_rows(path), str(path), labels, columns)
+    return _to_examples(read_rows(path), str(path), labels, columns)
 
 
 def load_folder(
@@ -254,7 +254,7 @@ def _read_labels(path: Path) -> tuple[str, ...]:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "jsonl":
         for number, line in enumerate(_lines(path), start=1):

@@ -7,6 +7,8 @@ one of the exit's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -127,13 +129,17 @@ class MultiExitDecoder(nn.Module):
         return cos[0], sin[0]
 
     def layer_outputs(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, exit_layers: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        exit_layers: Tensor | Callable[[int, Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
         """Teacher-forced pass with state copying. input_ids [B, S] -> outputs of layers 1 ... L, each [B, S, H].
 
         attention_mask [B, S] of 0 and 1 (None: all 1); padding may stand on either side.
         exit_layers    int [B, S]: from this layer on a position keeps its hidden state, and later layers take its keys
-                       and values from there (state copying: Elbayad et al. 2020; CALM). None: all at full depth
+                       and values from there (state copying: Elbayad et al. 2020; CALM). None: all at full depth. A
+                       function is asked behind every layer, with its number and output, for what holds from there on
         """
         backbone = self.backbone
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -147,11 +153,14 @@ class MultiExitDecoder(nn.Module):
         bias = bias.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[:, None]
         rope = backbone.rotary_emb(hidden, positions)
         outputs = []
+        left = None if callable(exit_layers) else exit_layers
         for number, layer in enumerate(backbone.layers, start=1):
             out = layer(hidden, attention_mask=bias, position_ids=positions, position_embeddings=rope)
             out = out[0] if isinstance(out, tuple) else out
-            hidden = out if exit_layers is None else torch.where((exit_layers < number)[..., None], hidden, out)
+            hidden = out if left is None else torch.where((left < number)[..., None], hidden, out)
             outputs.append(hidden)
+            if callable(exit_layers):
+                left = exit_layers(number, hidden)
         return outputs
 
     def policy_parameters(self) -> list[nn.Parameter]:

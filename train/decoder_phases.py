@@ -1,0 +1,325 @@
+"""The steps of ConsistentEE's training for decoders, each a function of model, data and options.
+
+Every position with a next token is an instance of ``objectives``: N tokens, E exits. The losses of all exits cost E
+head products a token, so logits exist for a few hundred tokens at a time, in the backward pass too.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from engine.models.decoder import MultiExitDecoder
+from engine.train import objectives, policy_gradient
+from engine.train.hardness import memorized_layer
+from engine.train.instructions import TokenizedInstructions
+
+log = logging.getLogger("engine.train")
+# Tokens whose logits of one exit exist at a time: 512 x 49 152 fp32 are 100 MB.
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """epochs over the data, rows a batch, AdamW's learning rate with a linear decay to 0; answers_only leaves the
+    prompt's tokens out of the loss (the paper's code counts them)."""
+
+    epochs: int = 1
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    answers_only: bool = False
+
+
+@dataclass(frozen=True)
+class TokenPolicyOptions(StepOptions):
+    """context    "full": states of a pass at full depth, closed form, exact but for what earlier tokens' exits change;
+                  "sampled": exits are drawn position by position in a pass with real state copying, REINFORCE
+    reward        "vanilla" (the paper's code) or "hardness"; see ``objectives.rewards``
+    num_samples   K of REINFORCE, with a leave-one-out baseline
+    per_layer     divide a trajectory's log-probability by its exit layer (the authors' code), for "sampled"
+    """
+
+    context: str = "full"
+    reward: str = "vanilla"
+    num_samples: int = 4
+    per_layer: bool = False
+    entropy_bonus: float = 0.0
+
+
+def token_losses(model: MultiExitDecoder, exit_index: int, n: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """CE (T,) in nats and hits (T,) bool of one exit for final-normed states n (T, H) and targets (T,).
+
+    Differentiable in n and the head; logits are made again in the backward pass, chunk by chunk.
+    """
+
+    def of_chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.exit_logits(exit_index, states).float()
+        return nn.functional.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
+
+    chunks = zip(n.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    if torch.is_grad_enabled():
+        parts = [checkpoint(of_chunk, states, wanted, use_reentrant=False) for states, wanted in chunks]
+    else:
+        parts = [of_chunk(states, wanted) for states, wanted in chunks]
+    return torch.cat([ce for ce, _ in parts]), torch.cat([hit for _, hit in parts])
+
+
+def exit_states(model: MultiExitDecoder, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Final-normed states (E, T, H) of every exit at full depth, and targets (T,), of the positions that have one."""
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    outputs = model.layer_outputs(batch["input_ids"], batch["attention_mask"])
+    asked = batch["targets"] >= 0
+    states = [model.final_norm(outputs[layer - 1][asked]) for layer in model.config.exit_layers]
+    return torch.stack(states), batch["targets"][asked]
+
+
+def all_losses(model: MultiExitDecoder, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """CE and hits (T, E) of all exits."""
+    parts = [token_losses(model, k, n, targets) for k, n in enumerate(states)]
+    return torch.stack([ce for ce, _ in parts], 1), torch.stack([hit for _, hit in parts], 1)
+
+
+def train_last_exit(
+    model: MultiExitDecoder, data: TokenizedInstructions, options: StepOptions, seed: int
+) -> list[float]:
+    """Mode 0: the backbone's parameters that require a gradient (a LoRA adapter's, say), CE at the last exit."""
+
+    def loss_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        hidden = model.layer_outputs(batch["input_ids"], batch["attention_mask"])[-1]
+        asked = batch["targets"] >= 0
+        last = model.config.num_exits - 1
+        ce, _ = token_losses(model, last, model.final_norm(hidden[asked]), batch["targets"][asked])
+        return ce.mean(), len(ce)
+
+    own = {id(p) for p in model.exits.parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    return _train(model, data, options, seed, parameters, loss_of, "sft")
+
+
+def train_heads(model: MultiExitDecoder, data: TokenizedInstructions, options: StepOptions, seed: int) -> list[float]:
+    """Mode 1: what the exits' heads have of their own, by sum_l l CE_l / sum_l l; everything else frozen."""
+
+    def loss_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        with torch.no_grad():
+            states, targets = exit_states(model, batch)
+        ce, _ = all_losses(model, states, targets)
+        return objectives.weighted_exit_loss(ce, model.config.exit_layers), len(ce)
+
+    return _train(model, data, options, seed, model.head_parameters(), loss_of, "heads")
+
+
+def train_policy(
+    model: MultiExitDecoder, data: TokenizedInstructions, options: TokenPolicyOptions, alpha: float, seed: int
+) -> list[float]:
+    """Mode 2: the policies, everything else frozen. Returns minus the mean reward of every epoch."""
+    if options.context not in ("full", "sampled"):
+        raise ValueError(f"context must be one of full, sampled, got {options.context!r}")
+    layers, num_layers = model.config.exit_layers, model.config.num_layers
+    if len(layers) == 1:
+        return []
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+
+    def full(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        with torch.no_grad():
+            states, targets = exit_states(model, batch)
+            ce, hits = all_losses(model, states, targets)
+        ml = memorized_layer(hits, layers)
+        rewards = objectives.rewards(ce, layers, alpha, num_layers, ml, options.reward)
+        z = torch.stack([model.policy_logits(k, n) for k, n in enumerate(states[:-1])], 1)
+        return policy_gradient.closed_form_loss(z, rewards, options.entropy_bonus), len(ce)
+
+    def sampled(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        discount = torch.ones(())
+        if options.reward == "hardness":
+            with torch.no_grad():
+                ml = memorized_layer(all_losses(model, *exit_states(model, batch))[1], layers)
+            discount = 1 - ml.float() / num_layers
+        log_probs, rewards = [], []
+        for _ in range(options.num_samples):
+            log_prob, depth, ce = sampled_exits(model, batch, generator)
+            log_probs.append(log_prob / depth if options.per_layer else log_prob)
+            rewards.append(-ce - alpha * discount.to(ce.device) * depth)
+        reward = torch.stack(rewards)
+        k = options.num_samples
+        advantage = (reward - reward.mean(0)) * (k / (k - 1))
+        return -(advantage * torch.stack(log_probs)).mean(), reward.shape[1]
+
+    if options.context == "sampled" and options.num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2 for the leave-one-out baseline, got {options.num_samples}")
+    loss_of = full if options.context == "full" else sampled
+    return _train(model, data, options, seed, model.policy_parameters(), loss_of, f"policy alpha={alpha:.3g}")
+
+
+def sampled_exits(
+    model: MultiExitDecoder, batch: dict[str, Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A pass in which every position draws its exit from its policies, with real state copying.
+
+    Of the T positions with a target: log-probability of the trajectory (T,), differentiable in the policies; exit layer
+    (T,); CE at the exit (T,), without gradient. Positions of a prompt draw, too: there is no prompt pass in training.
+    """
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    shape, exits = batch["input_ids"].shape, model.config.exit_layers
+    asked = batch["targets"] >= 0
+    left = torch.full(shape, model.config.num_layers, device=model.device)
+    inside = torch.ones(shape, dtype=torch.bool, device=model.device)
+    log_prob = torch.zeros(shape, device=model.device)
+    states: Tensor | None = None
+
+    def behind(layer: int, hidden: Tensor) -> Tensor:
+        """What a layer gives is looked at before the next one runs: who leaves keeps its state from now on."""
+        nonlocal inside, log_prob, states
+        if layer in exits:
+            n = model.final_norm(hidden)
+            states = n if states is None else torch.where(inside[..., None], n, states)
+            index = exits.index(layer)
+            if layer < model.config.num_layers:
+                with torch.enable_grad():
+                    z = model.policy_logits(index, n)
+                    draws = torch.rand(shape, generator=generator, device=z.device)
+                    leaves = draws < torch.sigmoid(z.detach())
+                    said = torch.where(leaves, nn.functional.logsigmoid(z), nn.functional.logsigmoid(-z))
+                    log_prob = log_prob + torch.where(inside, said, 0.0)
+                left[inside & leaves] = layer
+                inside = inside & ~leaves
+        return left
+
+    with torch.no_grad():
+        model.layer_outputs(batch["input_ids"], batch["attention_mask"], exit_layers=behind)
+        depth, n, targets = left[asked], states[asked], batch["targets"][asked]
+        ce = torch.empty(len(targets), device=model.device)
+        for index, layer in enumerate(exits):
+            rows = depth == layer
+            if bool(rows.any()):
+                ce[rows] = token_losses(model, index, n[rows], targets[rows])[0]
+    return log_prob[asked], depth, ce
+
+
+def train_task(
+    model: MultiExitDecoder,
+    data: TokenizedInstructions,
+    options: StepOptions,
+    seed: int,
+    threshold: float = 0.5,
+    indicator: str = "greedy",
+) -> list[float]:
+    """Mode 3: the heads at the exits that the frozen policies take (Eq. 6), at full context."""
+
+    def loss_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        with torch.no_grad():
+            states, targets = exit_states(model, batch)
+            z = torch.stack([model.policy_logits(k, n) for k, n in enumerate(states[:-1])], 1)
+        ce, _ = all_losses(model, states, targets)
+        return objectives.task_loss(ce, model.config.exit_layers, z, indicator, threshold), len(ce)
+
+    return _train(model, data, options, seed, model.head_parameters(), loss_of, "task")
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """Of a pass with the greedy policy at full context. ce, accuracy: at the exits taken, and (``_full``) at the last;
+    per exit: the losses at that exit of all tokens, and the share of tokens that leave there."""
+
+    tokens: int
+    ce: float
+    ce_full: float
+    accuracy: float
+    accuracy_full: float
+    mean_depth: float
+    exit_ce: tuple[float, ...]
+    exit_share: tuple[float, ...]
+
+
+@torch.no_grad()
+def measure(
+    model: MultiExitDecoder, data: TokenizedInstructions, threshold: float = 0.5, batch_size: int = 16, **options: bool
+) -> TokenFigures:
+    """Teacher-forced figures, without copying: cheap, and an upper bound of what decoding finds."""
+    layers = model.config.exit_layers
+    total = torch.zeros(4, dtype=torch.float64)
+    per_ce, share, depth, count = torch.zeros(len(layers)).double(), torch.zeros(len(layers)).double(), 0.0, 0
+    for batch in data.batches(batch_size, shuffle=False, **options):
+        states, targets = exit_states(model, batch)
+        ce, hits = all_losses(model, states, targets)
+        if len(layers) > 1:
+            z = torch.stack([model.policy_logits(k, n) for k, n in enumerate(states[:-1])], 1)
+            index = objectives.greedy_exit_index(z, threshold)
+        else:
+            index = torch.zeros(len(ce), dtype=torch.long, device=ce.device)
+        taken, hit = (x.gather(1, index[:, None])[:, 0].double().sum().cpu() for x in (ce, hits))
+        total += torch.stack([taken, ce[:, -1].double().sum().cpu(), hit, hits[:, -1].double().sum().cpu()])
+        per_ce += ce.double().sum(0).cpu()
+        share += torch.bincount(index.cpu(), minlength=len(layers))
+        depth += float(torch.tensor(layers)[index.cpu()].sum())
+        count += len(ce)
+    ce, ce_full, accuracy, accuracy_full = (total / count).tolist()
+    return TokenFigures(
+        count, ce, ce_full, accuracy, accuracy_full, depth / count,
+        tuple((per_ce / count).tolist()), tuple((share / count).tolist()),
+    )  # fmt: skip
+
+
+def _train(
+    model: MultiExitDecoder,
+    data: TokenizedInstructions,
+    options: StepOptions,
+    seed: int,
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[dict[str, Tensor]], tuple[Tensor, int]],
+    name: str,
+) -> list[float]:
+    """The loss of every epoch, a mean over tokens. Only ``parameters`` change."""
+    if not parameters:
+        raise ValueError(f"{name}: there is nothing to train (of a shared head an exit has nothing of its own)")
+    torch.manual_seed(seed)  # dropout
+    order = torch.Generator().manual_seed(seed)
+    steps = -(-len(data) // options.batch_size) * options.epochs
+    optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: max(0.0, 1 - step / max(steps, 1)))
+    losses = []
+    with _only(model, parameters):
+        model.train()
+        for epoch in range(options.epochs):
+            total, count = 0.0, 0
+            batches = data.batches(options.batch_size, True, order, options.answers_only)
+            bar = tqdm(batches, total=steps // options.epochs, desc=f"{name} {epoch + 1}/{options.epochs}", delay=1,
+                       leave=False, disable=None)  # fmt: skip
+            for batch in bar:
+                loss, tokens = loss_of(batch)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimiser.step()
+                schedule.step()
+                total += float(loss.detach()) * tokens
+                count += tokens
+            losses.append(total / max(count, 1))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"{name}: epoch {epoch + 1} has a NaN or infinite loss: lower the learning rate")
+            log.info("%s epoch %d/%d: loss %.4f", name, epoch + 1, options.epochs, losses[-1])
+    return losses
+
+
+class _only:
+    """Gradients for some parameters alone; eval mode and what required a gradient before, afterwards."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
+        self._model, self._chosen = model, {id(p) for p in parameters}
+        self._before = [(p, p.requires_grad) for p in model.parameters()]
+
+    def __enter__(self) -> None:
+        for parameter, _ in self._before:
+            parameter.requires_grad_(id(parameter) in self._chosen)
+
+    def __exit__(self, *error: object) -> None:
+        for parameter, required in self._before:
+            parameter.requires_grad_(required)
+        self._model.eval()
