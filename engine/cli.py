@@ -266,7 +266,8 @@ def train(
     options["output"] = str(Path(options["output"]))  # "out/" would put the run's state into the checkpoint
     config = TrainConfig.from_dict(options)
     with _progress_log():
-        from engine.train.trainer import Trainer, discard
+        from engine.train.run import discard
+        from engine.train.trainer import Trainer
 
         if restart:
             discard(config.output)

@@ -1,45 +1,34 @@
 """ConsistentEE's five steps as one resumable run: init, then rounds of {memorized layer, policy, task}, then selection.
-
-Every phase starts from the stored result of the one before and from its own seed, so a run that is killed and started
-again does what an uninterrupted one would have done (bit for bit on a CPU).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.devices import find_device
 from engine.facts import TRAINING
-from engine.loading import check_replaceable, save_checkpoint, write_file, write_folder
+from engine.loading import save_checkpoint
 from engine.models.encoder import MultiExitEncoder
-from engine.reading import fill_tensors, read_tensors
 from engine.train import card, figures, objectives, phases, policy_gradient, statistics
 from engine.train.config import TrainConfig
 from engine.train.data import load_folder
-from engine.train.start import fresh_model, make_splits, read_record, seed_of
+from engine.train.run import ResumableRun
+from engine.train.start import fresh_model, make_splits, seed_of
 
 log = logging.getLogger("engine.train")
-_RECORD, _WEIGHTS = "record.json", "weights.safetensors"
 
 
-class Trainer:
+class Trainer(ResumableRun):
     """One run of a TrainConfig. ``run()`` starts or resumes it and returns the record of all its figures."""
 
     def __init__(self, config: TrainConfig):
         """Everything that a run needs is read and checked here. Nothing is written before ``run()``."""
-        self.config = config
-        self.folder = Path(config.output + ".run")
-        check_replaceable(Path(config.output))
-        self.device = find_device(config.device, "cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(config)
         data = load_folder(config.data)
         self.labels = data.labels
         self.data = {name: s.sha256() if (s := getattr(data, name)) else None for name in ("train", "dev", "test")}
@@ -48,8 +37,6 @@ class Trainer:
         self.exit_layers = self.model.config.exit_layers
         grid = objectives.alpha_grid(self.model.config.num_layers, len(self.labels))
         self.alpha = grid[len(grid) // 2] if config.policy.alpha is None else config.policy.alpha
-        self.record: dict[str, Any] = {}
-        self._holds: str | None = ""  # the phase whose weights the model has; "": fresh ones, None: unknown ones
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -112,7 +99,7 @@ class Trainer:
         cache, _ = self._measure("train")
         memorized = phases.memorized_layers(cache, self.exit_layers).cpu()
         if self.config.policy.ml_refresh == "once":
-            write_folder(self.folder / "memorized", lambda f: _save(f, {"memorized": memorized}))
+            self._store("memorized", {"memorized": memorized})
         loss = cache.ce[:, -1].cpu()
         return {
             "epoch_loss": losses,
@@ -143,7 +130,7 @@ class Trainer:
     def _memorized(self, train: phases.ExitCache) -> Tensor:
         """Memorized layers of the train split: as ``train`` shows them, or as they were after step 1 (ml_refresh)."""
         if self.config.policy.ml_refresh == "once":
-            return read_tensors(self.folder / "memorized" / _WEIGHTS)["memorized"].to(train.ce.device)
+            return self._stored("memorized")["memorized"].to(train.ce.device)
         return phases.memorized_layers(train, self.exit_layers)
 
     def _task(self) -> dict[str, Any]:
@@ -154,15 +141,17 @@ class Trainer:
 
     def _teacher(self, restart: Callable[[], None] | None = None) -> phases.Teacher | None:
         """Out-of-fold soft labels, made (with ``restart``, before step 1) where they are not stored yet."""
-        options, path = self.config.teacher, self.folder / "teacher" / _WEIGHTS
+        options = self.config.teacher
         if not options.folds:
             return None
-        if not path.exists() and restart is not None:
+        stored = self._stored("teacher")
+        if stored is None and restart is not None:
             log.info("teacher: %d folds", options.folds)
             found = phases.out_of_fold(self.model, self.splits.train, options, self._seed("teacher"), restart)
-            write_folder(path.parent, lambda f: _save(f, {"log_probs": found}))
+            self._store("teacher", {"log_probs": found})
             restart()
-        return phases.Teacher(read_tensors(path)["log_probs"], options.weight, options.temperature)
+            stored = self._stored("teacher")
+        return phases.Teacher(stored["log_probs"], options.weight, options.temperature)
 
     def _restart(self) -> None:
         """Give the model the weights that the run starts from; the phase that is running keeps it unnamed."""
@@ -214,6 +203,26 @@ class Trainer:
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------
 
+    def _fresh_model(self) -> MultiExitEncoder:
+        return fresh_model(self.config, self.labels, self.device)[0]
+
+    def _describe(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "exit_layers": list(self.exit_layers), "sizes": self.sizes}
+
+    def _measured(self, name: str) -> dict[str, Any]:
+        calibration, z = self._measure("calibration")
+        found = figures.exit_figures(calibration, self.exit_layers, z)
+        found["objective"] = figures.objective(calibration, z, self.exit_layers, self.alpha)
+        summary = found["greedy"]
+        log.info(
+            "phase %s: calibration accuracy %.4f at mean depth %.2f (full depth %.4f)",
+            name,
+            summary["accuracy"],
+            summary["mean_depth"],
+            found["accuracy"][-1],
+        )
+        return found
+
     def _seed(self, phase: str) -> int:
         return seed_of(self.config, phase)
 
@@ -222,90 +231,3 @@ class Trainer:
         cache = phases.measure(self.model, getattr(self.splits, split), f"measure {split}")
         with torch.inference_mode():
             return cache, phases.policy_logits(self.model, cache.states)
-
-    def _open(self) -> dict[str, Any]:
-        """The record to go on with; stored at once, so that a place where it cannot be is found before training."""
-        start = {
-            "config": self.config.to_dict(),
-            "backbone": {"source": self.backbone.source, "sha256": self.backbone.sha256},
-            "data": self.data,
-        }
-        record = read_record(self.folder / _RECORD, start)
-        if record is None:
-            record = {
-                **start,
-                "alpha": self.alpha,
-                "exit_layers": list(self.exit_layers),
-                "sizes": self.sizes,
-                "versions": card.versions(self.device),
-                "phases": {},
-            }
-        else:
-            log.info("resuming %s behind %s", self.folder, next(reversed(record["phases"]), "the start"))
-        self.record = record
-        self._store_record()
-        return record
-
-    def _store_record(self) -> None:
-        write_file(self.folder / _RECORD, json.dumps(self.record, indent=1))
-
-    def _phase(self, name: str, body, keep: str = "", **kwargs) -> None:
-        """Run one phase behind the current one, unless it is stored; store its weights, then its figures.
-
-        Weights of earlier phases are dropped, except those of ``keep``.
-        """
-        before, self._at = self._at, name
-        if name in self.record["phases"]:
-            return
-        if self._holds != before:
-            self._restore(before)
-        self._holds = None  # half-trained weights until the phase is stored: run() may be called again after ctrl-C
-        log.info("phase %s", name)
-        self._running = name
-        found = body(**kwargs)
-        calibration, z = self._measure("calibration")
-        found["calibration"] = figures.exit_figures(calibration, self.exit_layers, z)
-        found["calibration"]["objective"] = figures.objective(calibration, z, self.exit_layers, self.alpha)
-        summary = found["calibration"]["greedy"]
-        log.info(
-            "phase %s: calibration accuracy %.4f at mean depth %.2f (full depth %.4f)",
-            name,
-            summary["accuracy"],
-            summary["mean_depth"],
-            found["calibration"]["accuracy"][-1],
-        )
-        write_folder(self.folder / name, lambda f: _save(f, _trained_state(self.model)))
-        self.record["phases"][name] = found
-        self._store_record()
-        self._holds = name
-        for earlier in set(self.record["phases"]) - {name, keep}:
-            shutil.rmtree(self.folder / earlier, ignore_errors=True)
-
-    def _restore(self, phase: str) -> None:
-        """Give the model the weights that ``phase`` left; "": those that the run starts from."""
-        if phase:
-            path = self.folder / phase / _WEIGHTS
-            tensors = read_tensors(path)
-        else:
-            path = Path(self.config.backbone)
-            tensors = _trained_state(fresh_model(self.config, self.labels, self.device)[0])
-        self._holds = None
-        fill_tensors(_trained_state(self.model), tensors, path)
-        self._holds = phase
-
-
-def _trained_state(model: MultiExitEncoder) -> dict[str, Tensor]:
-    """What training changes: all tensors, or with an adapter all but the frozen backbone's. Shares storage."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad or name.startswith("exits.")}
-    return {name: value for name, value in model.state_dict().items() if name in trained}
-
-
-def _save(folder: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _WEIGHTS)
-
-
-def discard(output: str) -> None:
-    """Remove the state of a run, not its checkpoint."""
-    shutil.rmtree(Path(output + ".run"), ignore_errors=True)

@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 
 import engine
 from engine.train import figures, phases, trainer
+from engine.train import run as run_module
 from engine.train.card import train_command
 from engine.train.config import TrainConfig
 from engine.train.data import load_examples
 from engine.train.policy_gradient import BEHAVIOURS
-from engine.train.trainer import Trainer, discard
+from engine.train.run import discard
+from engine.train.trainer import Trainer
 from tests.tiny import LABELS, assert_same, random_texts, save_backbone, write_task
 
 EXITS, WEIGHTS = "exits.safetensors", "model.safetensors"
@@ -241,19 +243,19 @@ def test_same_seed_on_a_backbone_without_pooler(options, tmp_path):
 
 def kill_after_phase(patch, k: int) -> None:
     """Right after phase k (1, 2, ...) is stored."""
-    original = trainer.write_file
+    original = run_module.write_file
 
     def stub(path, text):
         original(path, text)
         if Path(path).name == "record.json" and len(json.loads(text)["phases"]) == k:
             raise Killed
 
-    patch.setattr(trainer, "write_file", stub)
+    patch.setattr(run_module, "write_file", stub)
 
 
 def kill_before_record(patch, k: int) -> None:
     """The weights of phase k are stored, its figures not yet."""
-    original, count = trainer.write_folder, [0]
+    original, count = run_module.write_folder, [0]
 
     def stub(folder, write):
         original(folder, write)
@@ -261,7 +263,7 @@ def kill_before_record(patch, k: int) -> None:
         if count[0] == k:
             raise Killed
 
-    patch.setattr(trainer, "write_folder", stub)
+    patch.setattr(run_module, "write_folder", stub)
 
 
 def kill_at_step(patch, step: int) -> list[int]:
@@ -308,8 +310,8 @@ def test_kill_within_every_phase_and_resume(options, tmp_path, whole, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", counting)
-        stored = trainer.write_folder
-        patch.setattr(trainer, "write_folder", lambda *args: (marks.append(steps[0]), stored(*args))[1])
+        stored = run_module.write_folder
+        patch.setattr(run_module, "write_folder", lambda *args: (marks.append(steps[0]), stored(*args))[1])
         train(options, tmp_path / "count")
     assert len(marks) == len(whole[1]["phases"]) + 1
     for number, (start, end) in enumerate(zip(marks, marks[1:], strict=False)):
@@ -633,7 +635,7 @@ def test_the_sweep_trains_a_policy_per_alpha(options, tmp_path):
 def test_what_each_phase_changes(options, tmp_path, monkeypatch):
     """method.md 1.9: init and task train everything but the policies, policy trains nothing else; and a round's
     policies go on from those of the round before."""
-    stored, original = {}, trainer.write_folder
+    stored, original = {}, run_module.write_folder
 
     def keep(folder, write):
         original(folder, write)
@@ -646,7 +648,7 @@ def test_what_each_phase_changes(options, tmp_path, monkeypatch):
         started.append({f"exits.policies.{k}": v.clone() for k, v in model.exits.policies.state_dict().items()})
         return train_policy(model, *args)
 
-    monkeypatch.setattr(trainer, "write_folder", keep)
+    monkeypatch.setattr(run_module, "write_folder", keep)
     monkeypatch.setattr(phases, "train_policy", spy)
     train(options, tmp_path / "ck", select=dict(alphas=[]))
 
@@ -674,13 +676,13 @@ def test_the_best_round_is_kept(options, tmp_path, monkeypatch, alphas):
         return value
 
     monkeypatch.setattr(figures, "objective", objective)
-    stored, original = {}, trainer.write_folder
+    stored, original = {}, run_module.write_folder
 
     def keep(folder, write):
         original(folder, write)
         stored[Path(folder).name] = load_file(Path(folder) / "weights.safetensors")
 
-    monkeypatch.setattr(trainer, "write_folder", keep)
+    monkeypatch.setattr(run_module, "write_folder", keep)
     select = dict(alphas=alphas, thresholds=[0.5])
     record = train(options, tmp_path / "ck", select=select, task=dict(learning_rate=5e-3))
     assert list(record["phases"])[:5] == ["init", "round1.policy", "round1.task", "round2.policy", "round2.task"]
