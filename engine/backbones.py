@@ -73,6 +73,12 @@ class BackboneReference:
         """
         return self.found()[0]
 
+    def model_type(self) -> str:
+        """Of the backbone's config; "llama" generates. Reads no weights. OSError as ``resolve``."""
+        if self.source in GGUF_PACKAGES:
+            return DECODER
+        return read_backbone_config(_find(self) / CONFIG).model_type
+
     def found(self) -> tuple[Path, str]:
         """``resolve``, and the sha256 that names these weights: of model.safetensors, or of the package's GGUF file."""
         package = GGUF_PACKAGES.get(self.source)

@@ -254,7 +254,9 @@ def train(
         bool, typer.Option("--restart", help="Drop the state of an earlier run instead of resuming it.")
     ] = False,
 ) -> None:
-    """Train exits on a backbone; a run that was stopped goes on where it was."""
+    """Train exits on a backbone, a classifier's on labelled texts or a decoder's on instructions; a run that was
+    stopped goes on where it was.
+    """
     from engine.train.config import TrainConfig, load_recipe, override
 
     options = override(load_recipe(recipe) if recipe else {}, assignments or [])
@@ -264,15 +266,22 @@ def train(
         if not isinstance(options.get(name), str):
             raise ValueError(f"--{name} is missing: give it, or a recipe that names one")
     options["output"] = str(Path(options["output"]))  # "out/" would put the run's state into the checkpoint
-    config = TrainConfig.from_dict(options)
     with _progress_log():
         from engine.train.run import discard
-        from engine.train.trainer import Trainer
 
+        if _generates(options["backbone"]):
+            from engine.train.decoder_config import DecoderTrainConfig
+            from engine.train.decoder_trainer import DecoderTrainer
+
+            config, trainer, show = DecoderTrainConfig.from_dict(options), DecoderTrainer, _show_decoder_training
+        else:
+            from engine.train.trainer import Trainer
+
+            config, trainer, show = TrainConfig.from_dict(options), Trainer, _show_training
         if restart:
             discard(config.output)
-        record = Trainer(config).run()
-    _show_training(record["result"], config.output)
+        record = trainer(config).run()
+    show(record["result"], config.output)
 
 
 @app.command()
@@ -476,6 +485,42 @@ def _show_training(result: dict[str, Any], output: str) -> None:
     say(console, f"Layers are counted here, not timed: consistentee eval {output} --data ... measures times.")
 
 
+def _generates(backbone: str) -> bool:
+    """Whether a backbone is a decoder's. What cannot be had is left to the trainer, who says so."""
+    from engine.backbones import DECODER, BackboneReference
+
+    try:
+        return BackboneReference(backbone).model_type() == DECODER
+    except (OSError, ValueError):
+        return False
+
+
+def _show_decoder_training(result: dict[str, Any], output: str) -> None:
+    from engine.console import say, show_table
+
+    header = ["split", "rows", "threshold", "CE, full depth", "CE, with exits", "mean depth"]
+    lines = [
+        [split, str(part["rows"]), at, f"{p['ce_full']:.4f}", f"{p['ce']:.4f}", f"{p['mean_depth']:.2f}"]
+        for split, part in result.items()
+        if isinstance(part, dict)
+        for at, p in part["points"].items()
+    ]
+    console = Console()
+    show_table(console, header, lines, title=f"{output}, nats a token", left=("split",))
+    say(console, "Teacher-forced, contexts at full depth. Layers are counted here, not timed.")
+
+
+def _show_token_figures(console: Console, splits: dict[str, dict[str, Any]], title: str) -> None:
+    from engine.console import show_table
+
+    header = ["split", "tokens", "CE, full depth", "CE, with exits", "mean depth"]
+    lines = [
+        [name, str(f["tokens"]), f"{f['ce_full']:.4f}", f"{f['ce']:.4f}", f"{f['mean_depth']:.2f}"]
+        for name, f in splits.items()
+    ]
+    show_table(console, header, lines, title=title + ", nats a token", left=("split",))
+
+
 def _show_figures(console: Console, splits: dict[str, dict[str, Any]], title: str) -> None:
     from engine.console import show_table
 
@@ -529,7 +574,8 @@ def _show_facts(facts: dict[str, Any]) -> None:
     show_table(console, ["file", "bytes", "parameters"], files, left=("file",))
     if facts["figures"]:
         say(console)
-        _show_figures(console, facts["figures"], f"Found when it was trained, at threshold {exits['threshold']:g}")
+        title = f"Found when it was trained, at threshold {exits['threshold']:g}"
+        (_show_figures if "labels" in exits else _show_token_figures)(console, facts["figures"], title)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from engine.config import DecoderExitConfig
 from engine.loading import read_config, resolve_checkpoint
 from engine.reading import read_json
 
 TRAINING = "training.json"
 _FIGURES = ("rows", "accuracy_full_depth", "accuracy", "mean_depth", "saved_layers")
+_TOKEN_FIGURES = ("tokens", "ce_full", "ce", "mean_depth")
 
 
 def checkpoint_facts(checkpoint: str) -> dict[str, Any]:
@@ -37,11 +39,11 @@ def checkpoint_facts(checkpoint: str) -> dict[str, Any]:
         "bytes": files,
         "total_bytes": sum(files.values()),
         "parameters": parameters,
-        "figures": _training_figures(folder / TRAINING),
+        "figures": _training_figures(folder / TRAINING, isinstance(exits, DecoderExitConfig)),
     }
 
 
-def _training_figures(path: Path) -> dict[str, dict[str, float]]:
+def _training_figures(path: Path, decoder: bool) -> dict[str, dict[str, float]]:
     """{split: figures at the checkpoint's threshold}; empty where no training.json stands in the folder."""
     if not path.is_file():
         return {}
@@ -49,6 +51,9 @@ def _training_figures(path: Path) -> dict[str, dict[str, float]]:
     try:
         result = training["result"]
         splits = [name for name in ("calibration", "dev", "test") if name in result]
+        if decoder:
+            found = {name: result[name]["points"][f"{result['threshold']:g}"] for name in splits}
+            return {name: {key: point[key] for key in _TOKEN_FIGURES} for name, point in found.items()}
         return {name: {key: result[name][key] for key in _FIGURES} for name in splits}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: result is not what training writes ({error!r}): remove the file") from None

@@ -26,9 +26,9 @@ class OptimiserOptions:
     group: ClassVar[str] = "optimiser"  # the group's name in errors
 
     def __post_init__(self) -> None:
-        _integer(f"{self.group}.epochs", self.epochs, 0)
-        _integer(f"{self.group}.batch_size", self.batch_size, 1)
-        _positive(f"{self.group}.learning_rate", self.learning_rate)
+        check_integer(f"{self.group}.epochs", self.epochs, 0)
+        check_integer(f"{self.group}.batch_size", self.batch_size, 1)
+        check_positive(f"{self.group}.learning_rate", self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class InitOptions(OptimiserOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("init.weighting", self.weighting, WEIGHTINGS)
-        _integer("init.last_exit_epochs", self.last_exit_epochs, 0)
-        _positive("init.exits_rate", self.exits_rate)
-        _number("init.early_gradient", self.early_gradient, 1.0)
+        check_one_of("init.weighting", self.weighting, WEIGHTINGS)
+        check_integer("init.last_exit_epochs", self.last_exit_epochs, 0)
+        check_positive("init.exits_rate", self.exits_rate)
+        check_number("init.early_gradient", self.early_gradient, 1.0)
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class TeacherOptions(OptimiserOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _integer("teacher.folds", self.folds, 0)
+        check_integer("teacher.folds", self.folds, 0)
         if self.folds == 1:
             raise ValueError("teacher.folds must be 0 (none) or at least 2: a fold is predicted by the others, got 1")
-        _number("teacher.weight", self.weight, 1.0)
-        _positive("teacher.temperature", self.temperature)
+        check_number("teacher.weight", self.weight, 1.0)
+        check_positive("teacher.temperature", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -125,22 +125,22 @@ class PolicyOptions(OptimiserOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("policy.method", self.method, ("closed_form", "reinforce"))
-        _one_of("policy.reward", self.reward, REWARD_KINDS)
-        _one_of("policy.ml_refresh", self.ml_refresh, ("round", "once"))
-        _one_of("policy.initialisation", self.initialisation, ("zero", "uniform_hazard"))
-        _one_of("policy.behaviour", self.behaviour, BEHAVIOURS)
-        _one_of("policy.baseline", self.baseline, BASELINES)
-        _integer("policy.num_samples", self.num_samples, 2 if self.baseline == "leave_one_out" else 1)
-        _integer("policy.warm_start_epochs", self.warm_start_epochs, 0)
+        check_one_of("policy.method", self.method, ("closed_form", "reinforce"))
+        check_one_of("policy.reward", self.reward, REWARD_KINDS)
+        check_one_of("policy.ml_refresh", self.ml_refresh, ("round", "once"))
+        check_one_of("policy.initialisation", self.initialisation, ("zero", "uniform_hazard"))
+        check_one_of("policy.behaviour", self.behaviour, BEHAVIOURS)
+        check_one_of("policy.baseline", self.baseline, BASELINES)
+        check_integer("policy.num_samples", self.num_samples, 2 if self.baseline == "leave_one_out" else 1)
+        check_integer("policy.warm_start_epochs", self.warm_start_epochs, 0)
         if self.alpha is not None:
-            _number("policy.alpha", self.alpha)
-        _number("policy.entropy_bonus", self.entropy_bonus)
+            check_number("policy.alpha", self.alpha)
+        check_number("policy.entropy_bonus", self.entropy_bonus)
         if self.ratio_clip is not None:
-            _positive("policy.ratio_clip", self.ratio_clip)
-        _number("policy.epsilon_start", self.epsilon_start, 1.0)
-        _number("policy.epsilon_end", self.epsilon_end, 1.0)
-        _positive("policy.epsilon_tau", self.epsilon_tau)
+            check_positive("policy.ratio_clip", self.ratio_clip)
+        check_number("policy.epsilon_start", self.epsilon_start, 1.0)
+        check_number("policy.epsilon_end", self.epsilon_end, 1.0)
+        check_positive("policy.epsilon_tau", self.epsilon_tau)
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class TaskOptions(OptimiserOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("task.indicator", self.indicator, INDICATORS)
-        _positive("task.exits_rate", self.exits_rate)
+        check_one_of("task.indicator", self.indicator, INDICATORS)
+        check_positive("task.exits_rate", self.exits_rate)
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,11 @@ class SelectOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "alphas", _tuple("select.alphas", self.alphas))
         object.__setattr__(self, "thresholds", _tuple("select.thresholds", self.thresholds))
-        _number("select.max_relative_loss", self.max_relative_loss, 1.0)
+        check_number("select.max_relative_loss", self.max_relative_loss, 1.0)
         for value in self.alphas:
-            _number("select.alphas", value)
+            check_number("select.alphas", value)
         for value in self.thresholds:
-            _number("select.thresholds", value, 1.0)
+            check_number("select.thresholds", value, 1.0)
         if self.alphas and not self.thresholds:
             raise ValueError("select.thresholds must not be empty where alphas are swept")
         if self.reference != "full_depth" and not (_is_finite(self.reference) and 0 <= self.reference <= 1):
@@ -198,9 +198,9 @@ class LoraOptions:
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        _integer("lora.rank", self.rank, 0)
-        _positive("lora.alpha", self.alpha)
-        _number("lora.dropout", self.dropout, 1.0)
+        check_integer("lora.rank", self.rank, 0)
+        check_positive("lora.alpha", self.alpha)
+        check_number("lora.dropout", self.dropout, 1.0)
 
 
 @dataclass(frozen=True)
@@ -252,20 +252,20 @@ class TrainConfig:
         object.__setattr__(self, "output", str(Path(self.output)))  # "out/" and "out" are one run
         if self.exit_layers is not None:  # which layers there are, the backbone knows
             object.__setattr__(self, "exit_layers", _tuple("exit_layers", self.exit_layers))
-        _one_of("pooler", self.pooler, POOLERS)
-        _integer("policy_hidden_size", self.policy_hidden_size, 1)
-        _number("classifier_dropout", self.classifier_dropout, 1.0)
-        _integer("max_length", self.max_length, 3)
-        _positive("calibration_share", self.calibration_share)
+        check_one_of("pooler", self.pooler, POOLERS)
+        check_integer("policy_hidden_size", self.policy_hidden_size, 1)
+        check_number("classifier_dropout", self.classifier_dropout, 1.0)
+        check_integer("max_length", self.max_length, 3)
+        check_positive("calibration_share", self.calibration_share)
         if self.calibration_share >= 1:
             raise ValueError(f"calibration_share must lie in (0, 1), got {self.calibration_share!r}")
         if not isinstance(self.drop_leaked, bool):
             raise TypeError(f"drop_leaked must be true or false, got {self.drop_leaked!r}")
-        _integer("seed", self.seed, 0)
+        check_integer("seed", self.seed, 0)
         if not isinstance(self.device, str):
             raise TypeError(f"device must be auto or the name of a torch device, got {self.device!r}")
-        _integer("max_rounds", self.max_rounds, 0)
-        _number("tolerance", self.tolerance)
+        check_integer("max_rounds", self.max_rounds, 0)
+        check_number("tolerance", self.tolerance)
         for group in fields(self):
             kind, value = group.default_factory, getattr(self, group.name)
             if is_dataclass(kind) and not isinstance(value, kind):
@@ -276,7 +276,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
-        return _build(cls, data, "train")
+        return build_options(cls, data, "train")
 
 
 def load_recipe(name: str | Path) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def override(options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return merged
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def build_options(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise TypeError(f"{where} must be a group of options, got {type(data).__name__}: {data!r}")
     known = {f.name: f for f in fields(cls)}
@@ -331,28 +331,28 @@ def _build(cls: type, data: Any, where: str) -> Any:
     for name, value in data.items():
         default = known[name].default_factory
         if is_dataclass(default):
-            values[name] = _build(default, value, name)
+            values[name] = build_options(default, value, name)
     return cls(**values)
 
 
-def _one_of(name: str, value: Any, allowed: tuple) -> None:
+def check_one_of(name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _integer(name: str, value: Any, low: int) -> None:
+def check_integer(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
-def _number(name: str, value: Any, high: float = math.inf) -> None:
+def check_number(name: str, value: Any, high: float = math.inf) -> None:
     """0 <= value <= high, and finite."""
     if not _is_finite(value) or not 0 <= value <= high:
         allowed = "0 or more" if high == math.inf else f"in [0, {high:g}]"
         raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
 
 
-def _positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     if not _is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
 

@@ -18,39 +18,13 @@ from tqdm.auto import tqdm
 
 from engine.models.decoder import MultiExitDecoder
 from engine.train import objectives, policy_gradient
+from engine.train.decoder_config import StepOptions, TokenPolicyOptions
 from engine.train.hardness import memorized_layer
 from engine.train.instructions import TokenizedInstructions
 
 log = logging.getLogger("engine.train")
 # Tokens whose logits of one exit exist at a time: 512 x 49 152 fp32 are 100 MB.
 _CHUNK = 512
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """epochs over the data, rows a batch, AdamW's learning rate with a linear decay to 0; answers_only leaves the
-    prompt's tokens out of the loss (the paper's code counts them)."""
-
-    epochs: int = 1
-    batch_size: int = 16
-    learning_rate: float = 3e-4
-    answers_only: bool = False
-
-
-@dataclass(frozen=True)
-class TokenPolicyOptions(StepOptions):
-    """context    "full": states of a pass at full depth, closed form, exact but for what earlier tokens' exits change;
-                  "sampled": exits are drawn position by position in a pass with real state copying, REINFORCE
-    reward        "vanilla" (the paper's code) or "hardness"; see ``objectives.rewards``
-    num_samples   K of REINFORCE, with a leave-one-out baseline
-    per_layer     divide a trajectory's log-probability by its exit layer (the authors' code), for "sampled"
-    """
-
-    context: str = "full"
-    reward: str = "vanilla"
-    num_samples: int = 4
-    per_layer: bool = False
-    entropy_bonus: float = 0.0
 
 
 def token_losses(model: MultiExitDecoder, exit_index: int, n: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +75,7 @@ def train_last_exit(
 
     own = {id(p) for p in model.exits.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    return _train(model, data, options, seed, parameters, loss_of, "sft")
+    return _train(model, data, options, seed, parameters, loss_of, "sft", dropout=True)
 
 
 def train_heads(model: MultiExitDecoder, data: TokenizedInstructions, options: StepOptions, seed: int) -> list[float]:
@@ -120,8 +94,6 @@ def train_policy(
     model: MultiExitDecoder, data: TokenizedInstructions, options: TokenPolicyOptions, alpha: float, seed: int
 ) -> list[float]:
     """Mode 2: the policies, everything else frozen. Returns minus the mean reward of every epoch."""
-    if options.context not in ("full", "sampled"):
-        raise ValueError(f"context must be one of full, sampled, got {options.context!r}")
     layers, num_layers = model.config.exit_layers, model.config.num_layers
     if len(layers) == 1:
         return []
@@ -152,8 +124,6 @@ def train_policy(
         advantage = (reward - reward.mean(0)) * (k / (k - 1))
         return -(advantage * torch.stack(log_probs)).mean(), reward.shape[1]
 
-    if options.context == "sampled" and options.num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2 for the leave-one-out baseline, got {options.num_samples}")
     loss_of = full if options.context == "full" else sampled
     return _train(model, data, options, seed, model.policy_parameters(), loss_of, f"policy alpha={alpha:.3g}")
 
@@ -240,13 +210,13 @@ class TokenFigures:
 
 @torch.no_grad()
 def measure(
-    model: MultiExitDecoder, data: TokenizedInstructions, threshold: float = 0.5, batch_size: int = 16, **options: bool
+    model: MultiExitDecoder, data: TokenizedInstructions, threshold: float = 0.5, batch_size: int = 16
 ) -> TokenFigures:
-    """Teacher-forced figures, without copying: cheap, and an upper bound of what decoding finds."""
+    """Teacher-forced figures, without copying: cheap; what decoding finds is measured by decoding."""
     layers = model.config.exit_layers
     total = torch.zeros(4, dtype=torch.float64)
     per_ce, share, depth, count = torch.zeros(len(layers)).double(), torch.zeros(len(layers)).double(), 0.0, 0
-    for batch in data.batches(batch_size, shuffle=False, **options):
+    for batch in data.batches(batch_size, shuffle=False):
         states, targets = exit_states(model, batch)
         ce, hits = all_losses(model, states, targets)
         if len(layers) > 1:
@@ -275,8 +245,10 @@ def _train(
     parameters: list[nn.Parameter],
     loss_of: Callable[[dict[str, Tensor]], tuple[Tensor, int]],
     name: str,
+    dropout: bool = False,
 ) -> list[float]:
-    """The loss of every epoch, a mean over tokens. Only ``parameters`` change."""
+    """The loss of every epoch, a mean over tokens. Only ``parameters`` change. Where the backbone is frozen its
+    adapter's dropout is off: exits then learn from the states that they will see."""
     if not parameters:
         raise ValueError(f"{name}: there is nothing to train (of a shared head an exit has nothing of its own)")
     torch.manual_seed(seed)  # dropout
@@ -286,10 +258,10 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: max(0.0, 1 - step / max(steps, 1)))
     losses = []
     with _only(model, parameters):
-        model.train()
+        model.train(dropout)
         for epoch in range(options.epochs):
             total, count = 0.0, 0
-            batches = data.batches(options.batch_size, True, order, options.answers_only)
+            batches = data.batches(options.batch_size, True, order)
             bar = tqdm(batches, total=steps // options.epochs, desc=f"{name} {epoch + 1}/{options.epochs}", delay=1,
                        leave=False, disable=None)  # fmt: skip
             for batch in bar:

@@ -78,14 +78,16 @@ class TokenizedInstructions:
     """Prompts and answers end to end, each answer closed by the EOS token where it was not cut.
 
     prompt_lengths (N,) int64: of row i, tokens in front of the answer
+    answers_only   the prompt's tokens are no targets
     """
 
     rows: TokenizedExamples
     prompt_lengths: Tensor
+    answers_only: bool = False
 
     @classmethod
     def from_instructions(
-        cls, instructions: list[Instruction], tokenizer: Any, max_length: int = 256
+        cls, instructions: list[Instruction], tokenizer: Any, max_length: int = 256, answers_only: bool = False
     ) -> TokenizedInstructions:
         """Rows are cut to ``max_length`` tokens (paper's code: 256); those whose prompt fills it are left out.
         ValueError where none remains, or the tokenizer has no EOS token."""
@@ -106,25 +108,22 @@ class TokenizedInstructions:
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         fields = {"input_ids": torch.tensor([token for row in ids for token in row], dtype=torch.int32)}
         prompt_lengths = torch.tensor(prompts)
-        return cls(TokenizedExamples(fields, offsets, prompt_lengths, tokenizer.eos_token_id), prompt_lengths)
+        rows = TokenizedExamples(fields, offsets, prompt_lengths, tokenizer.eos_token_id)
+        return cls(rows, prompt_lengths, answers_only)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batches(
-        self,
-        batch_size: int,
-        shuffle: bool = True,
-        generator: torch.Generator | None = None,
-        answers_only: bool = False,
+        self, batch_size: int, shuffle: bool = True, generator: torch.Generator | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """Every row once: input_ids, attention_mask, and targets (B, S) int64, the next token of every position; -1
-        where there is none, or (``answers_only``) it is the prompt's. Padded on the right."""
+        where there is none, or it is no target. Padded on the right."""
         for batch in self.rows.batches(batch_size, shuffle, generator):
             ids, mask = batch["input_ids"], batch["attention_mask"].bool()
             targets = torch.full_like(ids, -1)
             targets[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], -1)
-            if answers_only:
+            if self.answers_only:
                 position = torch.arange(ids.shape[1])
                 targets[position[None] < batch["labels"][:, None] - 1] = -1
             yield {"input_ids": ids, "attention_mask": batch["attention_mask"], "targets": targets}

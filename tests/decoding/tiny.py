@@ -13,7 +13,15 @@ VOCAB, LAYERS = 61, 5
 
 
 def tiny_decoder(
-    exit_layers=(1, 2, 3, 4, 5), head="lora", kv_heads=2, rope=None, tied=True, seed=0, vocab=VOCAB, **options
+    exit_layers=(1, 2, 3, 4, 5),
+    head="lora",
+    kv_heads=2,
+    rope=None,
+    tied=True,
+    seed=0,
+    vocab=VOCAB,
+    positions=128,
+    **options,
 ):
     """Weights large enough for exits to disagree about the next token; policies above and below zero."""
     torch.manual_seed(seed)
@@ -24,7 +32,7 @@ def tiny_decoder(
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.15,
         rope_parameters=rope or {"rope_type": "default", "rope_theta": 100.0},
@@ -32,10 +40,9 @@ def tiny_decoder(
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = MultiExitDecoder(
-        LlamaForCausalLM(config),
-        DecoderExitConfig(LAYERS, exit_layers, head=head, head_rank=3, policy_hidden_size=6, max_length=128, **options),
-    )
+    sizes = dict(head_rank=3, policy_hidden_size=6, max_length=positions)
+    exits = DecoderExitConfig(LAYERS, exit_layers, head=head, **sizes, **options)
+    model = MultiExitDecoder(LlamaForCausalLM(config), exits)
     with torch.no_grad():
         for norm in (m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"):
             norm.weight.add_(torch.randn_like(norm.weight) * 0.2)

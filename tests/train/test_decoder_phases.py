@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,21 +212,22 @@ def test_measure(model, data):
     assert figures.accuracy == pytest.approx(float(hits.gather(1, index[:, None]).float().mean()))
     assert figures.mean_depth == pytest.approx(float((index + 1).float().mean()))
     assert sum(figures.exit_share) == pytest.approx(1.0)
-    answers = phases.measure(model, data, answers_only=True)
+    answers = phases.measure(model, replace(data, answers_only=True))
     assert answers.tokens < figures.tokens
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(context="half"), "context must be one of full, sampled, got 'half'"),
-        (dict(context="sampled", num_samples=1), "num_samples must be at least 2"),
-        (dict(reward="most"), "kind must be one of"),
+        (dict(context="half"), "policy.context must be one of full, sampled, got 'half'"),
+        (dict(context="sampled", num_samples=1), "policy.num_samples must be an integer of at least 2"),
+        (dict(reward="most"), "policy.reward must be one of"),
+        (dict(learning_rate=0), "policy.learning_rate must be a number above 0"),
     ],
 )
-def test_what_is_refused(model, data, options, message):
+def test_options_that_are_wrong(options, message):
     with pytest.raises(ValueError, match=message):
-        phases.train_policy(model, data, phases.TokenPolicyOptions(**options), 0.1, 0)
+        phases.TokenPolicyOptions(**options)
 
 
 def test_one_exit_has_no_policy(data):

