@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from engine.config import DecoderExitConfig
 from engine.decoding.cache import PagedCache, Pages
+from engine.decoding.criteria import CRITERIA
 from engine.decoding.generate import Counts, begin, generate_packed, generate_reference, take_tokens
 from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
@@ -205,6 +206,7 @@ class DecoderEngine:
         min_depth: int | Sequence[int] | None = None,
         max_depth: int | Sequence[int] | None = None,
         criterion: str | None = None,
+        decay: bool = False,
         exit_layers: int | Sequence[Sequence[int]] | None = None,
         progress: bool | None = None,
     ) -> Generation:
@@ -218,7 +220,9 @@ class DecoderEngine:
         threshold     a token leaves when its exit probability is above this; [0, 1]. Default: the model's
         min_depth     no token leaves before this layer; the number of layers removes all exits. Default 1
         max_depth     every decoded token has left by this layer, at the deepest exit not beyond it. Default: all layers
-        criterion     "policy" or "scripted". Default: the model's
+        criterion     "policy", "scripted", or CALM's "softmax" or "saturation" (``engine.decoding.criteria``), whose
+                      measures stand for exit probabilities. Default: the model's
+        decay         the threshold falls to nine tenths on the way (CALM)
         exit_layers   for "scripted": one layer for all tokens, or for each prompt one layer for each new token (the
                       first comes from the prompt, at full depth: its entry must be the number of layers)
         threshold, min_depth, max_depth: one value, or one per prompt. No prompts: an empty result.
@@ -231,6 +235,7 @@ class DecoderEngine:
             stop=stop,
             ignore_eos=ignore_eos,
             threshold=threshold,
+            decay=decay,
             min_depth=min_depth,
             max_depth=max_depth,
             criterion=criterion,
@@ -281,6 +286,7 @@ class DecoderEngine:
         min_depth: int | None = None,
         max_depth: int | None = None,
         criterion: str | None = None,
+        decay: bool = False,
         exit_layers: int | Sequence[int] | None = None,
     ) -> TokenStream:
         """The tokens of one prompt's continuation as they come; options as in ``run``, exit_layers without the outer
@@ -295,6 +301,7 @@ class DecoderEngine:
             stop=stop,
             ignore_eos=ignore_eos,
             threshold=threshold,
+            decay=decay,
             min_depth=min_depth,
             max_depth=max_depth,
             criterion=criterion,
@@ -350,7 +357,9 @@ class DecoderEngine:
                     max_new_tokens=new,
                     sampling=replace(sampling, seed=sampling.seed + k),
                     stop_ids=frozenset() if o["ignore_eos"] else self._eos_ids,
+                    criterion=self.config.criterion if o["criterion"] is None else o["criterion"],
                     threshold=limits[0][k],
+                    decay=o["decay"],
                     min_depth=limits[1][k],
                     max_depth=limits[2][k],
                     script=scripts[k],
@@ -432,11 +441,11 @@ class DecoderEngine:
 
     def _read_scripts(self, n: int, new: int, criterion, exit_layers) -> list[tuple[int, ...] | None]:
         chosen = self.config.criterion if criterion is None else criterion
-        if chosen not in ("policy", "scripted"):
-            raise ValueError(f"criterion must be one of policy, scripted, got {chosen!r}")
-        if chosen == "policy":
+        if chosen not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {chosen!r}")
+        if chosen != "scripted":
             if exit_layers is not None:
-                raise ValueError("exit_layers is for the scripted criterion, got criterion 'policy'")
+                raise ValueError(f"exit_layers is for the scripted criterion, got criterion {chosen!r}")
             return [None] * n
         if exit_layers is None:
             raise ValueError("the scripted criterion needs exit_layers: one layer, or a list for each prompt")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.decoding.cache import CacheShape, PagedCache, Pages
-from engine.decoding.requests import Generating, scripted_layer
+from engine.decoding.criteria import decide
+from engine.decoding.requests import Generating, scripted_layer, threshold_of
 from engine.decoding.weights import decoder_plan
 from engine.executors.weights import WatchedWeights
 from engine.kernels.decoder import DecoderPlan, decode_step
@@ -17,6 +18,7 @@ from engine.kernels.linear import own_kernel
 from engine.models.decoder import MultiExitDecoder
 
 STATE_COPIES = ("lazy", "eager")
+_ONE_OP = ("policy", "scripted")  # criteria that ``decode_step`` knows
 
 
 class StepOutputs(NamedTuple):
@@ -149,7 +151,7 @@ class PackedDecoder:
         """The newest token of every sequence through its layers. Pages have room for one more position."""
         model, config = self.model, self.model.config
         rows = [_Row(sequence, pages, len(sequence) - 1) for sequence, pages in batch]
-        if self._plan is not None:
+        if self._plan is not None and all(row.sequence.request.criterion in _ONE_OP for row in rows):
             return self._step_at_once(self._plan, rows)
         device = model.device
         hidden = model.backbone.embed_tokens(torch.tensor([row.sequence.ids[-1] for row in rows], device=device))
@@ -158,11 +160,12 @@ class PackedDecoder:
         exit_layers, exit_probs = [0] * len(rows), [1.0] * len(rows)
         exits = {layer: index for index, layer in enumerate(config.exit_layers)}
         for number, layer in enumerate(model.backbone.layers, start=1):
-            hidden = self._layer(number, layer, hidden, [rows[i] for i in active])
+            before, hidden = hidden, self._layer(number, layer, hidden, [rows[i] for i in active])
             if number not in exits:
                 continue
             n = model.final_norm(hidden)
-            leaves, probs = self._decide(number, exits[number], n, [rows[i].sequence for i in active])
+            live = [rows[i].sequence for i in active]
+            leaves, probs = self._decide(number, exits[number], n, hidden, before, live)
             gone = [k for k, leave in enumerate(leaves) if leave]
             if not gone:
                 continue
@@ -187,6 +190,7 @@ class PackedDecoder:
         layers, blocks = self.model.config.num_layers, max(len(row.pages.blocks) for row in rows)
         table = [row.pages.blocks + [0] * (blocks - len(row.pages.blocks)) for row in rows]
         watermarks = _ints([row.pages.watermarks for row in rows])
+        limits = [threshold_of(row.sequence.request, len(row.sequence.new)) for row in rows]
         states, exit_layers, probs, settled = decode_step(
             plan,
             torch.tensor([row.sequence.ids[-1] for row in rows]),
@@ -197,7 +201,7 @@ class PackedDecoder:
             cache.values,
             cache.states,
             cache.shape.block_size,
-            torch.logit(torch.tensor([r.threshold for r in requests])),
+            torch.logit(torch.tensor(limits)),
             _ints(scripts),
             _ints([r.min_depth for r in requests]),
             _ints([layers if r.max_depth is None else r.max_depth for r in requests]),
@@ -235,16 +239,20 @@ class PackedDecoder:
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def _decide(
-        self, number: int, exit_index: int, n: Tensor, sequences: list[Generating]
+        self, number: int, exit_index: int, n: Tensor, hidden: Tensor, before: Tensor, sequences: list[Generating]
     ) -> tuple[list[bool], list[float]]:
         """Who leaves behind layer ``number``, and the exit probabilities."""
         config = self.model.config
         if number == config.num_layers:
             return [True] * len(sequences), [1.0] * len(sequences)
-        z = self.model.policy_logits(exit_index, n)
-        limits = torch.logit(torch.tensor([s.request.threshold for s in sequences], device=z.device))
-        above = (z > limits).tolist()
-        leaves, probs = [], torch.sigmoid(z).tolist()
+        above, probs = [False] * len(sequences), [0.0] * len(sequences)
+        for criterion in {s.request.criterion for s in sequences}:
+            own = [k for k, s in enumerate(sequences) if s.request.criterion == criterion]
+            limits = [threshold_of(sequences[k].request, len(sequences[k].new)) for k in own]
+            said = decide(self.model, criterion, exit_index, n[own], hidden[own], before[own], limits)
+            for k, leave, prob in zip(own, *said, strict=True):
+                above[k], probs[k] = leave, prob
+        leaves = []
         for k, sequence in enumerate(sequences):
             request, script = sequence.request, scripted_layer(sequence.request, len(sequence.new))
             leave = above[k] if script is None else script <= number

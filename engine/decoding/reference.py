@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 
+from engine.decoding.criteria import decide
 from engine.decoding.packed import StepOutputs, logits_by_exit
-from engine.decoding.requests import Generating, scripted_layer
+from engine.decoding.requests import Generating, scripted_layer, threshold_of
 from engine.models.decoder import MultiExitDecoder
 
 
@@ -27,11 +28,13 @@ class ReferenceDecoder:
         outputs = model.layer_outputs(ids, exit_layers=torch.tensor([depths], device=model.device))
         exit_layer, prob = layers, 1.0
         if sequence.new:
-            exit_layer, prob = self._exit(sequence, [out[0, -1] for out in outputs])
+            embedded = model.backbone.embed_tokens(ids)[0, -1:]
+            exit_layer, prob = self._exit(sequence, [embedded, *(out[0, -1:] for out in outputs)])
         n = model.final_norm(outputs[exit_layer - 1][0, -1:])
         return StepOutputs(logits_by_exit(model, n, [exit_layer]), [exit_layer], [prob])
 
     def _exit(self, sequence: Generating, states: list[torch.Tensor]) -> tuple[int, float]:
+        """states [1, H] of the newest position, behind layer 0 (embedded), 1, ..."""
         model, request = self.model, sequence.request
         script = scripted_layer(request, len(sequence.new))
         for index, layer in enumerate(model.config.exit_layers[:-1]):
@@ -39,8 +42,8 @@ class ReferenceDecoder:
                 continue
             if request.max_depth is not None and layer >= request.max_depth:
                 return layer, 1.0
-            z = model.policy_logits(index, model.final_norm(states[layer - 1]))
-            leaves = bool(z > torch.logit(torch.tensor(request.threshold))) if script is None else script <= layer
-            if leaves:
-                return layer, float(torch.sigmoid(z))
+            n, limit = model.final_norm(states[layer]), threshold_of(request, len(sequence.new))
+            above, prob = decide(model, request.criterion, index, n, states[layer], states[layer - 1], [limit])
+            if above[0] if script is None else script <= layer:
+                return layer, prob[0]
         return model.config.num_layers, 1.0

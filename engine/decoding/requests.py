@@ -51,7 +51,9 @@ class Request:
     prompt          token ids, one or more
     max_new_tokens  1 or more
     stop_ids        token ids that end it; the one that does is its last token
+    criterion       see ``criteria``; what it measures of a token is its exit probability
     threshold       a token leaves when its exit probability is above this
+    decay           the threshold falls to nine tenths on the way (CALM)
     min_depth       no token leaves before this layer
     max_depth       every token of a decode step has left by this layer, where an exit stands. The prompt, and with it
                     the first new token, always runs at full depth (the authors' code)
@@ -65,7 +67,9 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()
+    criterion: str = "policy"
     threshold: float = 0.5
+    decay: bool = False
     min_depth: int = 1
     max_depth: int | None = None
     script: tuple[int, ...] | None = None
@@ -128,6 +132,17 @@ class Generating:
             self.finish_reason = "stop"
         elif len(self.new) == self.request.max_new_tokens:
             self.finish_reason = "length"
+
+
+def decayed(threshold: float, step: int, new: int) -> float:
+    """CALM's decaying threshold (Schuster et al. 2022, eq. 5, its temperature 4): lambda (0.9 + 0.1 exp(-4 t / N)) at
+    new token t of N."""
+    return threshold * (0.9 + 0.1 * math.exp(-4 * step / new))
+
+
+def threshold_of(request: Request, step: int) -> float:
+    """What new token ``step`` (1 is the second) is compared with."""
+    return decayed(request.threshold, step, request.max_new_tokens) if request.decay else request.threshold
 
 
 def scripted_layer(request: Request, step: int) -> int | None:
