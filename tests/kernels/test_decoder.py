@@ -87,6 +87,41 @@ def test_a_row_does_not_depend_on_its_neighbours(instruction_set):
         assert torch.equal(a[0], b[0])
 
 
+def test_every_instruction_set(instruction_set):
+    """Against the modules' arithmetic in plain torch, for one row without anything owed."""
+    t = tensors_of(seed=3)
+    torch.manual_seed(2)
+    a = arguments_of(1, script=3)
+    a["watermarks"] = torch.full((1, LAYERS), 5, dtype=torch.int32)
+    keys, values = a["keys"].clone(), a["values"].clone()
+    normed, *_ = decode_step(DecoderPlan(t), **a)
+
+    def rms(x, weight):
+        return x * (x.square().mean() + 1e-5).rsqrt() * weight
+
+    def product(panels, x, outputs):
+        return panels.transpose(1, 2).flatten(0, 1)[:outputs] @ x
+
+    def turned(x):
+        half = torch.cat((-x[:, D // 2 :], x[:, : D // 2]), 1)
+        return x * t.cos[5] + half * t.sin[5]
+
+    x, slots = t.embedding[3], [4, 5, 6, 7, 8, 9]  # positions 0 ... 5, in blocks 1 and 2
+    for layer in range(LAYERS):
+        before, qkv, out, behind, gate_up, down = t.layers[6 * layer : 6 * layer + 6]
+        q, k, v = product(qkv, rms(x, before), (HEADS + 2 * KV) * D).split([HEADS * D, KV * D, KV * D])
+        keys[layer, 9], values[layer, 9] = turned(k.view(KV, D)), v.view(KV, D)
+        heads = []
+        for head, query in enumerate(turned(q.view(HEADS, D))):
+            seen = keys[layer, slots, head // 2], values[layer, slots, head // 2]
+            heads.append(torch.softmax(seen[0] @ query * D**-0.5, 0) @ seen[1])
+        x = x + product(out, torch.cat(heads), H)
+        gate, up = product(gate_up, rms(x, behind), 2 * INNER).chunk(2)
+        x = x + product(down, torch.nn.functional.silu(gate) * up, H)
+    torch.testing.assert_close(normed[0], rms(x, t.final_weight), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a["keys"], keys, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
