@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ class BackboneReference:
         """Of the backbone's config; "llama" generates. Reads no weights. OSError as ``resolve``."""
         if self.source in GGUF_PACKAGES:
             return DECODER
-        return read_backbone_config(_find(self) / CONFIG).model_type
+        return read_backbone_config(_find(self, (CONFIG,)) / CONFIG).model_type
 
     def found(self) -> tuple[Path, str]:
         """``resolve``, and the sha256 that names these weights: of model.safetensors, or of the package's GGUF file."""
@@ -120,10 +119,10 @@ class GGUFPackage(NamedTuple):
 
     def file(self) -> Path:
         """OSError where the package is not installed."""
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or not spec.origin:
+        folder = _package_folder(self.module)
+        if folder is None:
             raise OSError(f"package {self.module} is not installed: {self.command}")
-        return require_file(Path(spec.origin).parent, self.name)
+        return require_file(folder, self.name)
 
 
 GGUF_PACKAGES = {
@@ -136,7 +135,7 @@ GGUF_PACKAGES = {
 def converted(gguf: Path, sha256: str) -> Path:
     """The Hugging Face folder of a GGUF file, its weights de-quantised to fp32; made once, and kept in the user's cache
     (20 s, 4 bytes a parameter). OSError where the gguf package is missing."""
-    from engine.loading import write_folder
+    from engine.loading import write_folder, write_json
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consistentee"
     folder = cache / f"{gguf.stem}-{sha256[:12]}"
@@ -159,27 +158,33 @@ def converted(gguf: Path, sha256: str) -> Path:
         tensors.pop("lm_head.weight")
 
     def write(target: Path) -> None:
-        (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        eos = json.dumps({"eos_token_id": model.generation_config.eos_token_id})
-        (target / GENERATION).write_text(eos + "\n", encoding="utf-8")
+        write_json(target / CONFIG, config)
+        write_json(target / GENERATION, {"eos_token_id": model.generation_config.eos_token_id})
         save_file({n: t.contiguous() for n, t in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(target)
 
     return write_folder(folder, write)
 
 
-def _find(reference: BackboneReference) -> Path:
+def _package_folder(module: str) -> Path | None:
+    """Of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    return None if spec is None or not spec.origin else Path(spec.origin).parent
+
+
+def _find(reference: BackboneReference, files: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Path:
+    """A folder that holds ``files`` at least. Of the hub, the config alone is not worth the weights."""
     source = reference.source
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     if folder.is_absolute() or source.startswith("."):
         raise OSError(f"backbone folder {source} does not exist")
-    options = dict(revision=reference.revision, allow_patterns=_PATTERNS)
+    options = dict(revision=reference.revision, allow_patterns=_PATTERNS if WEIGHTS in files else list(files))
     tried = []
     try:
         cached = hub_snapshot(source, local_files_only=True, **options)
-        if (cached / CONFIG).is_file() and (cached / WEIGHTS).is_file():
+        if all((cached / name).is_file() for name in files):
             return cached
         tried.append("hub cache: incomplete")
     except OSError:
@@ -187,9 +192,9 @@ def _find(reference: BackboneReference) -> Path:
     hint = ""
     if source in _OFFLINE_PACKAGES:
         package, subfolder, command = _OFFLINE_PACKAGES[source]
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin:
-            return Path(spec.origin).parent / subfolder
+        installed = _package_folder(package)
+        if installed is not None:
+            return installed / subfolder
         tried.append(f"package {package}: not installed")
         hint = f"; without a network: {command}"
     try:

@@ -123,7 +123,7 @@ def run(
     }
     generation = {name: value for name, value in generation.items() if value is not None}
     limits = {"threshold": threshold, "min_depth": min_depth, "max_depth": max_depth}
-    if is_decoder(checkpoint):
+    if _is_decoder(checkpoint):
         classifier = {"--pair": pair, "--truncation": truncation, "--batch-tokens": batch_tokens}
         _refuse(classifier, "classifiers, and this checkpoint is a decoder")
         lm = _load(checkpoint, executor, device, dtype)
@@ -323,7 +323,7 @@ def main() -> None:
 # -- rows --------------------------------------------------------------------------------------------------------
 
 
-def is_decoder(checkpoint: str) -> bool:
+def _is_decoder(checkpoint: str) -> bool:
     """Whether a checkpoint generates; errors as ``engine.load``."""
     from engine.config import DecoderExitConfig
     from engine.loading import read_config, resolve_checkpoint
@@ -332,7 +332,7 @@ def is_decoder(checkpoint: str) -> bool:
 
 
 def _check_classifier(checkpoint: str, command: str) -> None:
-    if is_decoder(checkpoint):
+    if _is_decoder(checkpoint):
         raise ValueError(f"{command} is for classifiers, and {checkpoint} is a decoder: try consistentee run")
 
 

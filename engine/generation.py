@@ -23,7 +23,7 @@ from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
 from engine.decoding.requests import Generating, Request, Sampling
 from engine.models.decoder import MultiExitDecoder
-from engine.options import per_row
+from engine.options import depth_limits, per_row
 
 EXECUTORS = ("packed", "reference")
 _PROGRESS_AFTER_S = 1.0
@@ -136,7 +136,7 @@ class DecoderEngine:
     cache_bytes  memory for keys, values and exit states of all rows; default 1 GiB, or less where the model's longest
                  sequences for 64 rows need less
     private      nobody else holds ``model``, so its weights need no watching until somebody asks for it
-    Calls from several threads are safe: they run one after the other.
+    Calls from several threads are safe: runs go one after the other, streams beside them.
     """
 
     def __init__(
@@ -415,29 +415,14 @@ class DecoderEngine:
         return stops
 
     def _read_limits(self, n: int, threshold, min_depth, max_depth) -> tuple[list, list, list]:
-        layers, exits = self.config.num_layers, self.config.exit_layers
-        thresholds = per_row("threshold", self.config.threshold if threshold is None else threshold, n, torch.float32)
-        least = per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int64).tolist()
-        most = per_row("max_depth", layers if max_depth is None else max_depth, n, torch.int64).tolist()
-        for row, value in enumerate(thresholds.tolist()):
+        config = self.config
+        threshold = config.threshold if threshold is None else threshold
+        thresholds = per_row("threshold", threshold, n, torch.float32).tolist()
+        for row, value in enumerate(thresholds):
             if not 0 <= value <= 1:
                 raise ValueError(f"threshold must lie in [0, 1], got {value:g} (row {row})")
-        for row in range(n):
-            if not 1 <= least[row] <= layers:
-                raise ValueError(f"min_depth must lie between 1 and {layers}, got {least[row]} (row {row})")
-            if not exits[0] <= most[row] <= layers:
-                raise ValueError(
-                    f"max_depth must lie between {exits[0]}, where the first exit stands, and {layers}, got "
-                    f"{most[row]} (row {row})"
-                )
-            # Tokens leave through exits: the deepest one that is not beyond the limit.
-            most[row] = max(layer for layer in exits if layer <= most[row])
-            if least[row] > most[row]:
-                raise ValueError(
-                    f"row {row} may not leave before layer {least[row]} (min_depth) but must have left by {most[row]} "
-                    f"(the deepest exit within max_depth): exits stand at {list(exits)}"
-                )
-        return thresholds.tolist(), least, most
+        least, most = depth_limits(config.num_layers, config.exit_layers, n, min_depth, max_depth)
+        return thresholds, least.tolist(), most.tolist()
 
     def _read_scripts(self, n: int, new: int, criterion, exit_layers) -> list[tuple[int, ...] | None]:
         chosen = self.config.criterion if criterion is None else criterion
@@ -523,9 +508,6 @@ class DecoderEngine:
         layers = self.config.num_layers
         depths = [token.exit_layer for sequence in sequences for token in sequence.new[1:]]
         mean_depth = sum(depths) / len(depths) if depths else math.nan
-        cache_bytes = 0
-        if decoder is not None:
-            cache_bytes = decoder.cache.num_blocks * decoder.cache.shape.block_bytes(decoder.cache.keys.dtype)
         return GenerationStats(
             rows=len(sequences),
             prompt_tokens=sum(len(s.request.prompt) for s in sequences),
@@ -536,7 +518,7 @@ class DecoderEngine:
             prefill_s=counts.prefill_s,
             decode_s=counts.decode_s,
             wall_time_s=seconds,
-            cache_bytes=cache_bytes,
+            cache_bytes=0 if decoder is None else decoder.cache.bytes,
             owed_settled=settled,
             preemptions=counts.preemptions,
         )

@@ -248,11 +248,11 @@ def save_checkpoint(
     files = {name: _plain(tensors), EXITS: _plain(model.exits.state_dict())}
 
     def write(target: Path) -> None:
-        _write_json(target / CONFIG, config)
+        write_json(target / CONFIG, config)
         if adapter_config is not None:
-            _write_json(target / ADAPTER_CONFIG, adapter_config)
+            write_json(target / ADAPTER_CONFIG, adapter_config)
         if decoder:
-            _write_json(target / GENERATION, {"eos_token_id": base.generation_config.eos_token_id})
+            write_json(target / GENERATION, {"eos_token_id": base.generation_config.eos_token_id})
         for name, tensors in files.items():
             save_file(tensors, target / name, metadata={"format": "pt"})
         if tokenizer is not None:
@@ -291,7 +291,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

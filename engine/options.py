@@ -56,22 +56,8 @@ def _read(
     num_layers, exits = config.num_layers, config.exit_layers
     thresholds = per_row("threshold", config.threshold if threshold is None else threshold, n, torch.float32)
     check_threshold(criterion, thresholds)
-    least = per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int64)
-    most = per_row("max_depth", num_layers if max_depth is None else max_depth, n, torch.int64)
+    least, most = depth_limits(num_layers, exits, n, min_depth, max_depth)
     script = None
-    if min_depth is not None:
-        _check_layers("min_depth", least, 1, num_layers)
-    if max_depth is not None:
-        _check_layers("max_depth", most, exits[0], num_layers, ", where the first exit stands,")
-        # Rows leave through exits: the deepest one that is not beyond the limit.
-        places = torch.tensor(exits)
-        most = places[torch.searchsorted(places, most.contiguous(), right=True) - 1]
-    if min_depth is not None and max_depth is not None and bool((least > most).any()):
-        row = int(torch.nonzero(least > most)[0])
-        raise ValueError(
-            f"row {row} may not leave before layer {int(least[row])} (min_depth) but must have left by "
-            f"{int(most[row])} (the deepest exit within max_depth): exits stand at {list(exits)}"
-        )
     if exit_layers is not None:
         if criterion.name != "scripted":
             raise ValueError(f"exit_layers is for the scripted criterion, got criterion {criterion.name!r}")
@@ -93,6 +79,28 @@ def _read(
         uniform=_uniform(min_depth) and _uniform(max_depth),
         leave_rates=_leave_rates(config, thresholds, script),
     )
+
+
+def depth_limits(
+    num_layers: int, exits: tuple[int, ...], n: int, min_depth: Any, max_depth: Any
+) -> tuple[Tensor, Tensor]:
+    """min_depth and max_depth of each row, int64 [n]; the latter as the deepest exit that is not beyond it."""
+    least = per_row("min_depth", 1 if min_depth is None else min_depth, n, torch.int64)
+    most = per_row("max_depth", num_layers if max_depth is None else max_depth, n, torch.int64)
+    if min_depth is not None:
+        _check_layers("min_depth", least, 1, num_layers)
+    if max_depth is not None:
+        _check_layers("max_depth", most, exits[0], num_layers, ", where the first exit stands,")
+        # Rows leave through exits: the deepest one that is not beyond the limit.
+        places = torch.tensor(exits)
+        most = places[torch.searchsorted(places, most.contiguous(), right=True) - 1]
+    if min_depth is not None and max_depth is not None and bool((least > most).any()):
+        row = int(torch.nonzero(least > most)[0])
+        raise ValueError(
+            f"row {row} may not leave before layer {int(least[row])} (min_depth) but must have left by "
+            f"{int(most[row])} (the deepest exit within max_depth): exits stand at {list(exits)}"
+        )
+    return least, most
 
 
 def _leave_rates(config: EarlyExitConfig, thresholds: Tensor, script: Tensor | None) -> dict[int, float]:

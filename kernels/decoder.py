@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,10 +48,6 @@ class DecoderTensors(NamedTuple):
 _decode_step = torch.ops.consistentee.decode_step.default if extension.available() else None
 
 
-def _drop(handle: int) -> None:
-    extension.library().consistentee_drop_decoder_plan(ctypes.c_int64(handle))
-
-
 class DecoderPlan:
     """Weights of one decoder as ``decode_step`` takes them, checked once and held by the extension.
 
@@ -62,7 +56,7 @@ class DecoderPlan:
 
     def __init__(self, tensors: DecoderTensors):
         self.handle: int = torch.ops.consistentee.decoder_plan.default(*tensors)
-        weakref.finalize(self, _drop, self.handle)
+        extension.drop_with(self, "decoder_plan", self.handle)
 
 
 def decode_step(

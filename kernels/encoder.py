@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,10 +50,6 @@ class EncoderTensors(NamedTuple):
     classes: int
 
 
-def _drop(handle: int) -> None:
-    extension.library().consistentee_drop_encoder_plan(ctypes.c_int64(handle))
-
-
 _run_encoder = torch.ops.consistentee.run_encoder.default if extension.available() else None
 
 
@@ -68,7 +62,7 @@ class EncoderPlan:
     def __init__(self, tensors: EncoderTensors):
         self.handle: int = torch.ops.consistentee.encoder_plan.default(*tensors)
         self.classes = tensors.classes
-        weakref.finalize(self, _drop, self.handle)
+        extension.drop_with(self, "encoder_plan", self.handle)
 
 
 def run_encoder(

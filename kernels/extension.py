@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "library"]
+__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "drop_with", "library"]
 
 _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
@@ -45,6 +46,11 @@ def c_functions(name: str, prototypes: dict[str, tuple]) -> dict[str, Callable] 
         functions[key] = getattr(_dll, f"consistentee_{name}{key}")
         functions[key].restype, functions[key].argtypes = result, arguments
     return functions
+
+
+def drop_with(owner: object, plan: str, handle: int) -> None:
+    """Give back what the op ``plan`` made, when its owner goes."""
+    weakref.finalize(owner, getattr(_dll, f"consistentee_drop_{plan}"), ctypes.c_int64(handle))
 
 
 def cuda_kernels() -> bool:

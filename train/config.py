@@ -176,8 +176,8 @@ class SelectOptions:
     reference: str | float = "full_depth"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alphas", _tuple("select.alphas", self.alphas))
-        object.__setattr__(self, "thresholds", _tuple("select.thresholds", self.thresholds))
+        object.__setattr__(self, "alphas", as_tuple("select.alphas", self.alphas))
+        object.__setattr__(self, "thresholds", as_tuple("select.thresholds", self.thresholds))
         check_number("select.max_relative_loss", self.max_relative_loss, 1.0)
         for value in self.alphas:
             check_number("select.alphas", value)
@@ -242,34 +242,16 @@ class TrainConfig:
     select: SelectOptions = field(default_factory=SelectOptions)
 
     def __post_init__(self) -> None:
-        for name in ("backbone", "data", "output"):
-            value = getattr(self, name)
-            if not isinstance(value, (str, os.PathLike)) or not str(value):
-                raise ValueError(f"{name} must be a name or a path, got {value!r}")
-            object.__setattr__(self, name, str(value))
-        if Path(self.output).name in ("", ".."):
-            raise ValueError(f"output must name a folder of its own, which is replaced whole, got {self.output!r}")
-        object.__setattr__(self, "output", str(Path(self.output)))  # "out/" and "out" are one run
+        check_run(self)
         if self.exit_layers is not None:  # which layers there are, the backbone knows
-            object.__setattr__(self, "exit_layers", _tuple("exit_layers", self.exit_layers))
+            object.__setattr__(self, "exit_layers", as_tuple("exit_layers", self.exit_layers))
         check_one_of("pooler", self.pooler, POOLERS)
         check_integer("policy_hidden_size", self.policy_hidden_size, 1)
         check_number("classifier_dropout", self.classifier_dropout, 1.0)
-        check_integer("max_length", self.max_length, 3)
-        check_positive("calibration_share", self.calibration_share)
-        if self.calibration_share >= 1:
-            raise ValueError(f"calibration_share must lie in (0, 1), got {self.calibration_share!r}")
         if not isinstance(self.drop_leaked, bool):
             raise TypeError(f"drop_leaked must be true or false, got {self.drop_leaked!r}")
-        check_integer("seed", self.seed, 0)
-        if not isinstance(self.device, str):
-            raise TypeError(f"device must be auto or the name of a torch device, got {self.device!r}")
         check_integer("max_rounds", self.max_rounds, 0)
         check_number("tolerance", self.tolerance)
-        for group in fields(self):
-            kind, value = group.default_factory, getattr(self, group.name)
-            if is_dataclass(kind) and not isinstance(value, kind):
-                raise TypeError(f"{group.name} must be {kind.__name__}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -277,6 +259,29 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
         return build_options(cls, data, "train")
+
+
+def check_run(config: Any) -> None:
+    """What every run's options have: its names (made text in place), sizes, seed, device and groups of options."""
+    for name in ("backbone", "data", "output"):
+        value = getattr(config, name)
+        if not isinstance(value, (str, os.PathLike)) or not str(value):
+            raise ValueError(f"{name} must be a name or a path, got {value!r}")
+        object.__setattr__(config, name, str(value))
+    if Path(config.output).name in ("", ".."):
+        raise ValueError(f"output must name a folder of its own, which is replaced whole, got {config.output!r}")
+    object.__setattr__(config, "output", str(Path(config.output)))  # "out/" and "out" are one run
+    check_integer("max_length", config.max_length, 3)
+    check_positive("calibration_share", config.calibration_share)
+    if config.calibration_share >= 1:
+        raise ValueError(f"calibration_share must lie in (0, 1), got {config.calibration_share!r}")
+    check_integer("seed", config.seed, 0)
+    if not isinstance(config.device, str):
+        raise TypeError(f"device must be auto or the name of a torch device, got {config.device!r}")
+    for group in fields(config):
+        kind, value = group.default_factory, getattr(config, group.name)
+        if is_dataclass(kind) and not isinstance(value, kind):
+            raise TypeError(f"{group.name} must be {kind.__name__}, got {value!r}")
 
 
 def load_recipe(name: str | Path) -> dict[str, Any]:
@@ -361,7 +366,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _tuple(name: str, value: Any) -> tuple:
+def as_tuple(name: str, value: Any) -> tuple:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a list, got {value!r}")
     return tuple(value)

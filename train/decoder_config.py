@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from engine.config import HEAD_SIDES, HEADS
 from engine.train.config import (
     OptimiserOptions,
+    as_tuple,
     build_options,
     check_integer,
     check_number,
     check_one_of,
-    check_positive,
+    check_run,
 )
 from engine.train.objectives import INDICATORS, REWARD_KINDS
 
@@ -123,39 +122,21 @@ class DecoderTrainConfig:
     task: TokenTaskOptions = field(default_factory=TokenTaskOptions)
 
     def __post_init__(self) -> None:
-        for name in ("backbone", "data", "output"):
-            value = getattr(self, name)
-            if not isinstance(value, (str, os.PathLike)) or not str(value):
-                raise ValueError(f"{name} must be a name or a path, got {value!r}")
-            object.__setattr__(self, name, str(value))
-        if Path(self.output).name in ("", ".."):
-            raise ValueError(f"output must name a folder of its own, which is replaced whole, got {self.output!r}")
-        object.__setattr__(self, "output", str(Path(self.output)))
-        for name in ("exit_layers", "thresholds"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, (list, tuple)):
-                raise TypeError(f"{name} must be a list, got {value!r}")
-            object.__setattr__(self, name, None if value is None else tuple(value))
+        check_run(self)
+        if self.exit_layers is not None:
+            object.__setattr__(self, "exit_layers", as_tuple("exit_layers", self.exit_layers))
+        object.__setattr__(self, "thresholds", as_tuple("thresholds", self.thresholds))
         check_one_of("head", self.head, HEADS)
         check_one_of("head_side", self.head_side, HEAD_SIDES)
         check_one_of("precision", self.precision, ("float32", "bfloat16"))
-        least = {"head_rank": 1, "policy_hidden_size": 1, "max_length": 3, "lora_rank": 0, "seed": 0}
+        least = {"head_rank": 1, "policy_hidden_size": 1, "lora_rank": 0}
         for name, low in least.items():
             check_integer(name, getattr(self, name), low)
-        check_positive("calibration_share", self.calibration_share)
-        if self.calibration_share >= 1:
-            raise ValueError(f"calibration_share must lie in (0, 1), got {self.calibration_share!r}")
         check_number("alpha", self.alpha, math.inf)
         for value in (self.threshold, *self.thresholds):
             check_number("threshold", value, 1.0)
         if not isinstance(self.answers_only, bool):
             raise TypeError(f"answers_only must be true or false, got {self.answers_only!r}")
-        if not isinstance(self.device, str):
-            raise TypeError(f"device must be auto or the name of a torch device, got {self.device!r}")
-        for group in fields(self):
-            kind, value = group.default_factory, getattr(self, group.name)
-            if is_dataclass(kind) and not isinstance(value, kind):
-                raise TypeError(f"{group.name} must be {kind.__name__}, got {value!r}")
         if self.policy.context != "full" or self.sampled.context != "sampled":
             raise ValueError("policy.context must be 'full' and sampled.context 'sampled': they are two steps")
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from engine.models.decoder import MultiExitDecoder
 from engine.train import objectives, policy_gradient
 from engine.train.decoder_config import StepOptions, TokenPolicyOptions
 from engine.train.hardness import memorized_layer
 from engine.train.instructions import TokenizedInstructions
+from engine.train.phases import make_optimiser, progress_bar
 
 log = logging.getLogger("engine.train")
 # Tokens whose logits of one exit exist at a time: 512 x 49 152 fp32 are 100 MB.
@@ -58,6 +58,12 @@ def all_losses(model: MultiExitDecoder, states: Tensor, targets: Tensor) -> tupl
     """CE and hits (T, E) of all exits."""
     parts = [token_losses(model, k, n, targets) for k, n in enumerate(states)]
     return torch.stack([ce for ce, _ in parts], 1), torch.stack([hit for _, hit in parts], 1)
+
+
+def policy_logits(model: MultiExitDecoder, states: Tensor) -> Tensor:
+    """z (T, E - 1) of states (E, T, H)."""
+    found = [model.policy_logits(k, n) for k, n in enumerate(states[:-1])]
+    return torch.stack(found, 1) if found else states.new_zeros(states.shape[1], 0)
 
 
 def train_last_exit(
@@ -105,7 +111,7 @@ def train_policy(
             ce, hits = all_losses(model, states, targets)
         ml = memorized_layer(hits, layers)
         rewards = objectives.rewards(ce, layers, alpha, num_layers, ml, options.reward)
-        z = torch.stack([model.policy_logits(k, n) for k, n in enumerate(states[:-1])], 1)
+        z = policy_logits(model, states)
         return policy_gradient.closed_form_loss(z, rewards, options.entropy_bonus), len(ce)
 
     def sampled(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
@@ -186,7 +192,7 @@ def train_task(
     def loss_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         with torch.no_grad():
             states, targets = exit_states(model, batch)
-            z = torch.stack([model.policy_logits(k, n) for k, n in enumerate(states[:-1])], 1)
+            z = policy_logits(model, states)
         ce, _ = all_losses(model, states, targets)
         return objectives.task_loss(ce, model.config.exit_layers, z, indicator, threshold), len(ce)
 
@@ -219,11 +225,7 @@ def measure(
     for batch in data.batches(batch_size, shuffle=False):
         states, targets = exit_states(model, batch)
         ce, hits = all_losses(model, states, targets)
-        if len(layers) > 1:
-            z = torch.stack([model.policy_logits(k, n) for k, n in enumerate(states[:-1])], 1)
-            index = objectives.greedy_exit_index(z, threshold)
-        else:
-            index = torch.zeros(len(ce), dtype=torch.long, device=ce.device)
+        index = objectives.greedy_exit_index(policy_logits(model, states), threshold)
         taken, hit = (x.gather(1, index[:, None])[:, 0].double().sum().cpu() for x in (ce, hits))
         total += torch.stack([taken, ce[:, -1].double().sum().cpu(), hit, hits[:, -1].double().sum().cpu()])
         per_ce += ce.double().sum(0).cpu()
@@ -254,17 +256,14 @@ def _train(
     torch.manual_seed(seed)  # dropout
     order = torch.Generator().manual_seed(seed)
     steps = -(-len(data) // options.batch_size) * options.epochs
-    optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: max(0.0, 1 - step / max(steps, 1)))
+    optimiser, schedule = make_optimiser(parameters, options, steps)
     losses = []
     with _only(model, parameters):
         model.train(dropout)
         for epoch in range(options.epochs):
             total, count = 0.0, 0
             batches = data.batches(options.batch_size, True, order)
-            bar = tqdm(batches, total=steps // options.epochs, desc=f"{name} {epoch + 1}/{options.epochs}", delay=1,
-                       leave=False, disable=None)  # fmt: skip
-            for batch in bar:
+            for batch in progress_bar(batches, len(data), options.batch_size, f"{name} {epoch + 1}/{options.epochs}"):
                 loss, tokens = loss_of(batch)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()

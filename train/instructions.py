@@ -77,12 +77,11 @@ def load_instructions(path: str | Path) -> list[Instruction]:
 class TokenizedInstructions:
     """Prompts and answers end to end, each answer closed by the EOS token where it was not cut.
 
-    prompt_lengths (N,) int64: of row i, tokens in front of the answer
+    rows           their label_ids (N,) are the prompts' lengths, in tokens
     answers_only   the prompt's tokens are no targets
     """
 
     rows: TokenizedExamples
-    prompt_lengths: Tensor
     answers_only: bool = False
 
     @classmethod
@@ -107,9 +106,7 @@ class TokenizedInstructions:
         lengths = torch.tensor([len(row) for row in ids])
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         fields = {"input_ids": torch.tensor([token for row in ids for token in row], dtype=torch.int32)}
-        prompt_lengths = torch.tensor(prompts)
-        rows = TokenizedExamples(fields, offsets, prompt_lengths, tokenizer.eos_token_id)
-        return cls(rows, prompt_lengths, answers_only)
+        return cls(TokenizedExamples(fields, offsets, torch.tensor(prompts), tokenizer.eos_token_id), answers_only)
 
     def __len__(self) -> int:
         return len(self.rows)

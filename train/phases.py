@@ -51,7 +51,7 @@ def measure(model: MultiExitEncoder, data: TokenizedExamples, description: str =
     states = states.to(model.device)
     ce = torch.empty(n, config.num_exits, device=model.device)
     correct = torch.empty(n, config.num_exits, dtype=torch.bool, device=model.device)
-    for batch in _bar(data.batches(_MEASURE_BATCH, shuffle=False), n, _MEASURE_BATCH, description):
+    for batch in progress_bar(data.batches(_MEASURE_BATCH, shuffle=False), n, _MEASURE_BATCH, description):
         out = model(**model_inputs(model, batch))
         rows, labels = batch["indices"].to(model.device), batch["labels"].to(model.device)
         states[:, rows] = out.states.half()
@@ -173,14 +173,14 @@ def _train_task(
         {"params": [p for p in parameters if id(p) not in fast]},
         {"params": [p for p in parameters if id(p) in fast], "lr": options.learning_rate * options.exits_rate},
     ]
-    optimiser, schedule = _optimiser(groups if fast else parameters, options, steps)
+    optimiser, schedule = make_optimiser(groups if fast else parameters, options, steps)
     model.train()
     losses = []
     try:
         for epoch in range(options.epochs):
             total = torch.zeros((), device=model.device)
             batches = data.batches(options.batch_size, shuffle=True, generator=order)
-            for batch in _bar(batches, len(data), options.batch_size, f"{name} {epoch + 1}/{options.epochs}"):
+            for batch in progress_bar(batches, len(data), options.batch_size, f"{name} {epoch + 1}/{options.epochs}"):
                 labels = batch["labels"].to(model.device)
                 loss = loss_of(batch, labels, epoch)
                 optimiser.zero_grad(set_to_none=True)
@@ -223,10 +223,10 @@ def train_policy(
     n = len(reward)
     epochs = options.warm_start_epochs + options.epochs
     parameters = model.policy_parameters()
-    optimiser, schedule = _optimiser(parameters, options, -(-n // options.batch_size) * epochs)
+    optimiser, schedule = make_optimiser(parameters, options, -(-n // options.batch_size) * epochs)
     values, step = [], 0
     model.train()
-    for epoch in _bar(range(epochs), epochs, 1, f"policy alpha={alpha:.3g}"):
+    for epoch in progress_bar(range(epochs), epochs, 1, f"policy alpha={alpha:.3g}"):
         total = torch.zeros((), device=device)
         for part in shuffled_batches(n, options.batch_size, order):
             rows = part.to(device)
@@ -272,7 +272,8 @@ def memorized_layers(cache: ExitCache, exit_layers: tuple[int, ...]) -> Tensor:
     return memorized_layer(cache.correct, exit_layers)
 
 
-def _optimiser(parameters: list[nn.Parameter] | list[dict], options: OptimiserOptions, steps: int):
+def make_optimiser(parameters: list[nn.Parameter] | list[dict], options: OptimiserOptions, steps: int):
+    """AdamW and its schedule, as ``OptimiserOptions`` says."""
     optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: max(0.0, 1 - step / max(steps, 1)))
     return optimiser, schedule
@@ -284,5 +285,5 @@ def _check_finite(parameters: list[nn.Parameter], name: str) -> None:
         raise ValueError(f"{name}: training ended with NaN or infinite weights: lower {name}.learning_rate")
 
 
-def _bar(batches: Iterable, rows: int, batch_size: int, description: str) -> Iterable:
+def progress_bar(batches: Iterable, rows: int, batch_size: int, description: str) -> Iterable:
     return tqdm(batches, total=-(-rows // batch_size), desc=description, leave=False, delay=1, disable=None)

@@ -8,8 +8,7 @@
 #include <vector>
 
 #include "../cpu/parallel.h"
-#include "linear.h"
-#include "backends.h"
+#include "layer.h"
 #include "plans.h"
 
 namespace consistentee {
@@ -38,10 +37,6 @@ struct Plan {
 
 Plans<Plan> plans;
 
-const float* vector_data(const char* name, const Tensor& tensor, int64_t size) {
-  return reinterpret_cast<const float*>(data_of(name, tensor, {size}));
-}
-
 }  // namespace
 
 int64_t decoder_plan(const Tensor& embedding, const Tensor& cos, const Tensor& sin, const Tensor& final_weight,
@@ -59,10 +54,10 @@ int64_t decoder_plan(const Tensor& embedding, const Tensor& cos, const Tensor& s
   EE_CHECK(d % 2 == 0, "cos must have an even width, got ", d);
   EE_CHECK(num_heads * d % kPanel == 0, "num_heads times the width of cos must be a multiple of ", kPanel, ", got ",
            num_heads * d);
-  plan->embedding = reinterpret_cast<const float*>(data_of("embedding", embedding, {plan->vocab, hidden}));
-  plan->cos = reinterpret_cast<const float*>(data_of("cos", cos, {plan->longest, d}));
-  plan->sin = reinterpret_cast<const float*>(data_of("sin", sin, {plan->longest, d}));
-  plan->final_norm = vector_data("final_weight", final_weight, hidden);
+  plan->embedding = elements<const float>("embedding", embedding, {plan->vocab, hidden});
+  plan->cos = elements<const float>("cos", cos, {plan->longest, d});
+  plan->sin = elements<const float>("sin", sin, {plan->longest, d});
+  plan->final_norm = vector_of("final_weight", final_weight, hidden);
   plan->final_eps = final_eps;
   plan->heads = num_heads;
   plan->kv_heads = kv_heads;
@@ -74,11 +69,11 @@ int64_t decoder_plan(const Tensor& embedding, const Tensor& cos, const Tensor& s
   for (size_t l = 0; l < count; ++l) {
     const Tensor* t = layers.data() + l * kLayerTensors;
     Layer& layer = plan->layers[l];
-    layer.input_norm = vector_data("input_norm_weight", t[0], hidden);
+    layer.input_norm = vector_of("input_norm_weight", t[0], hidden);
     layer.input_eps = eps[2 * l];
     layer.qkv.weight = panels_of("qkv_weight", t[1], hidden, (num_heads + 2 * kv_heads) * d);
     layer.project.weight = panels_of("output_weight", t[2], num_heads * d, hidden);
-    layer.post_norm = vector_data("post_norm_weight", t[3], hidden);
+    layer.post_norm = vector_of("post_norm_weight", t[3], hidden);
     layer.post_eps = eps[2 * l + 1];
     check_dim("down_weight", t[5], 3);
     layer.inner = t[5].size(1);
@@ -93,26 +88,9 @@ int64_t decoder_plan(const Tensor& embedding, const Tensor& cos, const Tensor& s
   EE_CHECK(!exit_layers.empty() && policies.size() == 4 * (exit_layers.size() - 1),
            "policies must hold 4 tensors for each of exit_layers but the last, got ", policies.size(), " for ",
            exit_layers.size());
-  int64_t before = 0;
-  for (size_t e = 0; e < exit_layers.size(); ++e) {
-    const int64_t layer = exit_layers[e];
-    EE_CHECK(layer > before && layer <= static_cast<int64_t>(count), "exit_layers must rise from at least 1 to ", count,
-             ", got ", layer, " behind ", before);
-    before = layer;
-    plan->layers[static_cast<size_t>(layer - 1)].exit = static_cast<int64_t>(e);
-    if (e + 1 == exit_layers.size()) break;
-    const Tensor* t = policies.data() + 4 * e;
-    check_dim("w1", t[0], 2);
-    ExitPolicyArgs policy;
-    policy.hidden = hidden;
-    policy.width = t[0].size(0);
-    policy.w1 = data_of("w1", t[0], {policy.width, hidden});
-    policy.b1 = data_of("b1", t[1], {policy.width});
-    policy.w2 = data_of("w2", t[2], {1, policy.width});
-    policy.b2 = data_of("b2", t[3], {1});
-    plan->policies.push_back(policy);
-  }
-  EE_CHECK(before == static_cast<int64_t>(count), "exit_layers must end with the last layer, ", count, ", got ", before);
+  place_exits(plan->layers, exit_layers);
+  plan->policies.resize(exit_layers.size() - 1);
+  for (size_t e = 0; e < plan->policies.size(); ++e) read_policy(plan->policies[e], policies.data() + 4 * e, hidden);
   plan->held = {embedding, cos, sin, final_weight};
   for (Tensor& tensor : layers) plan->held.push_back(std::move(tensor));
   for (Tensor& tensor : policies) plan->held.push_back(std::move(tensor));
@@ -120,14 +98,6 @@ int64_t decoder_plan(const Tensor& embedding, const Tensor& cos, const Tensor& s
 }
 
 namespace {
-
-template <class T>
-T* ints_of(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape, ScalarType type) {
-  check_dtype(name, tensor, type);
-  check_shape(name, tensor, shape);
-  check_contiguous(name, tensor);
-  return reinterpret_cast<T*>(out_bytes(tensor));
-}
 
 // Keys, values and exit states of all sequences.
 struct Cache {
@@ -237,15 +207,6 @@ class Step {
     backend_.rms_norm(args);
   }
 
-  void multiply(LinearArgs args, int64_t count, const float* x, int64_t inputs, float* out, int64_t outputs) const {
-    args.count = count;
-    args.inputs = args.x_stride = inputs;
-    args.outputs = outputs;
-    args.x = x;
-    args.out = out;
-    backend_.linear(args);
-  }
-
   // RoPE (Su et al. 2021) of `heads` heads in LLaMA's layout: halves, not pairs.
   void turn(float* x, int64_t heads, int64_t position) const {
     const int64_t d = plan_.head_dim, half = d / 2;
@@ -276,16 +237,16 @@ class Step {
     float *keys = nullptr, *query = nullptr;
     int64_t key_stride = 0, query_stride = 0;
     if (owed == 0) {
-      multiply(w.qkv, n, normed_, h, qkv_, q + 2 * kv);
+      multiply(backend_, w.qkv, n, normed_, h, qkv_, q + 2 * kv);
       query = qkv_, query_stride = key_stride = q + 2 * kv, keys = qkv_ + q;
     } else {
       norm(normed_ + n * h, nullptr, w.input_norm, w.input_eps, normed_ + n * h, owed);
       LinearArgs only = w.qkv;
       only.next = w.qkv.weight + q * h;
-      multiply(only, n, normed_, h, query_, q);
+      multiply(backend_, only, n, normed_, h, query_, q);
       only.weight = w.qkv.weight + q * h;  // panels of keys and values stand behind those of queries
       only.next = w.project.weight;
-      multiply(only, n + owed, normed_, h, qkv_, 2 * kv);
+      multiply(backend_, only, n + owed, normed_, h, qkv_, 2 * kv);
       query = query_, query_stride = q, key_stride = 2 * kv, keys = qkv_;
     }
     float* layer_keys = cache_.keys + (number - 1) * cache_.slots * kv;
@@ -321,11 +282,11 @@ class Step {
     attention.scale = plan_.scale;
     attention.out = attended_;
     backend_.decode_attention(attention);
-    multiply(w.project, n, attended_, q, sum_, h);
+    multiply(backend_, w.project, n, attended_, q, sum_, h);
     norm(x_, sum_, w.post_norm, w.post_eps, normed_, n);
-    multiply(w.widen, n, normed_, h, gate_up_, 2 * w.inner);
+    multiply(backend_, w.widen, n, normed_, h, gate_up_, 2 * w.inner);
     backend_.swiglu(gate_up_, n, w.inner, inner_);
-    multiply(w.narrow, n, inner_, w.inner, sum_, h);
+    multiply(backend_, w.narrow, n, inner_, w.inner, sum_, h);
     return owed;
   }
 
@@ -400,18 +361,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step(const Tensor& token_ids, 
   Cache cache;
   cache.slots = states.size(0);
   cache.block_size = block_size;
-  const auto room = [&](const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-    data_of(name, tensor, shape);
-    return reinterpret_cast<float*>(out_bytes(tensor));
-  };
-  cache.keys = room("keys", keys, {layers, cache.slots, p.kv_heads, p.head_dim});
-  cache.values = room("values", values, {layers, cache.slots, p.kv_heads, p.head_dim});
-  cache.states = room("states", states, {cache.slots, p.hidden});
+  cache.keys = elements<float>("keys", keys, {layers, cache.slots, p.kv_heads, p.head_dim});
+  cache.values = elements<float>("values", values, {layers, cache.slots, p.kv_heads, p.head_dim});
+  cache.states = elements<float>("states", states, {cache.slots, p.hidden});
   Rules rules;
   rules.threshold_logit = vector_of("threshold_logit", threshold_logit, rows);
-  rules.script = ints_of<const int32_t>("script", script, {rows}, ScalarType::Int);
-  rules.min_depth = ints_of<const int32_t>("min_depth", min_depth, {rows}, ScalarType::Int);
-  rules.max_depth = ints_of<const int32_t>("max_depth", max_depth, {rows}, ScalarType::Int);
+  rules.script = elements<const int32_t>("script", script, {rows});
+  rules.min_depth = elements<const int32_t>("min_depth", min_depth, {rows});
+  rules.max_depth = elements<const int32_t>("max_depth", max_depth, {rows});
   const int64_t max_blocks = block_table.size(1);
   Tensor normed = empty(token_ids, {rows, p.hidden}, ScalarType::Float);
   Tensor exit_layers = empty(token_ids, {rows}, ScalarType::Int);
@@ -420,10 +377,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step(const Tensor& token_ids, 
   const Results results{reinterpret_cast<float*>(out_bytes(normed)), reinterpret_cast<int32_t*>(out_bytes(exit_layers)),
                         reinterpret_cast<float*>(out_bytes(probs))};
   Step step(p, token_ids, cache, rules, results, rows,
-            ints_of<const int64_t>("token_ids", token_ids, {rows}, ScalarType::Long),
-            ints_of<const int64_t>("positions", positions, {rows}, ScalarType::Long),
-            ints_of<const int32_t>("block_table", block_table, {rows, max_blocks}, ScalarType::Int), max_blocks,
-            ints_of<int32_t>("watermarks", watermarks, {rows, layers}, ScalarType::Int));
+            elements<const int64_t>("token_ids", token_ids, {rows}),
+            elements<const int64_t>("positions", positions, {rows}),
+            elements<const int32_t>("block_table", block_table, {rows, max_blocks}), max_blocks,
+            elements<int32_t>("watermarks", watermarks, {rows, layers}));
   *reinterpret_cast<int64_t*>(out_bytes(settled)) = step.run();
   return {std::move(normed), std::move(exit_layers), std::move(probs), std::move(settled)};
 }

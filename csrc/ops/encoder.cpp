@@ -55,12 +55,7 @@ size_t read_exit(Exit& exit, const Tensor* t, int64_t hidden, int64_t classes, b
     t += 2;
   }
   if (policy) {
-    check_dim("w1", t[0], 2);
-    heads.width = t[0].size(0);
-    heads.w1 = data_of("w1", t[0], {heads.width, hidden});
-    heads.b1 = data_of("b1", t[1], {heads.width});
-    heads.w2 = data_of("w2", t[2], {1, heads.width});
-    heads.b2 = data_of("b2", t[3], {1});
+    read_policy(heads, t, hidden);
     t += 4;
   }
   exit.classifier.weight = panels_of("classifier_weight", t[0], hidden, classes);
@@ -120,17 +115,11 @@ int64_t encoder_plan(const Tensor& word, const std::optional<Tensor>& token_type
     plan->wide = plan->wide < layer.rest.wide ? layer.rest.wide : plan->wide;
   }
   plan->exits.resize(exit_layers.size());
-  int64_t before = 0;
+  place_exits(plan->layers, exit_layers);
   const Tensor* t = exits.data();
   for (size_t e = 0; e < exit_layers.size(); ++e) {
-    const int64_t layer = exit_layers[e];
-    EE_CHECK(layer > before && layer <= static_cast<int64_t>(count), "exit_layers must rise from at least 1 to ", count,
-             ", got ", layer, " behind ", before);
-    before = layer;
-    plan->layers[static_cast<size_t>(layer - 1)].exit = static_cast<int64_t>(e);
     t += read_exit(plan->exits[e], t, hidden, classes, pooled, e + 1 < exit_layers.size());
   }
-  EE_CHECK(before == static_cast<int64_t>(count), "exit_layers must end with the last layer, ", count, ", got ", before);
   if (token_type.has_value()) plan->held.push_back(*token_type);
   if (position_bias.has_value()) plan->held.push_back(*position_bias);
   for (Tensor& tensor : layers) plan->held.push_back(std::move(tensor));
@@ -448,18 +437,7 @@ class Pass {
 };
 
 const int32_t* limits_of(const char* name, const std::optional<Tensor>& limit, int64_t rows) {
-  if (!limit.has_value()) return nullptr;
-  check_dtype(name, *limit, ScalarType::Int);
-  check_shape(name, *limit, {rows});
-  check_contiguous(name, *limit);
-  return reinterpret_cast<const int32_t*>(bytes_of(*limit));
-}
-
-const int64_t* ids_of(const char* name, const Tensor& ids, int64_t tokens) {
-  check_dtype(name, ids, ScalarType::Long);
-  check_shape(name, ids, {tokens});
-  check_contiguous(name, ids);
-  return reinterpret_cast<const int64_t*>(bytes_of(ids));
+  return limit.has_value() ? elements<const int32_t>(name, *limit, {rows}) : nullptr;
 }
 
 }  // namespace
@@ -490,11 +468,11 @@ std::tuple<Tensor, Tensor, Tensor> run_encoder(const Tensor& input_ids, const st
   const Results results{reinterpret_cast<float*>(out_bytes(logits)), reinterpret_cast<int32_t*>(out_bytes(exit_layers)),
                         reinterpret_cast<float*>(out_bytes(probs))};
   Pass pass(*held, input_ids, rules, results, lengths);
-  const int64_t* ids = ids_of("input_ids", input_ids, pass.tokens());
+  const int64_t* ids = elements<const int64_t>("input_ids", input_ids, {pass.tokens()});
   const int64_t* types = nullptr;
   if (token_type_ids.has_value()) {
     EE_CHECK(held->embedding.token_type != nullptr, "token_type_ids must not be given: the plan has no token_type");
-    types = ids_of("token_type_ids", *token_type_ids, pass.tokens());
+    types = elements<const int64_t>("token_type_ids", *token_type_ids, {pass.tokens()});
   }
   pass.run(input_ids, ids, types);
   return {std::move(logits), std::move(exit_layers), std::move(probs)};

@@ -49,6 +49,10 @@ class PagedCache:
         self._free = list(range(num_blocks - 1, -1, -1))
 
     @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.states.nbytes
+
+    @property
     def free_blocks(self) -> int:
         return len(self._free)
 

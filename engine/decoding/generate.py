@@ -29,7 +29,8 @@ def take_tokens(sequences: list[Generating], outputs: StepOutputs) -> None:
         if request.forced is not None:
             token = request.forced[len(sequence.new)]
         else:
-            token = draw(logits, request.sampling, sequence.ids, sequence.draws)
+            history = sequence.ids if request.sampling.repetition_penalty != 1.0 else ()
+            token = draw(logits, request.sampling, history, sequence.draws)
         sequence.add(NewToken(token, outputs.exit_layers[k], outputs.exit_probs[k]))
 
 

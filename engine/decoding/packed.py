@@ -184,7 +184,8 @@ class PackedDecoder:
         if self._plan is not None and all(row.sequence.request.criterion in _ONE_OP for row in rows):
             return self._step_at_once(self._plan, rows)
         device = model.device
-        hidden = model.backbone.embed_tokens(torch.tensor([row.sequence.ids[-1] for row in rows], device=device))
+        newest = [row.sequence.new[-1].token_id for row in rows]
+        hidden = model.backbone.embed_tokens(torch.tensor(newest, device=device))
         active = list(range(len(rows)))
         states = torch.empty_like(hidden)  # final-normed, as each row left
         exit_layers, exit_probs = [0] * len(rows), [1.0] * len(rows)
@@ -219,7 +220,7 @@ class PackedDecoder:
         watermarks = _ints([row.pages.watermarks for row in rows])
         states, exit_layers, probs, settled = self._run_op(
             plan,
-            [row.sequence.ids[-1] for row in rows],
+            [row.sequence.new[-1].token_id for row in rows],
             [row.position for row in rows],
             [row.pages.blocks for row in rows],
             watermarks,

@@ -98,7 +98,7 @@ class NewToken(NamedTuple):
 class Generating:
     """A request on its way. Position i of the sequence holds prompt token i, or new token i - len(prompt).
 
-    exit_layers  of positions: what new token k + 1 left at is where position len(prompt) + k has its state copied from
+    What new token k + 1 left at is where position len(prompt) + k has its state copied from (``frozen``).
     """
 
     request: Request

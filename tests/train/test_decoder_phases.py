@@ -27,7 +27,7 @@ def data():
     object.__setattr__(rows, "fields", {"input_ids": torch.cat(kept)})
     object.__setattr__(rows, "offsets", offsets)
     object.__setattr__(rows, "label_ids", torch.full((12,), 15))
-    return TokenizedInstructions(rows, torch.full((12,), 15))
+    return TokenizedInstructions(rows)
 
 
 @pytest.fixture
