@@ -56,7 +56,7 @@ def test_graph_equals_reference(family, pooler, exits, device, moves):
 @pytest.mark.parametrize("exits", [None, (1, 2, 7), (1, 3, 6, 7), (2, 5, 7)], ids=str)
 def test_depths_and_stages(exits, stage, device, moves, monkeypatch):
     """Exits in a row and with layers between them, the last but one among them; a stage everywhere or nowhere."""
-    monkeypatch.setattr(graph_pass, "stage_layers", lambda deepest: stage)
+    monkeypatch.setattr(graph_pass, "stage_layers", lambda deepest, rows: stage)
     model = tiny_model("bert", "none", exits, layers=7).to(device)
     assert_equals_reference(model, *both(model))
 
