@@ -214,12 +214,14 @@ def save_checkpoint(
     backbone: BackboneReference | None = None,
     card: str | None = None,
     extra: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write ``model`` as a checkpoint folder, replacing the checkpoint that stands there.
 
     backbone  what the adapter of a peft-wrapped model was trained on: the folder then holds the adapter and this
               reference. A model without adapter is written whole.
     extra     further files, name -> text
+    dtype     of exits and adapter in their files (None: as they are); a backbone that is written stays as it is
     Raises ValueError where the reference is missing or not wanted, the adapter is no single LoRA, a tensor is not
     finite, or ``folder`` is something else than a checkpoint; then, and whatever else fails, nothing has changed.
     """
@@ -245,7 +247,9 @@ def save_checkpoint(
         name, tensors, adapter_config = WEIGHTS, module.state_dict(), None
         if decoder and base.config.tie_word_embeddings:
             del tensors["lm_head.weight"]  # the embeddings, once more
-    files = {name: _plain(tensors), EXITS: _plain(model.exits.state_dict())}
+    files = {
+        name: _plain(tensors, None if name == WEIGHTS else dtype), EXITS: _plain(model.exits.state_dict(), dtype)
+    }  # fmt: skip
 
     def write(target: Path) -> None:
         write_json(target / CONFIG, config)
@@ -285,10 +289,10 @@ def _adapter(backbone: nn.Module, source: str) -> tuple[str, dict[str, Tensor], 
     return ADAPTER, get_peft_model_state_dict(backbone, adapter_name=active[0], save_embedding_layers=False), config
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plain(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     for name, value in tensors.items():
-        check_finite(name, value, value.dtype, "the model cannot be saved")
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        check_finite(name, value, dtype or value.dtype, "the model cannot be saved")
+    return {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

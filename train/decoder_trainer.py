@@ -21,10 +21,11 @@ from engine.train import card, decoder_phases
 from engine.train.data import split_file
 from engine.train.decoder_config import DecoderTrainConfig
 from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions
-from engine.train.run import ResumableRun
+from engine.train.run import ResumableRun, trained_state
 from engine.train.start import seed_of
 
 log = logging.getLogger("engine.train")
+_STORED = torch.float16  # exits and adapter in a checkpoint: half the size, and an error far below what training moves
 
 
 class DecoderTrainer(ResumableRun):
@@ -53,6 +54,8 @@ class DecoderTrainer(ResumableRun):
         self._at = ""
         if c.lora_rank and c.sft.epochs:
             self._phase("sft", lambda: self._step(decoder_phases.train_last_exit, c.sft))
+        if c.heads.fit and (c.head, c.head_side) == ("lora", "hidden"):
+            self._phase("fit", self._fit)
         if self.model.head_parameters() and c.heads.epochs:
             self._phase("heads", lambda: self._step(decoder_phases.train_heads, c.heads))
         if len(self.model.config.exit_layers) > 1:
@@ -63,6 +66,7 @@ class DecoderTrainer(ResumableRun):
                 task = dict(threshold=c.threshold, indicator=c.task.indicator)
                 self._phase("task", lambda: self._step(decoder_phases.train_task, c.task, **task))
         self._restore(self._at)
+        self._round()
         self.model.config = self.model.exits.config = replace(self.model.config, threshold=c.threshold)
         self.record["result"] = self._result()
         self._store_record()
@@ -73,9 +77,21 @@ class DecoderTrainer(ResumableRun):
             self.backbone if c.lora_rank else None,
             _model_card(self.record, self.model),
             extra={TRAINING: card.training_json(self.record)},
+            dtype=_STORED,
         )
         log.info("wrote %s", c.output)
         return self.record
+
+    def _round(self) -> None:
+        """What has been trained, as the checkpoint's files will hold it: figures are of what is shipped."""
+        self._holds = None
+        for value in trained_state(self.model).values():
+            value.copy_(value.to(_STORED))
+
+    def _fit(self) -> dict[str, Any]:
+        with self._precision():
+            decoder_phases.fit_heads(self.model, self.splits["train"], self.config.heads.batch_size)
+        return {}
 
     def _step(self, step: Any, options: Any, **more: Any) -> dict[str, Any]:
         seed = seed_of(self.config, self._running)
@@ -142,7 +158,7 @@ class DecoderTrainer(ResumableRun):
 
             torch.manual_seed(seed_of(c, "lora"))
             options = dict(lora_alpha=c.lora_rank, lora_dropout=0.05, bias="none")
-            lora = LoraConfig(r=c.lora_rank, target_modules=["q_proj", "v_proj"], **options)
+            lora = LoraConfig(r=c.lora_rank, target_modules=list(c.lora_targets), **options)
             model.causal_lm = get_peft_model(model.causal_lm, lora)
         return model.to(self.device), tokenizer, backbone
 

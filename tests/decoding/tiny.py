@@ -41,7 +41,7 @@ def tiny_decoder(
         eos_token_id=2,
     )
     sizes = dict(head_rank=3, policy_hidden_size=6, max_length=positions)
-    exits = DecoderExitConfig(LAYERS, exit_layers, head=head, **sizes, **options)
+    exits = DecoderExitConfig(LAYERS, exit_layers, head=head, **(sizes | options))
     model = MultiExitDecoder(LlamaForCausalLM(config), exits)
     with torch.no_grad():
         for norm in (m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"):

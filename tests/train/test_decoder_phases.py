@@ -83,18 +83,18 @@ def test_gradients_do_not_depend_on_the_chunks(model, data, monkeypatch):
 
 def test_heads(model, data):
     before, figures = snapshot(model), phases.measure(model, data)
-    losses = phases.train_heads(model, data, phases.StepOptions(15, 6, 2e-2), seed=0)
+    losses = phases.train_heads(model, data, phases.HeadOptions(15, 6, 2e-2), seed=0)
     assert changed(model, before) == {n for n in before if n.startswith("exits.deltas")}
     assert losses[-1] < 0.8 * losses[0]
     after = phases.measure(model, data)
     assert all(a < b for a, b in zip(after.exit_ce, figures.exit_ce, strict=True))
     assert all(p.requires_grad for p in model.parameters()) and not model.training
     with pytest.raises(ValueError, match="heads: there is nothing to train"):
-        phases.train_heads(tiny_decoder(vocab=258, head="shared"), data, phases.StepOptions(), 0)
+        phases.train_heads(tiny_decoder(vocab=258, head="shared"), data, phases.HeadOptions(), 0)
 
 
 def test_the_same_seed_gives_the_same(data):
-    options = phases.StepOptions(3, 5, 1e-2)
+    options = phases.HeadOptions(3, 5, 1e-2)
     first, second = (phases.train_heads(tiny_decoder(vocab=258, seed=1), data, options, 7) for _ in range(2))
     assert first == second
 
@@ -109,10 +109,68 @@ def test_last_exit_with_an_adapter(model, data):
     assert changed(model, before) == {n for n in before if "lora_" in n}
 
 
+def test_fitted_heads_are_the_nearest_maps_of_their_rank(data):
+    """At full rank ordinary least squares; below, the best of its rank: no random one of that rank is nearer."""
+    for rank in (32, 3):
+        fitted = tiny_decoder(vocab=258, seed=1, head_rank=rank).double()
+        before = snapshot(fitted)
+        phases.fit_heads(fitted, data, 5)
+        assert changed(fitted, before) == {n for n in before if n.startswith("exits.deltas") and ".4." not in n}
+        with torch.no_grad():
+            states = phases.exit_states(fitted, one_batch(data))[0]
+
+        def error(n, delta, wanted=states[-1]):
+            return float((n + delta(n) - wanted).square().sum())
+
+        for n, delta in zip(states[:-1], list(fitted.exits.deltas)[:-1], strict=True):
+            least = torch.linalg.lstsq(n, states[-1]).solution
+            at_full_rank = float((n @ least - states[-1]).square().sum())
+            if rank == n.shape[-1]:
+                assert error(n, delta) == pytest.approx(at_full_rank, rel=1e-2)
+            else:
+                best = error(n, delta)
+                assert at_full_rank < best < error(n, lambda n: 0 * n)
+                for _ in range(20):
+                    a, b = delta.a.weight.clone(), delta.b.weight.clone()
+                    a, b = (w + 0.01 * torch.randn_like(w) for w in (a, b))
+                    assert error(n, lambda n, a=a, b=b: n @ a.T @ b.T) > best * (1 - 1e-6)
+    with pytest.raises(ValueError, match="'own'"):
+        phases.fit_heads(tiny_decoder(vocab=258, head="own"), data)
+
+
+def test_heads_with_the_adapter(model, data):
+    from peft import LoraConfig, get_peft_model
+
+    model.causal_lm = get_peft_model(model.causal_lm, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    before = snapshot(model)
+    losses = phases.train_heads(model, data, phases.HeadOptions(8, 6, 1e-2, adapter=True), seed=0)
+    assert losses[-1] < losses[0]
+    assert changed(model, before) == {n for n in before if "lora_" in n or n.startswith("exits.deltas")}
+    before = snapshot(model)
+    phases.train_heads(model, data, phases.HeadOptions(1, 6, 1e-2), seed=0)
+    assert changed(model, before) == {n for n in before if n.startswith("exits.deltas")}
+
+
+def test_policies_of_several_prices_side_by_side(model, data):
+    before, options = snapshot(model), phases.TokenPolicyOptions(20, 12, 2e-2)
+    cheap, dear = phases.train_policies(model, data, options, (0.0, 10.0), seed=0)
+    (alone,) = phases.train_policies(model, data, options, (10.0,), seed=0)
+    assert not changed(model, before)
+    depths = []
+    for policies in (cheap, dear):
+        model.exits.policies = policies
+        depths.append(phases.measure(model, data).mean_depth)
+    assert depths[1] < depths[0] and depths[1] < 1.3
+    other = tiny_decoder(vocab=258, seed=1)
+    phases.train_policy(other, data, options, 10.0, seed=0)
+    for a, b in zip(alone.parameters(), other.policy_parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("reward", ["vanilla", "hardness"])
 def test_policies_in_full_context(model, data, reward):
     """Without a price the best exit is where the loss is least; at a high one the first is."""
-    phases.train_heads(model, data, phases.StepOptions(10, 6, 2e-2), seed=0)
+    phases.train_heads(model, data, phases.HeadOptions(10, 6, 2e-2), seed=0)
     depths = []
     for alpha in (0.0, 10.0):
         some = copy.deepcopy(model)

@@ -73,7 +73,7 @@ def whole(backbone, data, tmp_path_factory):
 
 def test_what_a_run_leaves(whole):
     output, record = whole
-    assert list(record["phases"]) == ["sft", "heads", "policy", "sampled", "task"]
+    assert list(record["phases"]) == ["sft", "fit", "heads", "policy", "sampled", "task"]
     assert record["sizes"] == {
         "train": 22, "calibration": 2, "dev": 4, "test": 4, "dropped_also_in_dev_or_test": 1,
     }  # fmt: skip
@@ -134,7 +134,7 @@ def test_killed_and_resumed(options, whole, tmp_path, monkeypatch, phase, where)
 def test_steps_of_no_epochs_are_left_out(options, tmp_path):
     none = {"epochs": 0}
     record = train({**options, "lora_rank": 0, "sampled": none, "task": none}, tmp_path / "ck")
-    assert list(record["phases"]) == ["heads", "policy"]
+    assert list(record["phases"]) == ["fit", "heads", "policy"]
     assert (tmp_path / "ck" / "model.safetensors").exists()
     record = train({**options, "head": "shared", "exit_layers": [5], "lora_rank": 0}, tmp_path / "one")
     assert list(record["phases"]) == []
