@@ -546,35 +546,28 @@ def exit_block(
     block_k = min(512 // itemsize, max(16, next_power_of_2(hidden)))
     rows = 8
 
-    def held(most: int) -> tuple[int, int, int]:
-        """Neurons, classes and programs a row."""
-        block_c = min(most, max(rows, next_power_of_2(classes)))
-        programs = _PROGRAMS_BESIDE if tokens else _PROGRAMS
-        splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, programs // cap_rows))
-        return min(most, max(rows, next_power_of_2(neurons))), block_c, splits
-
     most = 32
     while most > rows and most * hidden * itemsize > 96 * 1024:
         most //= 2
+    block_c = min(most, max(rows, next_power_of_2(classes)))
+    programs = _PROGRAMS_BESIDE if tokens else _PROGRAMS
+    splits = 1 if criterion == "confidence" else min(cdiv(classes, block_c), max(1, programs // cap_rows))
     # A row of four partial sums is 12 KB, and a multiprocessor brings some 84 a microsecond: few rows to a program
-    # while all programs run at once. Where they cannot, the norm is what takes the time, and three of its programs on a
-    # multiprocessor are worth more than weights in registers.
-    store_rows = next((n for n in (1, 4) if cap_rows * held(most)[2] + cdiv(tokens, n) <= _PROGRAMS), 8)
-    if store_rows == 8:
-        most = rows
-    block_p, block_c, splits = held(most)
+    # while all programs run at once.
+    store_rows = next((n for n in (1, 4) if cap_rows * splits + cdiv(tokens, n) <= _PROGRAMS), 8)
     return {
         "STORE_ROWS": store_rows if tokens else 1,
         "BLOCK_H": next_power_of_2(hidden),
         "ROWS": rows,
         "TILES": cdiv(hidden, block_k),
         "BLOCK_K": block_k,
-        "BLOCK_P": block_p,
+        "BLOCK_P": min(most, max(rows, next_power_of_2(neurons))),
         "BLOCK_C": block_c,
         "SPLITS": splits,
         "num_warps": _NUM_WARPS,
-        # Three or two programs a multiprocessor. Left alone, ptxas takes up to twice as many at H 384.
-        **({"maxnreg": 80 if store_rows == 8 else 128} if itemsize == 2 else {}),
+        # Two programs a multiprocessor; left alone, ptxas takes up to twice as many at H 384. Three, with weights of 8
+        # neurons at a time, let the exit make four trips to memory for one: 15 us for 10 at 4 096 tokens.
+        **({"maxnreg": 128} if itemsize == 2 else {}),
         "num_stages": 1,
     }
 
