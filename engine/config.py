@@ -111,6 +111,7 @@ class DecoderExitConfig:
                 ("lora"), or a head for each exit ("own", the authors' code: as large as the vocabulary each time)
     head_side   where the change of rank ``head_rank`` acts: on the final-normed state ("hidden", small at large
                 vocabularies) or on the logits ("logits", what LoRA on the authors' heads comes to)
+    early_exit_classifier   hold CALM's: one linear layer for all exits, beside the policies
     max_length  longest sequence in tokens, prompt and continuation
     """
 
@@ -120,6 +121,7 @@ class DecoderExitConfig:
     head_rank: int = 16
     head_side: str = "hidden"
     policy_hidden_size: int = 32
+    early_exit_classifier: bool = False
     criterion: str = "policy"
     threshold: float = 0.5
     max_length: int = 2048
@@ -136,6 +138,8 @@ class DecoderExitConfig:
         for name, allowed in (("head", HEADS), ("head_side", HEAD_SIDES), ("criterion", CRITERIA)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not isinstance(self.early_exit_classifier, bool):
+            raise TypeError(f"early_exit_classifier must be true or false, got {self.early_exit_classifier!r}")
         _in_range("threshold", self.threshold, 0.0, 1.0)
 
     @property

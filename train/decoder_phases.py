@@ -214,6 +214,31 @@ def train_policy(
     return _train(model, data, options, seed, model.policy_parameters(), loss_of, f"sampled alpha={alpha:.3g}")
 
 
+def train_early_exit_classifier(
+    model: MultiExitDecoder, data: TokenizedInstructions, options: StepOptions, seed: int
+) -> list[float]:
+    """CALM's baseline: its classifier, everything else frozen, by whether an exit's token is the last exit's:
+    binary CE, both answers of an exit weighing the same, in the mean over the exits but the last."""
+
+    def loss_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        with torch.no_grad():
+            states, _ = exit_states(model, batch)
+            tokens = torch.stack([_best_tokens(model, k, n) for k, n in enumerate(states)], 1)
+            same = (tokens[:, :-1] == tokens[:, -1:]).float()
+            share = same.mean(0).clamp(1 / len(same), 1 - 1 / len(same)) if len(same) > 1 else 0.5
+            weight = torch.where(same > 0, 0.5 / share, 0.5 / (1 - share))
+        z = torch.stack([model.classifier_logits(n) for n in states[:-1]], 1)
+        return nn.functional.binary_cross_entropy_with_logits(z, same, weight), len(same)
+
+    parameters = list(model.exits.early_exit_classifier.parameters())
+    return _train(model, data, options, seed, parameters, loss_of, "early-exit classifier")
+
+
+def _best_tokens(model: MultiExitDecoder, exit_index: int, n: Tensor) -> Tensor:
+    size = _CHUNK_ON_GPU if n.is_cuda else _CHUNK
+    return torch.cat([model.exit_logits(exit_index, states).argmax(-1) for states in n.split(size)])
+
+
 def sampled_exits(
     model: MultiExitDecoder, batch: dict[str, Tensor], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,6 +65,9 @@ class DecoderTrainer(ResumableRun):
             if c.task.epochs and self.model.head_parameters():
                 task = dict(threshold=c.threshold, indicator=c.task.indicator)
                 self._phase("task", lambda: self._step(decoder_phases.train_task, c.task, **task))
+        if c.early_exit_classifier.epochs and len(self.model.config.exit_layers) > 1:
+            step = decoder_phases.train_early_exit_classifier
+            self._phase("early_exit_classifier", lambda: self._step(step, c.early_exit_classifier))
         self._restore(self._at)
         self._round()
         self.model.config = self.model.exits.config = replace(self.model.config, threshold=c.threshold)
@@ -143,6 +146,7 @@ class DecoderTrainer(ResumableRun):
         c = self.config
         names = ("head", "head_rank", "head_side", "policy_hidden_size", "threshold")
         exits: dict[str, Any] = {name: getattr(c, name) for name in names}
+        exits["early_exit_classifier"] = c.early_exit_classifier.epochs > 0
         if c.exit_layers is not None:
             exits["exit_layers"] = c.exit_layers
         torch.manual_seed(seed_of(c, "exits"))

@@ -15,7 +15,20 @@ from engine.models.decoder import MultiExitDecoder
 # softmax: the exit's two largest probabilities, first less second (CALM 3.5, "softmax response"). Costs the whole head
 # at every exit. saturation: cosine of the hidden states behind this layer and behind the one before ("hidden-state
 # saturation"), negative ones as 0. Costs nothing, and knows nothing of the answer.
-CRITERIA = ("policy", "scripted", "softmax", "saturation")
+# classifier: sigmoid of one linear layer on the final-normed state, the same at every exit, trained to tell whether
+# this exit's token is the last one's ("early-exit classifier"); its checkpoint must hold it.
+CRITERIA = ("policy", "scripted", "softmax", "saturation", "classifier")
+
+
+def check_criterion(model: MultiExitDecoder, criterion: str) -> None:
+    """ValueError where it is unknown, or the model lacks what it asks for."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    if criterion == "classifier" and not model.config.early_exit_classifier:
+        raise ValueError(
+            "criterion 'classifier' needs a model with CALM's early-exit classifier, this one has none: train one with "
+            "early_exit_classifier.epochs, or choose another criterion"
+        )
 
 
 def measure(
@@ -27,6 +40,8 @@ def measure(
     """
     if criterion in ("policy", "scripted"):
         return model.policy_logits(exit_index, n)
+    if criterion == "classifier":
+        return torch.sigmoid(model.classifier_logits(n))
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if criterion == "saturation":
         return cosine_similarity(hidden.to(wide), before.to(wide), dim=-1).clamp(0, 1)

@@ -35,7 +35,8 @@ class HeadDelta(nn.Module):
 
 
 class DecoderExits(nn.Module):
-    """Policies (E - 1: none at the last layer) and what the E exits' heads have of their own."""
+    """Policies (E - 1: none at the last layer), what the E exits' heads have of their own, and CALM's early-exit
+    classifier where it is asked for: one linear layer that all exits but the last share."""
 
     def __init__(self, config: DecoderExitConfig, hidden_size: int, vocab_size: int):
         super().__init__()
@@ -43,6 +44,7 @@ class DecoderExits(nn.Module):
         self.policies = nn.ModuleList(
             ExitPolicy(hidden_size, config.policy_hidden_size) for _ in config.exit_layers[:-1]
         )
+        self.early_exit_classifier = nn.Linear(hidden_size, 1) if config.early_exit_classifier else None
         self.deltas, self.heads = nn.ModuleList(), nn.ModuleList()
         if config.head == "lora":
             outputs = hidden_size if config.head_side == "hidden" else vocab_size
@@ -120,6 +122,12 @@ class MultiExitDecoder(nn.Module):
     def policy_logits(self, exit_index: int, n: Tensor) -> Tensor:
         """z [...] in fp32 (fp64 for fp64); sigmoid(z) is the exit probability. The last exit has none: it exits."""
         z = self.exits.policies[exit_index](n)
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def classifier_logits(self, n: Tensor) -> Tensor:
+        """CALM's early-exit classifier (Schuster et al. 2022, 3.5) in fp32 (fp64 for fp64): sigmoid of it is how likely
+        the exit's next token is that of the last exit. n [..., H] -> [...]. Only where the config has one."""
+        z = self.exits.early_exit_classifier(n).squeeze(-1)
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,15 @@ from tests.decoding.test_steps import assert_same, by_reference, by_steps
 from tests.decoding.tiny import LAYERS, random_requests, tiny_decoder
 
 
+def with_classifier(seed):
+    model = tiny_decoder(seed=seed, early_exit_classifier=True)
+    with torch.no_grad():
+        model.exits.early_exit_classifier.weight.normal_(std=0.5)
+    return model
+
+
 def test_measures():
-    model = tiny_decoder(seed=1)
+    model = with_classifier(1)
     hidden, before = torch.randn(4, 32), torch.randn(4, 32)
     n = model.final_norm(hidden)
     with torch.no_grad():
@@ -26,11 +33,14 @@ def test_measures():
         torch.testing.assert_close(measure(model, "saturation", 2, n, hidden, before), cosine.clamp(0, 1))
         assert float(measure(model, "saturation", 2, n, hidden, hidden).min()) == pytest.approx(1.0)
         torch.testing.assert_close(measure(model, "policy", 2, n, hidden, before), model.policy_logits(2, n))
+        linear = model.exits.early_exit_classifier
+        want = torch.sigmoid((n * linear.weight[0]).sum(-1) + linear.bias)
+        torch.testing.assert_close(measure(model, "classifier", 2, n, hidden, before), want)
 
 
-@pytest.mark.parametrize("criterion", ["policy", "softmax", "saturation"])
+@pytest.mark.parametrize("criterion", ["policy", "softmax", "saturation", "classifier"])
 def test_the_ends_of_the_threshold(criterion):
-    model = tiny_decoder(seed=1)
+    model = with_classifier(1)
     hidden = torch.randn(3, 32)
     before, n = hidden + 0.1 * torch.randn(3, 32), model.final_norm(hidden)
     with torch.no_grad():
@@ -38,10 +48,12 @@ def test_the_ends_of_the_threshold(criterion):
             assert decide(model, criterion, 0, n, hidden, before, [threshold] * 3)[0] == [leaves] * 3
 
 
-@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.02), ("softmax", 0.05), ("saturation", 0.6)])
+@pytest.mark.parametrize(
+    "criterion, threshold", [("softmax", 0.02), ("softmax", 0.05), ("saturation", 0.6), ("classifier", 0.6)]
+)
 @pytest.mark.parametrize("decay", [False, True])
 def test_executors_decide_alike(criterion, threshold, decay):
-    model = tiny_decoder(seed=4).double()
+    model = with_classifier(4).double()
     options = dict(criterion=criterion, threshold=threshold, decay=decay)
     requests = [replace(r, **options) for r in random_requests(6, seed=7, new=15)]
     want = by_reference(model, requests)
@@ -52,8 +64,8 @@ def test_executors_decide_alike(criterion, threshold, decay):
 
 def test_criteria_of_one_batch_may_differ():
     """fp32: rows that a step as one op does not know take all rows to the modules."""
-    model = tiny_decoder(seed=4)
-    kinds = ["policy", "softmax", "saturation", "policy"]
+    model = with_classifier(4)
+    kinds = ["policy", "softmax", "saturation", "classifier"]
     requests = [replace(r, criterion=kind) for r, kind in zip(random_requests(4, seed=3, new=12), kinds, strict=True)]
     together, alone = by_steps(model, requests)[0], [by_steps(model, [r])[0][0] for r in requests]
     assert_same(together, alone, rtol=1e-3, atol=2e-4)
@@ -76,7 +88,9 @@ def test_from_the_engine():
     tokens = list(lm.stream([3, 4, 5], max_new_tokens=6, criterion="softmax", threshold=0.2))
     whole = lm.run([[3, 4, 5]], max_new_tokens=6, criterion="softmax", threshold=0.2)
     assert [t.token_id for t in tokens] == whole.token_ids[0]
-    with pytest.raises(ValueError, match="one of policy, scripted, softmax, saturation, got 'entropy'"):
+    with pytest.raises(ValueError, match="one of policy, scripted, softmax, saturation, classifier, got 'entropy'"):
         lm.run([[3]], criterion="entropy")
+    with pytest.raises(ValueError, match="needs a model with CALM's early-exit classifier, this one has none"):
+        lm.run([[3]], criterion="classifier")
     with pytest.raises(ValueError, match="exit_layers is for the scripted criterion, got criterion 'softmax'"):
         lm.run([[3]], criterion="softmax", exit_layers=2)

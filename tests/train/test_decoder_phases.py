@@ -185,6 +185,32 @@ def test_policies_in_full_context(model, data, reward):
         assert depths[1] < 1.1
 
 
+def test_the_early_exit_classifier_learns_whose_token_is_the_last_ones(data):
+    model = tiny_decoder(vocab=258, seed=1, early_exit_classifier=True)
+    phases.train_heads(model, data, phases.HeadOptions(10, 6, 2e-2), seed=0)
+    batch = one_batch(data)
+    with torch.no_grad():
+        states, _ = phases.exit_states(model, batch)
+        tokens = torch.stack([model.exit_logits(k, n).argmax(-1) for k, n in enumerate(states)])
+        same = (tokens[:-1] == tokens[-1]).float()
+
+        def loss():
+            z = torch.stack([model.classifier_logits(n) for n in states[:-1]])
+            each = torch.nn.functional.binary_cross_entropy_with_logits(z, same, reduction="none")
+            both = [(each[k][same[k] == label]).mean() for k in range(len(same)) for label in (0, 1)]
+            return float(torch.stack(both).mean())
+
+        assert all(0 < float(s.mean()) < 1 for s in same), "an exit with one answer: choose another seed"
+        fresh = loss()
+    before = snapshot(model)
+    first = phases.train_early_exit_classifier(model, data, phases.StepOptions(1, 12, 1e-9), seed=0)
+    assert first[0] == pytest.approx(fresh, rel=1e-3)
+    losses = phases.train_early_exit_classifier(model, data, phases.StepOptions(40, 12, 2e-2), seed=0)
+    assert changed(model, before) == {n for n in before if "early_exit_classifier" in n}
+    with torch.no_grad():
+        assert losses[-1] < first[0] and loss() < fresh
+
+
 def test_the_closed_form_is_that_of_the_objectives(model, data):
     """One step's loss, reckoned by hand."""
     batch = one_batch(data)

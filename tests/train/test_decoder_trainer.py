@@ -94,6 +94,18 @@ def test_what_a_run_leaves(whole):
     assert "llama, 5 layers" in told and f"{record['result']['test']['points']['0.5']['ce']:.4f}" in told
 
 
+def test_with_calms_classifier(options, tmp_path):
+    few = {name: {**options[name], "epochs": 0} for name in ("sft", "sampled", "task")}
+    step = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+    record = train({**options, **few, "early_exit_classifier": step}, tmp_path / "ck")
+    assert list(record["phases"])[-1] == "early_exit_classifier"
+    lm = engine.load(tmp_path / "ck")
+    out = lm.run(["ab"], max_new_tokens=5, criterion="classifier", threshold=0.0, ignore_eos=True)
+    assert out.exit_layers[0][1:] == [1] * 4
+    bare = train({**options, **few, "policy": few["task"]}, tmp_path / "bare")
+    assert "early_exit_classifier" not in bare["phases"]
+
+
 def test_the_loss_falls(options, tmp_path):
     options = {**options, "sft": {**options["sft"], "epochs": 4}, "heads": {**options["heads"], "epochs": 4}}
     phases = train(options, tmp_path / "ck")["phases"]
