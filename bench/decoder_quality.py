@@ -74,9 +74,11 @@ def bert_score(model: str, layer: int, device: str) -> Scorer:
     scorer = BERTScorer(model_type=model, num_layers=layer, device=device)
 
     def score(found: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-        if not found:
-            return np.zeros(0)
-        return scorer.score([text or " " for text in found], [text or " " for text in wanted])[2].numpy()
+        scores = np.zeros(len(found))  # of who says nothing
+        said = [k for k, pair in enumerate(zip(found, wanted, strict=True)) if all(text.strip() for text in pair)]
+        if said:
+            scores[said] = scorer.score([found[k] for k in said], [wanted[k] for k in said])[2].numpy()
+        return scores
 
     return score
 
