@@ -35,18 +35,11 @@ from torch.nn import functional as F
 from engine.bench.record import RESULTS, figure, write_result
 from engine.bench.timer import Timing, interleave
 from engine.console import show_table
+from engine.kernels.exit_rows import ExitDestinations, ExitLimits, classifier_math, policy_math
 from engine.kernels.exits import add_layer_norm_ref, embed_layer_norm_ref
 from engine.kernels.gpu_attention import attention_configs_for, varlen_attention_
 from engine.kernels.gpu_common import ROWS, TOKENS
-from engine.kernels.gpu_exit import (
-    ExitDestinations,
-    ExitLimits,
-    classifier_math,
-    exit_add_norm_rows_,
-    exit_norm_rows_,
-    exit_rows_,
-    policy_math,
-)
+from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import configs_for, linear_math, linear_rows_
 from engine.kernels.gpu_norms import (
     add_layer_norm_compact_,

@@ -28,8 +28,8 @@ from engine.executors.base import ExitOptions, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights, derive
+from engine.kernels.exit_rows import ExitDestinations
 from engine.kernels.gpu_common import triton
-from engine.kernels.gpu_exit import ExitDestinations
 from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem, no_allocation
 from engine.models.encoder import MultiExitEncoder
 

@@ -19,17 +19,10 @@ import torch
 from torch import Tensor
 
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, PlainLinear
+from engine.kernels.exit_rows import ExitDestinations, ExitLimits, Survivors
 from engine.kernels.gpu_attention import varlen_attention_
 from engine.kernels.gpu_common import ROWS, TOKENS
-from engine.kernels.gpu_exit import (
-    MOST_SCANNED,
-    ExitDestinations,
-    ExitLimits,
-    Survivors,
-    exit_add_norm_rows_,
-    exit_norm_rows_,
-    exit_rows_,
-)
+from engine.kernels.gpu_exit import MOST_SCANNED, exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import linear_rows_
 from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
 from engine.kernels.products import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels import gpu_attention, gpu_exit, gpu_linear, gpu_norms
+from engine.kernels import exit_rows, gpu_attention, gpu_exit, gpu_linear, gpu_norms
 from engine.kernels.gpu_common import triton
 from engine.kernels.products import Partials
 
@@ -110,8 +110,8 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
     policy = (empty(32, hidden), empty(32), empty(1, 32), empty(1))
     classifier = (empty(classes, hidden), empty(classes))
     per_row = empty(rows, dtype=int32)
-    limits = gpu_exit.ExitLimits(per_row, per_row, per_row, empty(rows, dtype=floats), per_row)
-    exits = gpu_exit.ExitDestinations(
+    limits = exit_rows.ExitLimits(per_row, per_row, per_row, empty(rows, dtype=floats), per_row)
+    exits = exit_rows.ExitDestinations(
         empty(rows, classes, dtype=floats), per_row, empty(rows, dtype=floats), empty(rows, dtype=torch.int8)
     )
     for criterion in ("policy", "confidence", "last"):
@@ -134,10 +134,10 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         yield f"exit add norm, state, {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
             exits, limits, out, x, other, norm, *r, None, x[:rows]
         )
-    few = gpu_exit.ExitLimits(*(t[:32] for t in limits[:5]))
+    few = exit_rows.ExitLimits(*(t[:32] for t in limits[:5]))
     for most, limit in ((1, few._replace(row_ids=per_row[:1])), (32, few)):
         rest = (counts, 3, "policy", policy, classifier)
-        scanned = gpu_exit.Survivors(*(empty(tokens, dtype=int32) for _ in range(6)))
+        scanned = exit_rows.Survivors(*(empty(tokens, dtype=int32) for _ in range(6)))
         yield f"exit norm, {most} scanned", lambda r=rest, n=limit, s=scanned: gpu_exit.exit_norm_rows_(
             exits, n, x, other, norm, *r, cu_seqlens, None, s
         )

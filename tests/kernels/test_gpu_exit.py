@@ -5,17 +5,15 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels import gpu_exit
-from engine.kernels.gpu_exit import (
+from engine.kernels.exit_rows import (
     ExitDestinations,
     ExitLimits,
     Survivors,
-    exit_add_norm_rows_,
     exit_add_norm_rows__ref,
-    exit_norm_rows_,
     exit_norm_rows__ref,
-    exit_rows_,
     exit_rows__ref,
 )
+from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.survivors import survivors__ref
 from tests.kernels.cases import assert_no_worse, doubled, partials_of
 
