@@ -43,7 +43,7 @@ from engine.train.instructions import Instruction, TokenizedInstructions, load_i
 
 OURS, FULL = "ConsistentEE", "full depth"
 SPEED_UPS = (1.5, 2.0, 3.0, 5.0)
-ALPHAS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+ALPHAS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.055, 0.06, 0.065, 0.07, 0.075, 0.08, 0.09, 0.1, 0.12, 0.15, 0.2)
 THRESHOLDS = {
     "softmax": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
     "saturation": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
@@ -53,6 +53,8 @@ SCORES = ("rouge_reference", "bert_reference", "rouge_full", "bert_full")
 GREEDY = {"repetition_penalty": 1.2}  # the paper's code
 SAMPLED = {"temperature": 1.0, "top_p": 0.75, "top_k": 40}  # the paper's text
 _RESAMPLES = 2000
+# Points further apart than this factor say nothing about what lies between them.
+_GAP = 1.6
 
 Scorer = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # F1 of each pair
 
@@ -91,11 +93,27 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def at(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """Linear interpolation of (x, y) points; None outside of them."""
-    ordered = sorted(points)
-    if not ordered or not ordered[0][0] <= x <= ordered[-1][0]:
+    """Linear interpolation of (x, y) points; None outside of them, and between two that are far from each other."""
+    below, above = [p for p in points if p[0] <= x], [p for p in points if p[0] >= x]
+    if not below or not above:
         return None
-    return float(np.interp(x, [p[0] for p in ordered], [p[1] for p in ordered]))
+    low, high = max(below), min(above)
+    if high[0] > _GAP * low[0]:
+        return None
+    return low[1] if high[0] == low[0] else low[1] + (high[1] - low[1]) * (x - low[0]) / (high[0] - low[0])
+
+
+def best_within(points: Sequence[tuple[float, float]], seconds: float) -> float | None:
+    """The best score that (time, score) points can have in that time: of one that takes no longer, or interpolated to
+    the next one; where that is far, its score whole, so rather too much. None where all take longer."""
+    there = [score for time_, score in points if time_ <= seconds]
+    if not there:
+        return None
+    later = [p for p in points if p[0] >= seconds]
+    if later:
+        between = at(points, seconds)
+        there.append(min(later)[1] if between is None else between)
+    return max(there)
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -262,8 +280,9 @@ def figures(rows: Sequence[Mapping[str, Any]], decoding: str) -> list[dict[str, 
         for score in SCORES:
             mine = at([(r["layer_speed_up"], r[score]) for r in ours], speed_up)
             theirs = {
-                m: None if seconds is None else at([(r["relative_time"], r[score]) for r in rows if r["method"] == m],
-                                                   seconds)
+                m: None if seconds is None else best_within(
+                    [(r["relative_time"], r[score]) for r in rows if r["method"] == m], seconds
+                )
                 for m in methods
             }  # fmt: skip
             there = {m: value for m, value in theirs.items() if value is not None}
