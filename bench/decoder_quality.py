@@ -17,7 +17,6 @@ compare the paths that serve them, not the methods.
 from __future__ import annotations
 
 import argparse
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,17 +28,17 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from engine.bench.plots import check_path
+from engine.bench.plots import check_path, save_figure
 from engine.bench.record import RESULTS, figure, write_result
 from engine.bench.timer import interleave
 from engine.decoding.criteria import measure
 from engine.generation import DecoderEngine, Generation
-from engine.loading import load_model, write_file
+from engine.loading import load_model
 from engine.reading import fill_module, read_tensors
 from engine.train import decoder_phases
 from engine.train.data import split_file
 from engine.train.decoder_config import TokenPolicyOptions
-from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions
+from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions, without
 
 OURS, FULL = "ConsistentEE", "full depth"
 SPEED_UPS = (1.5, 2.0, 3.0, 5.0)
@@ -164,12 +163,6 @@ def stored_policies(path: Path, train: Callable[[], dict[float, dict[str, torch.
     return dict(sorted(sets.items()))
 
 
-def mean_depth(found: Generation) -> float:
-    """Of the tokens that a step decoded, in all prompts together."""
-    depths = [depth for row in found.exit_layers for depth in row[1:]]
-    return sum(depths) / len(depths)
-
-
 def check_seconds(lm: DecoderEngine, criteria: Sequence[str]) -> dict[str, float]:
     """Of one check of one row by itself, all parts that a measure needs."""
     model = lm.model
@@ -245,7 +238,7 @@ def curves(
             "rouge_full": rouge_l(found.texts, full.texts),
             "bert_full": bert(found.texts, full.texts),
         }
-        depth = mean_depth(found)
+        depth = found.stats.mean_depth
         row = {"method": setting.method, "value": setting.value, "mean_depth": depth, "layer_speed_up": layers / depth}
         for name in SCORES:
             row[name], row[f"{name}_95"] = float(values[name].mean()), interval(values[name])
@@ -320,9 +313,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     handles, labels = axes.get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     drawn.suptitle(title)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
-    write_file(path, buffer.getvalue())
+    save_figure(drawn, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -358,8 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = model.to(o.device)
     if "classifier" in o.criteria and not model.config.early_exit_classifier:
         parser.error("the checkpoint has no early-exit classifier: leave that criterion out")
-    seen = {row.instruction for row in parts["test"]}
-    training = [row for row in parts["train"] if row.instruction not in seen]
+    training = without(parts["train"], parts["test"])
 
     def train() -> dict[float, dict[str, torch.Tensor]]:
         return train_policies(model, tokenizer, training, o.alphas, o.max_length, o.epochs)

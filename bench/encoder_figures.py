@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from engine.bench import encoder_competitors as peers
-from engine.bench.plots import check_path
+from engine.bench.plots import check_path, save_figure
 from engine.bench.record import figure
 from engine.bench.report import environment
 from engine.console import show_table
-from engine.loading import write_file
 
 OURS = "ours"
 MODEL = "bert-base"
@@ -242,7 +240,4 @@ def plot_times(rows: Rows, path: str | Path) -> Path:
     one = measured[-1]
     drawing.suptitle(f"{model}, full depth, {one['longest']} tokens a row, {one['gpu'] or 'CPU'}")
     drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
-    write_file(path, buffer.getvalue())
-    return path
+    return save_figure(drawing, path)

@@ -6,9 +6,13 @@ import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.bench.report import Point
 from engine.loading import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -46,6 +50,11 @@ def plot_accuracy_time(
     figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
     figure.suptitle(title)
     axes.set_title(subtitle, fontsize="small")
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write it whole or not at all, in the format of the name; returns the path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
     write_file(path, buffer.getvalue())

@@ -248,8 +248,7 @@ class TrainConfig:
         check_one_of("pooler", self.pooler, POOLERS)
         check_integer("policy_hidden_size", self.policy_hidden_size, 1)
         check_number("classifier_dropout", self.classifier_dropout, 1.0)
-        if not isinstance(self.drop_leaked, bool):
-            raise TypeError(f"drop_leaked must be true or false, got {self.drop_leaked!r}")
+        check_flag("drop_leaked", self.drop_leaked)
         check_integer("max_rounds", self.max_rounds, 0)
         check_number("tolerance", self.tolerance)
 
@@ -343,6 +342,11 @@ def build_options(cls: type, data: Any, where: str) -> Any:
 def check_one_of(name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def check_integer(name: str, value: Any, low: int) -> None:

@@ -12,6 +12,7 @@ from engine.train.config import (
     OptimiserOptions,
     as_tuple,
     build_options,
+    check_flag,
     check_integer,
     check_number,
     check_one_of,
@@ -21,11 +22,6 @@ from engine.train.objectives import INDICATORS, REWARD_KINDS
 
 CONTEXTS = ("full", "sampled")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ log = logging.getLogger("engine.train")
 _CHUNK, _CHUNK_ON_GPU = 512, 4096
 
 
+def _chunk(n: Tensor) -> int:
+    return _CHUNK_ON_GPU if n.is_cuda else _CHUNK
+
+
 def token_losses(model: MultiExitDecoder, exit_index: int, n: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """CE (T,) in nats and hits (T,) bool of one exit for final-normed states n (T, H) and targets (T,).
 
@@ -38,7 +42,7 @@ def token_losses(model: MultiExitDecoder, exit_index: int, n: Tensor, targets: T
         logits = model.exit_logits(exit_index, states).float()
         return nn.functional.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 
-    size = _CHUNK_ON_GPU if n.is_cuda else _CHUNK
+    size = _chunk(n)
     chunks = zip(n.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled():
         parts = [checkpoint(of_chunk, states, wanted, use_reentrant=False) for states, wanted in chunks]
@@ -235,8 +239,7 @@ def train_early_exit_classifier(
 
 
 def _best_tokens(model: MultiExitDecoder, exit_index: int, n: Tensor) -> Tensor:
-    size = _CHUNK_ON_GPU if n.is_cuda else _CHUNK
-    return torch.cat([model.exit_logits(exit_index, states).argmax(-1) for states in n.split(size)])
+    return torch.cat([model.exit_logits(exit_index, states).argmax(-1) for states in n.split(_chunk(n))])
 
 
 def sampled_exits(

@@ -20,7 +20,7 @@ from engine.models.decoder import MultiExitDecoder
 from engine.train import card, decoder_phases
 from engine.train.data import split_file
 from engine.train.decoder_config import DecoderTrainConfig
-from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions
+from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions, without
 from engine.train.run import ResumableRun, trained_state
 from engine.train.start import seed_of
 
@@ -171,16 +171,15 @@ class DecoderTrainer(ResumableRun):
     ) -> tuple[dict[str, TokenizedInstructions | None], dict[str, int]]:
         """Calibration is carved from train; train rows whose instruction stands in another part are dropped."""
         c, train = self.config, rows["train"]
-        seen = {r.instruction for split in ("dev", "test") for r in rows[split] or ()}
-        kept = [r for r in train if r.instruction not in seen]
+        kept = without(train, rows["dev"] or [], rows["test"] or [])
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(c.seed)).tolist()
         count = max(1, round(len(kept) * c.calibration_share))
         if len(kept) <= count:
             raise ValueError(f"{c.data}: {len(kept)} training rows are too few to hold some out for calibration")
-        held = {kept[i].instruction for i in order[:count]}
+        held = [kept[i] for i in order[:count]]
         parts: dict[str, list[Instruction] | None] = {
-            "train": [r for r in kept if r.instruction not in held],
-            "calibration": [kept[i] for i in order[:count]],
+            "train": without(kept, held),
+            "calibration": held,
             "dev": rows["dev"],
             "test": rows["test"],
         }

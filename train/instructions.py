@@ -73,6 +73,12 @@ def load_instructions(path: str | Path) -> list[Instruction]:
     return found
 
 
+def without(rows: list[Instruction], *others: list[Instruction]) -> list[Instruction]:
+    """The rows whose instruction stands in none of ``others``."""
+    seen = {row.instruction for other in others for row in other}
+    return [row for row in rows if row.instruction not in seen]
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedInstructions:
     """Prompts and answers end to end, each answer closed by the EOS token where it was not cut.

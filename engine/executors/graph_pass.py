@@ -125,7 +125,7 @@ class Pass:
     @property
     def bytes(self) -> int:
         """Of its own on the device."""
-        own = (*self._lives[1], *self._lives[2], self._token_dest, self._first, self._state)
+        own = (*self._lives[1], *self._lives[2], self._token_dest, self._arrivals, self._first, self._state)
         return sum(t.nbytes for t in own)
 
     def record(self, when: Callable[[Tensor], AbstractContextManager[None]]) -> None:
