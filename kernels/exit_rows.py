@@ -11,13 +11,11 @@ from torch.nn import functional as F
 from engine.kernels.exits import add_layer_norm_ref
 from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.products import Partials, whole_rows
-from engine.kernels.survivors import survivors__ref
 
 __all__ = [
     "CRITERIA",
     "ExitDestinations",
     "ExitLimits",
-    "Survivors",
     "exit_add_norm_rows__ref",
     "exit_norm_rows__ref",
     "exit_rows__ref",
@@ -63,23 +61,6 @@ class ExitLimits(NamedTuple):
     by_row_id: bool = False
 
 
-class Survivors(NamedTuple):
-    """Where an exit of few rows (``gpu_exit.MOST_SCANNED``) says itself who stays, instead of ``survivors_``.
-
-    cu_seqlens, out_cu_seqlens, token_dest, out_counts  as there, but token_dest past the live tokens is left alone
-    out_row_ids  int32 [cap_rows]: of the survivors; entries past them are left alone
-    arrivals     int32 [1]: 0 before and after; of this exit alone, or of exits that run one after the other
-    All int32 and contiguous; what is written shares no memory with what is read.
-    """
-
-    cu_seqlens: Tensor
-    out_cu_seqlens: Tensor
-    token_dest: Tensor
-    out_counts: Tensor
-    out_row_ids: Tensor
-    arrivals: Tensor
-
-
 # --- torch twins -----------------------------------------------------------------------------------------------------
 
 
@@ -110,11 +91,9 @@ def exit_rows__ref(
     criterion: str,
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
-    survivors: Survivors | None = None,
 ) -> None:
     n = int(counts[ROWS])
     _decide(out, limits, state[:n], layer, criterion, policy, classifier)
-    _scan_ref(out, limits, counts, survivors)
 
 
 def exit_norm_rows__ref(
@@ -130,14 +109,12 @@ def exit_norm_rows__ref(
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None = None,
     partials: Partials | None = None,
-    survivors: Survivors | None = None,
 ) -> None:
     n = int(counts[ROWS])
     source = slice(n) if index is None else index[:n].long()
     rows = whole_rows(x, partials, n if index is None else int(counts[TOKENS]), source)
     state = add_layer_norm_ref(rows, residual[source], *norm).to(x.dtype)
     _decide(out, limits, state, layer, criterion, policy, classifier)
-    _scan_ref(out, limits, counts, survivors)
 
 
 def exit_add_norm_rows__ref(
@@ -155,21 +132,12 @@ def exit_add_norm_rows__ref(
     index: Tensor | None,
     state: Tensor | None = None,
     partials: Partials | None = None,
-    survivors: Survivors | None = None,
 ) -> None:
     rows, tokens = counts.tolist()
     normed[:tokens] = add_layer_norm_ref(whole_rows(x, partials, tokens, slice(tokens)), residual[:tokens], *norm)
     states = normed[index[:rows].long()] if state is None else state[:rows]
     _decide(out, limits, states, layer, criterion, policy, classifier)
-    _scan_ref(out, limits, counts, survivors)
 
-
-def _scan_ref(out: ExitDestinations, limits: ExitLimits, counts: Tensor, survivors: Survivors | None) -> None:
-    if survivors is not None:
-        cu_seqlens, out_cu_seqlens, token_dest, out_counts, out_row_ids, _ = survivors
-        rows, tokens = limits.row_ids.shape[0], int(counts[TOKENS])
-        before = out.keep[:rows], cu_seqlens[: rows + 1], counts, [limits.row_ids]
-        survivors__ref(*before, out_cu_seqlens[: rows + 1], token_dest[:tokens], out_counts, [out_row_ids[:rows]])
 
 
 def _decide(out, limits, state, layer, criterion, policy, classifier) -> None:

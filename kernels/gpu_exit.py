@@ -20,8 +20,7 @@ A pooler (H x H) would take one program 13.5 us by itself: with one, ``add_layer
 and ``linear_rows_(act="tanh")`` make the states, and ``exit_rows_`` or ``exit_add_norm_rows_`` takes them: the norm of
 all tokens, which nobody waits for, then runs beside the exit and not in front of the pooler.
 
-With few rows the last program to finish says who stays (``Survivors``), which costs no launch. ``exit_rows`` has what
-goes in and comes out, and each op in plain torch.
+``exit_rows`` has what goes in and comes out, and each op in plain torch.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from engine.kernels.exit_rows import (
     CRITERIA,
     ExitDestinations,
     ExitLimits,
-    Survivors,
     exit_add_norm_rows__ref,
     exit_norm_rows__ref,
     exit_rows__ref,
@@ -63,15 +61,11 @@ from engine.kernels.gpu_norms import residual_norm, sums_of
 from engine.kernels.products import Partials
 
 __all__ = [
-    "MOST_SCANNED",
     "exit_add_norm_rows_",
     "exit_norm_rows_",
     "exit_rows_",
 ]
 
-# The last program to finish looks at all rows and their tokens by itself: for few of them faster than a launch
-# (reckoned, not measured).
-MOST_SCANNED = 32
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -171,47 +165,8 @@ def _classify(logits_ptr, bias_ptr, matrix, state, chosen, C: tl.constexpr, TILE
     return values
 
 
-@jit
-def _scan(
-    keep_ptr,
-    row_ids_ptr,
-    cu_seqlens_ptr,
-    out_cu_seqlens_ptr,
-    token_dest_ptr,
-    out_counts_ptr,
-    out_row_ids_ptr,
-    live,
-    tokens,
-    cap_rows,
-    ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """``Survivors``, by one program, once ``keep`` of all live rows is written."""
-    i = tl.arange(0, ROWS)
-    stays = (loaded_ahead(keep_ptr + i, i < live, 0) != 0) & (i < live)
-    start = loaded_ahead(cu_seqlens_ptr + i, i < live, 0)
-    end = loaded_ahead(cu_seqlens_ptr + i + 1, i < live, 0)
-    row_id = loaded_ahead(row_ids_ptr + i, i < live, 0)
-    length = tl.where(stays, end - start, 0)
-    place = tl.cumsum(stays.to(tl.int32), axis=0) - 1
-    before = tl.cumsum(length, axis=0) - length
-    left_rows = tl.sum(stays.to(tl.int32), axis=0)
-    left_tokens = tl.sum(length, axis=0)
-    tl.store(out_row_ids_ptr + place, row_id, mask=stays)
-    tl.store(out_cu_seqlens_ptr + place, before, mask=stays)
-    bound = tl.arange(0, 2 * ROWS)
-    tl.store(out_cu_seqlens_ptr + bound, left_tokens, mask=(bound >= left_rows) & (bound <= cap_rows))
-    tl.store(out_counts_ptr, left_rows)
-    tl.store(out_counts_ptr + 1, left_tokens)
-    for first in range(0, tokens, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)
-        inside = (token[:, None] >= start[None, :]) & (token[:, None] < end[None, :]) & stays[None, :]
-        dest = tl.max(tl.where(inside, token[:, None] + (before - start)[None, :], -1), axis=1)
-        tl.store(token_dest_ptr + token, dest, mask=token < tokens)
-
-
 @jit(
-    do_not_specialize=["layer", "exit_programs", "four", "two", "cap_rows"],
+    do_not_specialize=["layer", "exit_programs", "four", "two"],
     do_not_specialize_on_alignment=(
         *UNALIGNED,
         "exit_layers_ptr",
@@ -225,12 +180,6 @@ def _scan(
         "script_ptr",
         "index_ptr",
         "b2_ptr",
-        "cu_seqlens_ptr",
-        "out_cu_seqlens_ptr",
-        "token_dest_ptr",
-        "out_counts_ptr",
-        "out_row_ids_ptr",
-        "arrivals_ptr",
     ),
 )
 def _exit_kernel(
@@ -266,15 +215,8 @@ def _exit_kernel(
     x_stride,
     residual_stride,
     state_stride,
-    cu_seqlens_ptr,
-    out_cu_seqlens_ptr,
-    token_dest_ptr,
-    out_counts_ptr,
-    out_row_ids_ptr,
-    arrivals_ptr,
     layer,
     exit_programs,
-    cap_rows,
     H: tl.constexpr,
     P: tl.constexpr,
     C: tl.constexpr,
@@ -287,8 +229,6 @@ def _exit_kernel(
     HAS_EXIT_LOGITS: tl.constexpr,
     BY_ROW_ID: tl.constexpr,
     SUMS: tl.constexpr,
-    SCANNED: tl.constexpr,
-    ALONE: tl.constexpr,
     STORE_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ROWS: tl.constexpr,
@@ -340,8 +280,6 @@ def _exit_kernel(
         first_b1 = tl.load(b1_ptr + neurons, mask=neurons < P, other=0.0)
         first_w2 = tl.load(w2_ptr + neurons, mask=neurons < P, other=0.0)
     live = loaded_ahead(counts_ptr)
-    if SCANNED:
-        live_tokens = loaded_ahead(counts_ptr + 1)
     row_id = loaded_ahead(row_ids_ptr + i).to(tl.int64)
     source = i
     if HAS_INDEX:
@@ -360,11 +298,6 @@ def _exit_kernel(
         max_depth = loaded_ahead(max_depth_ptr + limit, i < live, 0)
     begin(EARLY)
     if i >= live:
-        if SCANNED:
-            if (live == 0) & (program == 0):
-                bound = tl.arange(0, 2 * SCANNED)
-                tl.store(out_cu_seqlens_ptr + bound, bound * 0, mask=bound <= cap_rows)
-                tl.store(out_counts_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
         return
     if NORM:
         row = source.to(tl.int64)
@@ -432,20 +365,6 @@ def _exit_kernel(
                 wanted = tile + classes
                 matrix = _tiles(classifier_ptr, wanted, wanted < C, H, H, TILES, BLOCK_K)
                 _classify(logits_ptr, classifier_bias_ptr, matrix, state, wanted, C, TILES)
-
-    if SCANNED:
-        if split == 0:
-            tl.debug_barrier()  # keep is written before this program arrives, or looks at it
-            last = i >= 0
-            if not ALONE:
-                last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == live - 1
-            if last:
-                if not ALONE:
-                    tl.store(arrivals_ptr, 0)
-                _scan(
-                    keep_ptr, row_ids_ptr, cu_seqlens_ptr, out_cu_seqlens_ptr, token_dest_ptr, out_counts_ptr,
-                    out_row_ids_ptr, live, live_tokens, cap_rows, SCANNED, 8192 // SCANNED,
-                )  # fmt: skip
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -565,22 +484,6 @@ def _check_norm(limits: ExitLimits, x: Tensor, residual: Tensor, norm, index: Te
         check_vector("index", index, x, "x", torch.int32, cap_rows)
 
 
-def _check_survivors(limits: ExitLimits, x: Tensor, keep: Tensor, counts: Tensor, survivors: Survivors | None) -> None:
-    if survivors is None:
-        return
-    cap_rows = limits.row_ids.shape[0]
-    if cap_rows > MOST_SCANNED:
-        raise ValueError(f"an exit finds the survivors of up to {MOST_SCANNED} rows, got {cap_rows}: use survivors_")
-    sizes = (cap_rows + 1, cap_rows + 1, 0, 2, cap_rows, 1)
-    for (name, tensor), size in zip(survivors._asdict().items(), sizes, strict=True):
-        check_vector(name, tensor, x, "the state", torch.int32, size)
-    for name in Survivors._fields[1:]:
-        written = getattr(survivors, name)
-        read = {"cu_seqlens": survivors.cu_seqlens, "row_ids": limits.row_ids, "counts": counts, "keep": keep}
-        for other, tensor in read.items():
-            check_apart(written, other, tensor)
-
-
 def _launch(
     out,
     limits,
@@ -594,7 +497,6 @@ def _launch(
     policy,
     classifier,
     partials,
-    survivors,
     normed=None,
     state=None,
 ) -> None:
@@ -649,10 +551,8 @@ def _launch(
             x.stride(0),
             0 if residual is None else residual.stride(0),
             read.stride(0),
-            *((None,) * 6 if survivors is None else survivors),
             layer,
             exit_programs,
-            cap_rows,
             H=hidden,
             P=neurons,
             C=classifier[0].shape[0],
@@ -665,8 +565,6 @@ def _launch(
             HAS_EXIT_LOGITS=out.exit_logits is not None,
             BY_ROW_ID=limits.by_row_id,
             SUMS=sums_of(partials, x.shape[0]),
-            SCANNED=0 if survivors is None else 8 if cap_rows <= 8 else MOST_SCANNED,
-            ALONE=survivors is not None and cap_rows == 1,
             **block,
             **early(x),
         )
@@ -681,7 +579,6 @@ def exit_rows_(
     criterion: str,
     policy: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     classifier: tuple[Tensor, Tensor],
-    survivors: Survivors | None = None,
 ) -> None:
     """The exit check of the counts[0] live rows on given states (behind a pooler), one a row.
 
@@ -695,18 +592,16 @@ def exit_rows_(
     policy      (w1 (P, H), b1 (P,), w2 (1, P), b2 (1,)), each fp32 or the dtype of state, contiguous; unused with
                 "confidence" and "last", where it may be None
     classifier  (weight (C, H), bias (C,)), the same
-    survivors   None, or where to say who stays: see Survivors
     The kernel in front may not be one that writes weights, counts or limits: they may be read before it has ended.
     Everything is computed in fp32 from the state as stored. A row's result does not depend on the other rows.
     """
     _check(out, limits, state, counts, layer, criterion, policy, classifier)
     check_rows("state", state, state, "state", state.shape[1], limits.row_ids.shape[0])
     check_apart(out.logits, "state", state)
-    _check_survivors(limits, state, out.keep, counts, survivors)
     if not runs_kernel(state):
-        exit_rows__ref(out, limits, state, counts, layer, criterion, policy, classifier, survivors)
+        exit_rows__ref(out, limits, state, counts, layer, criterion, policy, classifier)
         return
-    _launch(out, limits, state, None, None, None, counts, layer, criterion, policy, classifier, None, survivors)
+    _launch(out, limits, state, None, None, None, counts, layer, criterion, policy, classifier, None)
 
 
 def exit_norm_rows_(
@@ -722,7 +617,6 @@ def exit_norm_rows_(
     classifier: tuple[Tensor, Tensor],
     index: Tensor | None = None,
     partials: Partials | None = None,
-    survivors: Survivors | None = None,
 ) -> None:
     """``exit_rows_`` on LayerNorm(x + residual) of each live row's first token, where there is no pooler.
 
@@ -736,12 +630,12 @@ def exit_norm_rows_(
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)
     _check_norm(limits, x, residual, norm, index, partials)
-    _check_survivors(limits, x, out.keep, counts, survivors)
-    rest = counts, layer, criterion, policy, classifier
     if not runs_kernel(x):
-        exit_norm_rows__ref(out, limits, x, residual, norm, *rest, index, partials, survivors)
+        exit_norm_rows__ref(
+            out, limits, x, residual, norm, counts, layer, criterion, policy, classifier, index, partials
+        )
         return
-    _launch(out, limits, x, residual, norm, index, *rest, partials, survivors)
+    _launch(out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, partials)
 
 
 def exit_add_norm_rows_(
@@ -759,7 +653,6 @@ def exit_add_norm_rows_(
     index: Tensor | None,
     state: Tensor | None = None,
     partials: Partials | None = None,
-    survivors: Survivors | None = None,
 ) -> None:
     """``normed[t] = LayerNorm(x[t] + residual[t])`` for t < counts[1], and ``exit_norm_rows_`` beside it: one launch.
     With ``state``, ``exit_rows_`` beside it.
@@ -789,9 +682,11 @@ def exit_add_norm_rows_(
     for name, rows in (("x", x), ("residual", residual)):
         check_rows(name, rows, x, "x", hidden, normed.shape[0])
         check_apart(normed, name, rows)
-    _check_survivors(limits, x, out.keep, counts, survivors)
-    rest = counts, layer, criterion, policy, classifier
     if not runs_kernel(x):
-        exit_add_norm_rows__ref(out, limits, normed, x, residual, norm, *rest, index, state, partials, survivors)
+        exit_add_norm_rows__ref(
+            out, limits, normed, x, residual, norm, counts, layer, criterion, policy, classifier, index, state, partials
+        )
         return
-    _launch(out, limits, x, residual, norm, index, *rest, partials, survivors, normed, state)
+    _launch(
+        out, limits, x, residual, norm, index, counts, layer, criterion, policy, classifier, partials, normed, state
+    )

@@ -76,20 +76,16 @@ def launches(monkeypatch, model, **options):
     return names
 
 
-@pytest.mark.parametrize("scanned", [32, 1], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("pooler, pooled", [("none", 0), ("shared", 2)])
-def test_a_delayed_exit_costs_no_launch_but_those_of_its_pooler(monkeypatch, pooler, pooled, scanned):
-    """With many rows that of ``survivors_``. The exit in front of the last layer, which moves its tokens at once, one
-    more."""
-    monkeypatch.setattr(graph_pass, "MOST_SCANNED", scanned)
-    found = 0 if scanned == 32 else 3
+@pytest.mark.parametrize("pooler, more", [("none", 1), ("shared", 3)])
+def test_a_delayed_exit_costs_one_launch_and_those_of_its_pooler(monkeypatch, pooler, more):
+    """The exit in front of the last layer, which moves its tokens at once, one more."""
     model = tiny_model("bert", pooler)
     none, every = (launches(monkeypatch, model, min_depth=depth) for depth in (4, 1))
-    assert none.count("survivors") == 0 and every.count("survivors") == found
+    assert none.count("survivors") == 0 and every.count("survivors") == 3
     assert every.count("add_layer_norm_compact") == 3
-    assert len(every) == len(none) + 3 * pooled + found + 1
+    assert len(every) == len(none) + 3 * more + 1
     monkeypatch.setattr(graph_pass, "_DELAY_TOKENS", 63)
-    assert len(launches(monkeypatch, model, min_depth=1)) == len(none) + 3 * pooled + found + 3
+    assert len(launches(monkeypatch, model, min_depth=1)) == len(none) + 3 * more + 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

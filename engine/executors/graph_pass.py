@@ -1,12 +1,11 @@
 """The kernels of one pass, in order: what a program of ``graph`` captures, or runs step by step.
 
 Everything has room for the capacity; which rows are live stands on the device (``Live``), and an exit writes it anew
-into a record of its own. The exit says where each token goes, or with many rows ``survivors_`` behind it; who moves it
-is the next Add & Norm:
+into a record of its own. ``survivors_`` says where each token goes; who moves it is the next Add & Norm:
 
 * at once: the one behind the exit, for which the exit has taken the norm of the first tokens alone;
 * delayed: the first one of the next layer, whose attention still sees all rows, those that leave, too. The exit then
-  runs beside the norm in front of it, one launch, so it costs no launch more than no exit, or one (``survivors_``).
+  runs beside the norm in front of it, one launch, so it costs one launch more (``survivors_``) than no exit.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, PlainLinear
-from engine.kernels.exit_rows import ExitDestinations, ExitLimits, Survivors
+from engine.kernels.exit_rows import ExitDestinations, ExitLimits
 from engine.kernels.gpu_attention import varlen_attention_
 from engine.kernels.gpu_common import ROWS, TOKENS
-from engine.kernels.gpu_exit import MOST_SCANNED, exit_add_norm_rows_, exit_norm_rows_, exit_rows_
+from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import linear_rows_
 from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
 from engine.kernels.products import (
@@ -119,13 +118,12 @@ class Pass:
         # What an exit writes goes into one of two records by turns; what was given stays for the next launch.
         self._lives = first, *(Live(*map(torch.zeros_like, first)) for _ in range(2))
         self._token_dest = torch.zeros_like(given["input_ids"])
-        self._arrivals = torch.zeros_like(given["counts"][:1])
         self._first, self._state = (torch.zeros_like(arena.hidden[:1]).repeat(capacity.rows, 1) for _ in range(2))
 
     @property
     def bytes(self) -> int:
         """Of its own on the device."""
-        own = (*self._lives[1], *self._lives[2], self._token_dest, self._arrivals, self._first, self._state)
+        own = (*self._lives[1], *self._lives[2], self._token_dest, self._first, self._state)
         return sum(t.nbytes for t in own)
 
     def record(self, when: Callable[[Tensor], AbstractContextManager[None]]) -> None:
@@ -163,10 +161,12 @@ class Pass:
                 after = self._lives[2] if now is self._lives[1] else self._lives[1]
                 # The last layer serves first tokens alone: it has no Add & Norm that could move the others.
                 if self._delays and layer + 1 < steps.deepest:
-                    self._exit(layer, now, x, projected, partials, norm, normed=hidden, after=after)
+                    self._exit(layer, now, x, projected, partials, norm, normed=hidden)
+                    self._find_survivors(now, after)
                     before = now
                 else:
-                    self._exit(layer, now, x, projected, partials, norm, after=after)
+                    self._exit(layer, now, x, projected, partials, norm)
+                    self._find_survivors(now, after)
                     add_layer_norm_compact_(hidden, projected, x, *norm, now.counts, self._token_dest, partials)
                 now, left_behind = after, True
 
@@ -203,7 +203,7 @@ class Pass:
         inner = inner[:, : w.intermediate.weight.shape[0]]
         self._multiply(inner, x, w.intermediate, counts, ROWS, "gelu")
         partials = self._project(projected, inner, w.output, counts, ROWS)
-        self._exit(layer, now, x, projected, partials, w.output_norm)
+        self._exit(layer, now, x, projected, partials, w.output_norm, compact=True)
 
     def _multiply(
         self,
@@ -251,10 +251,10 @@ class Pass:
         partials: Partials | None,
         norm: tuple,
         normed: Tensor | None = None,
-        after: Live | None = None,
+        compact: bool = False,
     ) -> None:
         """The exit behind ``layer``, on each row's first token. normed: where the norm of all tokens goes, if it is
-        wanted; after: where it says who goes on. None: nobody does, and x and projected hold one row a row."""
+        wanted; compact: x and projected hold one row a row, and nobody goes on."""
         weights: ExitWeights = self.weights.exits[layer]
         given, out = self._given, self._out
         limits = ExitLimits(
@@ -265,27 +265,23 @@ class Pass:
             given["script"],
             by_row_id=True,
         )
-        index = None if after is None else now.cu_seqlens
-        criterion = "last" if after is None else self.steps.criterion
-        scanned = None
-        if after is not None and self.capacity.rows <= MOST_SCANNED:
-            scanned = Survivors(
-                now.cu_seqlens, after.cu_seqlens, self._token_dest, after.counts, after.row_ids, self._arrivals
-            )
+        index = None if compact else now.cu_seqlens
+        criterion = "last" if compact else self.steps.criterion
         decision = now.counts, layer, criterion, weights.policy, tuple(weights.classifier)
-        state = None
-        if weights.pooler is not None:
-            add_layer_norm_rows_(self._first, projected, x, *norm, now.counts, ROWS, index, index, partials)
-            self._multiply(self._state, self._first, PlainLinear(*weights.pooler), now.counts, ROWS, "tanh")
-            state, index = self._state, None
-        if normed is not None:
-            exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, index, state, partials, scanned)
-        elif state is not None:
-            exit_rows_(out, limits, state, *decision, scanned)
+        if weights.pooler is None:
+            if normed is None:
+                exit_norm_rows_(out, limits, projected, x, norm, *decision, index, partials)
+            else:
+                exit_add_norm_rows_(
+                    out, limits, normed, projected, x, norm, *decision, index, partials=partials
+                )
+            return
+        add_layer_norm_rows_(self._first, projected, x, *norm, now.counts, ROWS, index, index, partials)
+        self._multiply(self._state, self._first, PlainLinear(*weights.pooler), now.counts, ROWS, "tanh")
+        if normed is None:
+            exit_rows_(out, limits, self._state, *decision)
         else:
-            exit_norm_rows_(out, limits, projected, x, norm, *decision, index, partials, scanned)
-        if after is not None and scanned is None:
-            self._find_survivors(now, after)
+            exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, None, self._state, partials)
 
     def _find_survivors(self, now: Live, after: Live) -> None:
         survivors_(

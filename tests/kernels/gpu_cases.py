@@ -134,16 +134,6 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         yield f"exit add norm, state, {criterion}", lambda r=rest: gpu_exit.exit_add_norm_rows_(
             exits, limits, out, x, other, norm, *r, None, x[:rows]
         )
-    few = exit_rows.ExitLimits(*(t[:32] for t in limits[:5]))
-    for most, limit in ((1, few._replace(row_ids=per_row[:1])), (32, few)):
-        rest = (counts, 3, "policy", policy, classifier)
-        scanned = exit_rows.Survivors(*(empty(tokens, dtype=int32) for _ in range(6)))
-        yield f"exit norm, {most} scanned", lambda r=rest, n=limit, s=scanned: gpu_exit.exit_norm_rows_(
-            exits, n, x, other, norm, *r, cu_seqlens, None, s
-        )
-        yield f"exit add norm, {most} scanned", lambda r=rest, n=limit, s=scanned: gpu_exit.exit_add_norm_rows_(
-            exits, n, out, x, other, norm, *r, cu_seqlens, None, partials, s
-        )
     for criterion in ("policy", "scripted"):
         rest = (counts, 3, criterion, policy, classifier)
         yield f"exit state {criterion}", lambda r=rest: gpu_exit.exit_rows_(exits, limits, x[:rows], *r)

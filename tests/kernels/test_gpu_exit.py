@@ -8,13 +8,11 @@ from engine.kernels import gpu_exit
 from engine.kernels.exit_rows import (
     ExitDestinations,
     ExitLimits,
-    Survivors,
     exit_add_norm_rows__ref,
     exit_norm_rows__ref,
     exit_rows__ref,
 )
 from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
-from engine.kernels.survivors import survivors__ref
 from tests.kernels.cases import assert_no_worse, doubled, partials_of
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -90,23 +88,22 @@ class Case:
             return torch.log(best / (1 - best)), classes
         return (F.gelu(state @ w1.t() + b1) @ w2.t() + b2)[:, 0], classes
 
-    def run(self, criterion, limits, layer=LAYER, policy=True, survivors=None):
+    def run(self, criterion, limits, layer=LAYER, policy=True):
         way, rest = self.way, (layer, criterion, self.policy if policy else None, self.classifier)
-        tokens = self.tokens if self.stores or self.partials is not None or survivors is not None else FOREVER
+        tokens = self.tokens if self.stores or self.partials is not None else FOREVER
         counts = torch.tensor([self.live, tokens], dtype=torch.int32, device=way.device)
         norm = (self.weight, self.bias, EPS)
         if self.stores:
             places = (self.index, None) if self.norm == "stored" else (None, self.given)
             way(exit_add_norm_rows_, exit_add_norm_rows__ref)(
-                self.out, limits, self.normed, self.x, self.residual, norm, counts, *rest, *places, self.partials,
-                survivors,
-            )  # fmt: skip
+                self.out, limits, self.normed, self.x, self.residual, norm, counts, *rest, *places, self.partials
+            )
         elif self.norm:
             way(exit_norm_rows_, exit_norm_rows__ref)(
-                self.out, limits, self.x, self.residual, norm, counts, *rest, self.index, self.partials, survivors
+                self.out, limits, self.x, self.residual, norm, counts, *rest, self.index, self.partials
             )
         else:
-            way(exit_rows_, exit_rows__ref)(self.out, limits, self.x, counts, *rest, survivors)
+            way(exit_rows_, exit_rows__ref)(self.out, limits, self.x, counts, *rest)
 
     def limits(self, **per_row):
         """Per-row values given for the live rows, at their place or at their original index; poison elsewhere."""
@@ -205,31 +202,6 @@ def test_the_last_layer_lets_everybody_go(way, norm, live):
     case = Case(way, HALF, norm=norm, live=live)
     case.run("last", ExitLimits(case.row_ids), policy=False)
     case.check("last", [True] * live)
-
-
-@norms
-@pytest.mark.parametrize("rows, live", [(1, 0), (1, 1), (8, 8), (9, 0), (9, 5), (32, 1), (32, 32)])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_an_exit_says_who_stays(way, norm, rows, live, share):
-    """As ``survivors_`` does; twice, since the next exit uses the same counter."""
-    case = Case(way, SINGLE, norm=norm, rows=rows, live=live, batch=40)
-    lengths = torch.randint(1, 4, (rows,))  # the case's tensors hold three tokens a row
-    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32).to(way.device)
-    case.index = cu_seqlens
-    case.tokens = int(cu_seqlens[live])
-    script = torch.where(torch.rand(live) < share, LAYER, LAYER + 1)
-    limits = case.limits(script=script)
-    arrivals = torch.zeros(1, dtype=torch.int32, device=way.device)
-    counts = torch.tensor([live, case.tokens], dtype=torch.int32, device=way.device)
-    for _ in range(2):
-        found, expected = ([torch.full((n,), -5, dtype=torch.int32, device=way.device) for n in
-                            (rows + 1, case.tokens + 3, 2, rows)] for _ in range(2))  # fmt: skip
-        case.run("scripted", limits, survivors=Survivors(cu_seqlens, *found, arrivals))
-        keep = case.out.keep[:rows]
-        cu, dest, left, ids = expected
-        survivors__ref(keep, cu_seqlens, counts, [case.row_ids], cu, dest[: case.tokens], left, [ids])
-        assert [t.tolist() for t in found] == [t.tolist() for t in expected]
-        assert int(arrivals) == 0 and int(left[0]) == int((script > LAYER).sum())
 
 
 @norms
@@ -426,27 +398,6 @@ MESSAGES = [
 def test_messages(arguments, message):
     with pytest.raises(ValueError, match=message):
         exit_rows_(*arguments)
-
-
-def test_messages_of_the_survivors():
-    def survivors(rows, **other):
-        sizes = zip(Survivors._fields, (rows + 1, rows + 1, 9, 2, rows, 1), strict=True)
-        return Survivors(**{name: torch.zeros(size, dtype=torch.int32) for name, size in sizes} | other)
-
-    def run(survivors, limits=FREE):
-        exit_rows_(DONE, limits, X, N, 1, "policy", POLICY, HEAD, survivors)
-
-    with pytest.raises(ValueError, match=r"out_row_ids must have shape \[4 or more\], got \[3\]"):
-        run(survivors(4, out_row_ids=IDS[:3].clone()))
-    with pytest.raises(ValueError, match="out must not overlap row_ids in memory"):
-        run(survivors(4, out_row_ids=IDS))
-    with pytest.raises(ValueError, match="token_dest must be int32, got int64"):
-        run(survivors(4, token_dest=torch.zeros(9, dtype=torch.int64)))
-    many = torch.zeros(33, dtype=torch.int32)
-    done = DONE._replace(keep=torch.zeros(33, dtype=torch.int8))
-    with pytest.raises(ValueError, match="survivors of up to 32 rows, got 33: use survivors_"):
-        exit_rows_(done, ExitLimits(many, threshold_logit=torch.zeros(33)), torch.zeros(33, 8), N, 1, "policy", POLICY,
-                   HEAD, survivors(33))  # fmt: skip
 
 
 def test_messages_of_the_norm():
