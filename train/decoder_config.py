@@ -125,7 +125,7 @@ class DecoderTrainConfig:
     lora_targets     its projections (Alpaca-LoRA: queries and values)
     alpha            price of a layer in nats; thresholds: exit probabilities that figures are given for
     answers_only     leave the prompt's tokens out of every loss and figure (the paper's code counts them)
-    precision        of frozen passes on a GPU: "float32" or "bfloat16" (autocast)
+    precision        of matrix products: "float32" or "bfloat16" (autocast; weights that are trained stay fp32)
     """
 
     backbone: str

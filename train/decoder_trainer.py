@@ -127,8 +127,9 @@ class DecoderTrainer(ResumableRun):
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        if self.config.precision == "bfloat16" and self.device.type == "cuda":
-            with torch.autocast("cuda", torch.bfloat16):
+        if self.config.precision == "bfloat16":
+            # Its cache keeps 16-bit copies of trained weights until the context ends: every step would see the first.
+            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
                 yield
         else:
             yield

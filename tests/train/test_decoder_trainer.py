@@ -106,6 +106,20 @@ def test_with_calms_classifier(options, tmp_path):
     assert "early_exit_classifier" not in bare["phases"]
 
 
+@pytest.mark.parametrize("phase", ["sft", "heads", "policy", "early_exit_classifier"])
+def test_bfloat16_trains_as_float32_does(options, tmp_path, phase):
+    """Every step sees the weights of the step before, not autocast's first copy of them."""
+    few = {name: {**options["sft"], "epochs": 0} for name in ("sft", "heads", "policy", "sampled", "task")}
+    few[phase] = {"epochs": 6, "batch_size": 8, "learning_rate": 1e-2}
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        record = train({**options, **few, "precision": precision}, tmp_path / precision)
+        losses[precision] = record["phases"][phase]["epoch_loss"]
+    fell = losses["float32"][0] - losses["float32"][-1]
+    assert fell > 0
+    assert losses["bfloat16"][0] - losses["bfloat16"][-1] == pytest.approx(fell, rel=0.25)
+
+
 def test_the_loss_falls(options, tmp_path):
     options = {**options, "sft": {**options["sft"], "epochs": 4}, "heads": {**options["heads"], "epochs": 4}}
     phases = train(options, tmp_path / "ck")["phases"]
