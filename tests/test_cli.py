@@ -325,7 +325,7 @@ def test_train_accepts_what_a_model_card_prints(trained_configs):
             "select": {"alphas": [0.5, 2.0], "reference": 0.9, "max_relative_loss": 0.01},
         }
     )
-    line = train_command(config.to_dict()).replace("\\\n", " ")
+    line = train_command(config.to_dict(), TrainConfig).replace("\\\n", " ")
     program, *arguments = shlex.split(line)
     assert program == "consistentee"
     call(*arguments)

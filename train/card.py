@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import PurePath
 from shlex import quote
 from typing import Any
@@ -45,7 +46,7 @@ def model_card(record: dict[str, Any], exits: EarlyExitConfig) -> str:
         "## Training",
         "",
         "```",
-        train_command(config),
+        train_command(config, TrainConfig),
         "```",
         "",
         f"Data: {sizes['train']} rows for training, {sizes['calibration']} held out of train for choosing rounds, "
@@ -70,9 +71,9 @@ def model_card(record: dict[str, Any], exits: EarlyExitConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def train_command(config: dict[str, Any]) -> str:
-    """The command line that repeats a run."""
-    default = TrainConfig(config["backbone"], config["data"], config["output"]).to_dict()
+def train_command(config: dict[str, Any], kind: Callable[..., Any]) -> str:
+    """The command line that repeats a run; ``kind`` makes its configuration from backbone, data and output."""
+    default = kind(config["backbone"], config["data"], config["output"]).to_dict()
     parts = [
         f"consistentee train {quote(config['data'])} --backbone {quote(config['backbone'])} "
         f"--output {quote(config['output'])}",

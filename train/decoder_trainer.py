@@ -225,12 +225,20 @@ def _model_card(record: dict[str, Any], model: MultiExitDecoder) -> str:
         f'print(engine.load("{config["output"]}").run(["Why is the sky blue?"]).texts)',
         "```",
         "",
+        "## Training",
+        "",
+        "```",
+        card.train_command(config, DecoderTrainConfig),
+        "```",
+        "",
         f"Data: {sizes['train']} instructions for training, {sizes['calibration']} held out of train; "
         f"{sizes['dropped_also_in_dev_or_test']} dropped because their text also stands in dev or test. Seed "
         f"{config['seed']}, alpha {config['alpha']:g}; torch {record['versions']['torch']}, "
         f"{record['versions']['device']}.",
         "",
-        "Teacher-forced figures, contexts at full depth (cross-entropy in nats a token):",
+        "## Figures",
+        "",
+        "Teacher-forced, contexts at full depth (cross-entropy in nats a token). Layers are counted, not timed.",
         "",
         "| split | threshold | CE, full depth | CE, with exits | mean depth |",
         "| --- | --- | --- | --- | --- |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 import engine
 from engine.facts import TRAINING
 from engine.train import run as run_module
+from engine.train.card import train_command
+from engine.train.config import override
 from engine.train.decoder_config import DecoderTrainConfig
 from engine.train.decoder_trainer import DecoderTrainer
 from tests.decoding.tiny import byte_tokenizer, tiny_decoder
@@ -89,6 +92,12 @@ def test_what_a_run_leaves(whole):
     assert training["result"] == record["result"] and "phases" not in training
     card = (output / "README.md").read_text()
     assert "| test | 0.5 |" in card and "22 instructions for training" in card
+    command = train_command(record["config"], DecoderTrainConfig)
+    assert command in card
+    words = shlex.split(command.replace("\\\n", " "))
+    sets = [word for word, before in zip(words, ["", *words], strict=False) if before == "--set"]
+    given = {"backbone": words[4], "data": words[2], "output": words[6]}
+    assert DecoderTrainConfig.from_dict(override(given, sets)).to_dict() == record["config"]
     assert not (output / "model.safetensors").exists() and (output / "adapter_model.safetensors").exists()
     told = call("info", output).stdout
     assert "llama, 5 layers" in told and f"{record['result']['test']['points']['0.5']['ce']:.4f}" in told

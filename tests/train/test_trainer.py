@@ -174,7 +174,7 @@ def test_a_log_line_per_epoch(options, tmp_path, caplog):
 def test_the_card_states_command_and_figures(whole, options):
     output, record = whole
     card = (output / "README.md").read_text()
-    command = train_command(record["config"])
+    command = train_command(record["config"], TrainConfig)
     assert command in card and command.startswith("consistentee train ")
     for part in (options["data"], options["backbone"], "init.epochs=4", "policy.batch_size=64"):
         assert part in command
