@@ -150,7 +150,8 @@ def _other(rows: Rows, model: str) -> list[dict[str, Any]]:
 def merged(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of several result files, and what ``write_result`` is to say of their machine.
 
-    Of rows of the same thing the one with times stays, else the latest file's. ValueError for a file without rows.
+    Of rows of the same thing the one with times stays, else the latest file's; each says of which commit it is.
+    ValueError for a file without rows.
     """
     kept: dict[tuple, dict[str, Any]] = {}
     runs = []
@@ -158,8 +159,10 @@ def merged(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]
         result = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(result, dict) or not {"rows", "machine", "versions", "commit", "date"} <= set(result):
             raise ValueError(f"{path} must be a result file with rows, machine, versions, commit and date")
-        runs.append({name: result[name] for name in ("date", "commit", "machine", "versions")} | {"file": path.name})
+        own = {name: result[name] for name in ("date", "commit", "machine", "versions")} | {"file": path.name}
+        runs += result.get("runs", [own])  # a file that is itself several
         for row in result["rows"]:
+            row = {"commit": result["commit"], **row}
             key = tuple(row.get(name) for name in _KEY)
             if key not in kept or _rank(row) >= _rank(kept[key]):
                 kept[key] = row

@@ -245,13 +245,20 @@ def test_a_tiny_run_and_a_merge(tmp_path, capsys):
 
 
 def test_rows_with_times_survive_a_merge(tmp_path):
-    about = {"machine": {}, "versions": {}, "commit": None, "date": "2026-01-01"}
+    about = {"machine": {}, "versions": {}, "date": "2026-01-01"}
     row = {"part": "full", "model": MODEL, "mix": None, "batch": 1, "competitor": "eager", "setting": "full depth"}
     kinds = {"a": {"device_s": 1}, "b": {"error": "no room"}, "c": {"device_s": 2}, "d": {"left_out": "no device"}}
     for name, more in kinds.items():
-        (tmp_path / name).write_text(json.dumps({**about, "rows": [row | more]}))
+        (tmp_path / name).write_text(json.dumps({**about, "commit": name * 7, "rows": [row | more]}))
     rows, found = merged([tmp_path / name for name in "abcd"])
-    assert rows == [row | {"device_s": 2}] and [run["file"] for run in found["runs"]] == list("abcd")
+    assert rows == [row | {"device_s": 2, "commit": "c" * 7}]
+    assert [run["file"] for run in found["runs"]] == list("abcd")
+    # Merged once more, it still says what came from where.
+    (tmp_path / "whole").write_text(json.dumps({**about, **found, "rows": rows}))
+    (tmp_path / "late").write_text(json.dumps({**about, "commit": "1", "rows": [row | {"batch": 8, "device_s": 3}]}))
+    again, more = merged([tmp_path / "whole", tmp_path / "late"])
+    assert [r["commit"] for r in again] == ["c" * 7, "1"]
+    assert [run["file"] for run in more["runs"]] == [*"abcd", "late"]
     (tmp_path / "e").write_text("{}")
     with pytest.raises(ValueError, match="must be a result file with rows"):
         merged([tmp_path / "e"])
