@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from engine.decoding.requests import Generating, Request, Sampling
 from engine.models.decoder import MultiExitDecoder
 from engine.options import depth_limits, per_row
 
-EXECUTORS = ("packed", "reference")
+EXECUTORS = ("graph", "packed", "reference")
 _PROGRESS_AFTER_S = 1.0
 _DEFAULT_CACHE_BYTES = 1 << 30
 _MAX_ROWS = 64
@@ -131,7 +132,8 @@ class TokenStream(Iterator[StreamedToken]):
 class DecoderEngine:
     """Token-level early-exit generation with one model. Made by ``engine.load`` and ``engine.from_module``.
 
-    executor     "packed", or "reference" (no cache, the oracle: very slow)
+    executor     "graph" (a step is one CUDA graph launch; the default on CUDA, with lazy copying), "packed", or
+                 "reference" (no cache, the oracle: very slow)
     state_copy   "lazy" or "eager": see ``PackedDecoder``
     cache_bytes  memory for keys, values and exit states of all rows; default 1 GiB, or less where the model's longest
                  sequences for 64 rows need less
@@ -149,14 +151,17 @@ class DecoderEngine:
         cache_bytes: int | None = None,
         private: bool = False,
     ):
-        executor = "packed" if executor == "auto" else executor
+        if executor == "auto":
+            executor = "graph" if model.device.type == "cuda" and state_copy == "lazy" else "packed"
         if executor not in EXECUTORS:
             raise ValueError(f"a decoder's executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
+        if executor == "graph" and state_copy != "lazy":
+            raise ValueError(f"the graph executor copies states lazily, got {state_copy!r}: packed knows both")
         self._model, self.tokenizer, self.executor, self._watching = model, tokenizer, executor, not private
         self._state_copy, self._cache_bytes = state_copy, cache_bytes
         self._decoder: PackedDecoder | None = None
         self._lock = threading.RLock()  # a stream may be closed by the collector, in a thread that runs
-        if executor == "packed":
+        if executor != "reference":
             self._packed()  # what is wrong with the arguments is found now
 
     @property
@@ -250,7 +255,7 @@ class DecoderEngine:
             delay=_PROGRESS_AFTER_S if progress is None else 0,
         )
         with self._lock, bar:
-            decoder = self._packed() if self.executor == "packed" else None
+            decoder = None if self.executor == "reference" else self._packed()
             if decoder is None:
                 steps = generate_reference(ReferenceDecoder(self._model), sequences)
             else:
@@ -426,7 +431,7 @@ class DecoderEngine:
 
     def _read_scripts(self, n: int, new: int, criterion, exit_layers) -> list[tuple[int, ...] | None]:
         chosen = self.config.criterion if criterion is None else criterion
-        check_criterion(self.model, chosen)
+        check_criterion(self._model, chosen)
         if chosen != "scripted":
             if exit_layers is not None:
                 raise ValueError(f"exit_layers is for the scripted criterion, got criterion {chosen!r}")
@@ -471,6 +476,16 @@ class DecoderEngine:
             if blocks < 1:
                 raise ValueError(f"cache_bytes must be at least {block}, one block, got {self._cache_bytes}")
         cache = PagedCache(shape, blocks, model.device, model.dtype)
+        if self.executor == "graph":
+            # Brings triton along: not for those who do not ask.
+            from engine.decoding.graph import GraphDecoder, graph_problem
+
+            problem = graph_problem(model)
+            if problem is None:
+                self._decoder = GraphDecoder(model, cache, self._watching)
+                return self._decoder
+            self.executor = "packed"
+            warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=3)
         self._decoder = PackedDecoder(model, cache, self._state_copy, self._watching)
         return self._decoder
 

@@ -28,6 +28,8 @@ def take_tokens(sequences: list[Generating], outputs: StepOutputs) -> None:
             sequence.logits.append(logits.cpu())
         if request.forced is not None:
             token = request.forced[len(sequence.new)]
+        elif outputs.greedy is not None and request.sampling.plain_greedy:
+            token = outputs.greedy[k]
         else:
             history = sequence.ids if request.sampling.repetition_penalty != 1.0 else ()
             token = draw(logits, request.sampling, history, sequence.draws)

@@ -25,11 +25,13 @@ _ONE_OP_PROMPT = 384
 
 
 class StepOutputs(NamedTuple):
-    """One entry a row: next-token logits [n, V] of the exit it left through; exit layers; exit probabilities."""
+    """One entry a row: next-token logits [n, V] of the exit it left through; exit layers; exit probabilities; the first
+    of the greatest logits, where that is known already."""
 
     logits: Tensor
     exit_layers: list[int]
     exit_probs: list[float]
+    greedy: list[int] | None = None
 
 
 def cache_shape(model: MultiExitDecoder, block_size: int = 16) -> CacheShape:

@@ -33,6 +33,11 @@ class Sampling:
         _number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0")
         _integer("seed", self.seed, 0, "0")
 
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the token is the first of the greatest logits, as they are."""
+        return self.temperature == 0 and self.repetition_penalty == 1.0
+
 
 def _number(name: str, value: Any, good: Callable[[float], bool], allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and good(value)):

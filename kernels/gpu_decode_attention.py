@@ -1,0 +1,225 @@
+"""Attention of one new token of each sequence on its paged keys and values, split over the context (flash-decoding)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels.gpu_common import (
+    UNALIGNED,
+    begin,
+    cdiv,
+    check_counts,
+    check_float,
+    check_vector,
+    early,
+    jit,
+    loaded_ahead,
+    next_power_of_2,
+    on_device,
+    runs_kernel,
+    tl,
+)
+
+__all__ = ["decode_attention_", "decode_attention__ref", "decode_attention_workspace"]
+
+_PROGRAMS = 264  # two for each of an H100's multiprocessors
+_MOST_SPLITS = 32
+
+
+def decode_attention_workspace(rows: int, num_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
+    """fp32 (rows, splits, num_heads, head_dim + 2): weighted values, maximum and sum of every part of a context."""
+    splits = max(1, min(_MOST_SPLITS, cdiv(_PROGRAMS, max(1, rows * kv_heads))))
+    return torch.zeros(rows, splits, num_heads, head_dim + 2, device=device)
+
+
+def decode_attention__ref(
+    out: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    order: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    scale: float,
+    block_size: int,
+    workspace: Tensor,
+) -> None:
+    for r in order[: int(counts[0])].tolist():
+        places = torch.arange(int(positions[r]) + 1, device=query.device)
+        slots = block_table[r].long()[places // block_size] * block_size + places % block_size
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[r][None], keys[slots], values[slots]))
+        gqa = q.shape[1] != k.shape[1]
+        out[r] = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)[0, :, 0]
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED, do_not_specialize=["blocks"])
+def _part_kernel(
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    order_ptr,
+    table_ptr,
+    positions_ptr,
+    counts_ptr,
+    parts_ptr,
+    scale,
+    blocks,
+    A: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    place = tl.program_id(0)
+    kv = tl.program_id(1)
+    split = tl.program_id(2)
+    live = loaded_ahead(counts_ptr)
+    row = loaded_ahead(order_ptr + place).to(tl.int64)
+    begin(EARLY)
+    if place >= live:
+        return
+    context = tl.load(positions_ptr + row) + 1
+    share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_C) * BLOCK_C
+    start = split * share
+    end = tl.minimum(start + share, context)
+    heads: tl.constexpr = A // KV
+    member = tl.arange(0, GROUP)
+    column = tl.arange(0, BLOCK_D)
+    head = kv * heads + member
+    own = (member < heads)[:, None] & (column < D)[None, :]
+    q = tl.load(query_ptr + row * (A * D) + head[:, None] * D + column[None, :], mask=own, other=0.0).to(tl.float32)
+    q = q * scale
+    most = tl.full((GROUP,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((GROUP,), dtype=tl.float32)
+    weighted = tl.zeros((GROUP, BLOCK_D), dtype=tl.float32)
+    inner = tl.arange(0, BLOCK_C)
+    for first in range(start, end, BLOCK_C):
+        p = first + inner
+        seen = p < end
+        block = tl.load(table_ptr + row * blocks + p // BLOCK_SIZE, mask=seen, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
+        at = slot[:, None] * (KV * D) + kv * D + column[None, :]
+        mask = seen[:, None] & (column < D)[None, :]
+        k = tl.load(keys_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(values_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        scores = tl.sum(q[:, None, :] * k[None, :, :], 2)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        kept = tl.exp(most - higher)
+        weights = tl.exp(scores - higher[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        weighted = weighted * kept[:, None] + tl.sum(weights[:, :, None] * v[None, :, :], 1)
+        most = higher
+    to = ((place * SPLITS + split) * A + head) * (D + 2)
+    mine = member < heads
+    tl.store(parts_ptr + to[:, None] + column[None, :], weighted, mask=own)
+    tl.store(parts_ptr + to + D, most, mask=mine)
+    tl.store(parts_ptr + to + D + 1, total, mask=mine)
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _whole_kernel(
+    out_ptr,
+    parts_ptr,
+    order_ptr,
+    counts_ptr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    place = tl.program_id(0)
+    head = tl.program_id(1)
+    live = loaded_ahead(counts_ptr)
+    row = loaded_ahead(order_ptr + place).to(tl.int64)
+    begin(EARLY)
+    if place >= live:
+        return
+    split = tl.arange(0, BLOCK_S)
+    column = tl.arange(0, BLOCK_D)
+    there = split < SPLITS
+    at = ((place * SPLITS + split) * A + head) * (D + 2)
+    most = tl.load(parts_ptr + at + D, mask=there, other=float("-inf"))
+    total = tl.load(parts_ptr + at + D + 1, mask=there, other=0.0)
+    mask = there[:, None] & (column < D)[None, :]
+    weighted = tl.load(parts_ptr + at[:, None] + column[None, :], mask=mask, other=0.0)
+    factor = tl.exp(most - tl.max(most, 0))
+    result = tl.sum(weighted * factor[:, None], 0) / tl.sum(total * factor, 0)
+    tl.store(out_ptr + row * (A * D) + head * D + column, result.to(out_ptr.dtype.element_ty), mask=column < D)
+
+
+def decode_attention_(
+    out: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    order: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    scale: float,
+    block_size: int,
+    workspace: Tensor,
+) -> None:
+    """out[r] = attention of query[r] on positions 0 ... positions[r] of row r, for r = order[i], i < counts[0].
+
+    out, query   (R, A, d), fp16, bf16 or fp32, contiguous
+    keys, values (slots, KV, d), dtype of query, contiguous; KV divides A: A / KV heads share keys (GQA)
+    block_table  int32 (R, blocks): position p of row r stands in slot block_table[r, p // block_size] * block_size +
+                 p % block_size; positions int32 (R,); order int32 (R,), counts int32 (2,)
+    workspace    of ``decode_attention_workspace``
+    Two launches: every part of a context, then the parts together (Dao et al. 2023, flash-decoding). Scores and sums in
+    fp32. Limited by the bytes of keys and values, 2 KV d a position.
+    """
+    check_float("query", query)
+    if query.dim() != 3 or keys.dim() != 3 or keys.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"query must be (R, A, d) and keys (slots, KV, d), got {list(query.shape)}, {list(keys.shape)}"
+        )
+    rows, heads, d = query.shape
+    kv_heads = keys.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
+    for name, tensor, like in (("out", out, query), ("values", values, keys)):
+        if tensor.shape != like.shape or tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have shape {list(like.shape)} and dtype {query.dtype}, got "
+                             f"{list(tensor.shape)}, {tensor.dtype}")  # fmt: skip
+    for name, tensor in (("out", out), ("query", query), ("keys", keys), ("values", values)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    check_vector("order", order, query, "query", torch.int32, rows)
+    check_vector("positions", positions, query, "query", torch.int32, rows)
+    check_counts("counts", counts, query, "query")
+    if workspace.shape[0] < rows or workspace.shape[2:] != (heads, d + 2) or workspace.dtype != torch.float32:
+        raise ValueError(f"workspace must be fp32 of shape [{rows} or more, splits, {heads}, {d + 2}], got "
+                         f"{list(workspace.shape)}: see decode_attention_workspace")  # fmt: skip
+    if not runs_kernel(query):
+        decode_attention__ref(
+            out, query, keys, values, order, block_table, positions, counts, scale, block_size, workspace
+        )
+        return
+    if rows == 0:
+        return
+    splits = workspace.shape[1]
+    group = next_power_of_2(heads // kv_heads)
+    block_d = next_power_of_2(d)
+    block_c = max(16, 64 // group * 128 // max(block_d, 128))
+    with on_device(query):
+        _part_kernel[(rows, kv_heads, splits)](
+            query, keys, values, order, block_table, positions, counts, workspace, scale, block_table.shape[1],
+            A=heads, KV=kv_heads, D=d, BLOCK_SIZE=block_size, SPLITS=splits, GROUP=group, BLOCK_D=block_d,
+            BLOCK_C=min(block_c, 32), num_warps=4, **early(query),
+        )  # fmt: skip
+        _whole_kernel[(rows, heads)](
+            out, workspace, order, counts, A=heads, D=d, SPLITS=splits, BLOCK_S=next_power_of_2(splits),
+            BLOCK_D=block_d, num_warps=2, **early(query),
+        )  # fmt: skip

@@ -1,0 +1,498 @@
+"""RMSNorm, the Q, K and V products of a decode step, and RoPE, straight into the queries and the cache.
+
+One launch a layer serves the newest token of every live row and, for keys and values alone, the positions that this
+layer still owes: tokens that have left further below, by the hidden state they left with. Bytes at least: the weight,
+(A + 2 KV) d H elements, once while n + o is at most one tile; beside it the rows are nothing. So the product is to
+stream the weight as fast as memory goes, from before the kernel in front has ended (``begin``).
+
+A capacity of one row multiplies vectors: a program has all that it needs of the weight on its way at once, in
+registers, ahead of ``begin``. Owed entries beside that row, and more rows than one, go through tl.dot: tiles of weight
+by tiles of rows, the weight on the side with 16 or more rows and the few tokens on the one that may be narrow.
+The norm costs no pass: its weight is multiplied into the tile of W, its mean square is summed beside the product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels.gpu_common import (
+    UNALIGNED,
+    begin,
+    cdiv,
+    check_counts,
+    check_float,
+    check_like,
+    check_vector,
+    check_weight,
+    early,
+    jit,
+    next_power_of_2,
+    on_device,
+    runs_kernel,
+    tl,
+)
+
+__all__ = ["QkvConfig", "qkv_configs", "qkv_rows_", "qkv_rows__ref"]
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class QkvConfig(NamedTuple):
+    """One way to cut the products. A pair is a column j of a head and its partner j + d / 2, which RoPE turns together.
+
+    rows, pairs, block_k        a tile of tl.dot: entries, pairs of weight rows (twice as many rows), columns of W
+    num_warps, num_stages       of a program, and of the pipeline that fills such tiles
+    vector_pairs, vector_k      the same for one row without owed entries (a capacity of 1 only)
+    ahead                       bytes of each row of W that a program asks L2 for ahead of ``begin`` (more rows only)
+    """
+
+    rows: int
+    pairs: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    vector_pairs: int = 2
+    vector_k: int = 4096
+    ahead: int = 0
+
+
+# The default first. One row: all of a program's weight is in registers, 64 of each thread's, so that four programs a
+# multiprocessor have 128 KB on their way; their tiles for owed entries must leave shared memory for four, too.
+_ONE_HALF = (
+    QkvConfig(16, 16, 128, 4, 4, 2, 4096),
+    QkvConfig(16, 32, 64, 4, 4, 2, 4096),
+    QkvConfig(16, 16, 128, 4, 4, 4, 2048),
+    QkvConfig(16, 16, 128, 4, 4, 1, 4096),
+    QkvConfig(16, 16, 128, 4, 4, 2, 2048),
+    QkvConfig(16, 16, 128, 8, 4, 4, 4096),
+    QkvConfig(32, 16, 64, 4, 6, 2, 4096),
+    QkvConfig(32, 32, 64, 4, 4, 2, 4096),
+)
+_HALF = (
+    QkvConfig(32, 32, 128, 4, 4, ahead=512),
+    QkvConfig(32, 32, 128, 4, 4),
+    QkvConfig(16, 32, 128, 4, 4, ahead=512),
+    QkvConfig(64, 32, 64, 4, 6, ahead=512),
+    QkvConfig(64, 32, 128, 4, 4, ahead=512),
+    QkvConfig(64, 32, 128, 8, 4, ahead=512),
+    QkvConfig(32, 16, 128, 4, 5, ahead=512),
+    QkvConfig(16, 16, 256, 4, 4, ahead=512),
+    QkvConfig(64, 8, 128, 4, 4, ahead=512),
+    QkvConfig(32, 8, 128, 4, 4, ahead=512),
+    QkvConfig(16, 8, 128, 4, 4, ahead=512),
+)
+_ONE_FLOAT = (QkvConfig(16, 16, 32, 4, 2, 2, 2048), QkvConfig(16, 16, 32, 4, 2, 1, 4096))
+_FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2), QkvConfig(16, 8, 32, 4, 2))
+
+# Programs that keep an H100 (132 multiprocessors) busy.
+_PROGRAMS = 132
+
+
+def qkv_configs(rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[QkvConfig, ...]:
+    """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count.
+
+    A tile has room for owed entries beside the live rows where it can: a second tile reads the weight again, and a
+    weight larger than L2 then comes from memory twice."""
+    half = dtype != torch.float32
+    if rows <= 1:
+        return _ONE_HALF if half else _ONE_FLOAT
+    table = _HALF if half else _FLOAT
+    size = 16 if not half else 32 if rows <= 16 else 64
+
+    def programs(config: QkvConfig) -> int:
+        return (num_heads + 2 * kv_heads) * cdiv(head_dim // 2, config.pairs)
+
+    # The widest tile that occupies the device; a small model's narrowest, and its rows in more tiles than one.
+    fitting = [c for c in table if c.rows == size]
+    default = next((c for c in fitting if programs(c) >= _PROGRAMS), None)
+    if default is None:
+        default = min(table, key=lambda c: (c.pairs, abs(c.rows - size)))
+    return default, *(c for c in table if c != default)
+
+
+# --- torch twin ------------------------------------------------------------------------------------------------------
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (Su et al. 2021) of x [n, heads, d] in LLaMA's layout: halves, not pairs."""
+    first, second = x.chunk(2, -1)
+    return (x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]).to(x.dtype)
+
+
+def qkv_rows__ref(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, float],
+    cos: Tensor,
+    sin: Tensor,
+    order: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    owed_slots: Tensor,
+    owed_positions: Tensor,
+    counts: Tensor,
+    config: QkvConfig | None = None,
+) -> None:
+    n, o = counts.tolist()
+    rows, owed = order[:n].long(), owed_slots[:o].long()
+    (_, num_heads, head_dim), kv_heads = query.shape, keys.shape[1]
+    places = torch.cat([slots[rows].long(), owed])
+    at = torch.cat([positions[rows], owed_positions[:o]]).long()
+    gain, eps = norm
+    wide = torch.cat([hidden[rows], states[owed]]).float()
+    x = gain * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+    x = x.to(hidden.dtype)
+    q_weight, kv_weight = weight.split([num_heads * head_dim, 2 * kv_heads * head_dim])
+    key, value = F.linear(x, kv_weight).unflatten(-1, (2, kv_heads, head_dim)).unbind(1)
+    keys[places], values[places] = _turned(key, cos[at], sin[at]), value
+    asked = F.linear(x[:n], q_weight).unflatten(-1, (num_heads, head_dim))
+    query[rows] = _turned(asked, cos[at[:n]], sin[at[:n]])
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _place(block, BLOCKS: tl.constexpr, A: tl.constexpr, KV: tl.constexpr):
+    """The head of the weight to which a block belongs, and which part of it. Keys and values come first: they may have
+    owed entries, and take longer."""
+    head = block // BLOCKS
+    return tl.where(head < 2 * KV, A + head, head - 2 * KV), block % BLOCKS
+
+
+@jit
+def _weight_rows(head, part, PAIRS: tl.constexpr, HALF: tl.constexpr):
+    """The rows of the weight of PAIRS pairs, partners side by side. Past the end of a head the last pair again."""
+    feature = tl.arange(0, 2 * PAIRS)
+    pair = tl.minimum(part * PAIRS + feature // 2, HALF - 1)
+    return head * (2 * HALF) + pair + (feature % 2) * HALF
+
+
+@jit
+def _angles(cos_ptr, sin_ptr, positions, here, pair, HALF: tl.constexpr):
+    """cos and sin of both halves of the pairs, [PAIRS, entries]."""
+    at = positions.to(tl.int64)[None, :] * (2 * HALF) + pair
+    cos = tl.load(cos_ptr + at, mask=here, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at, mask=here, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos_ptr + at + HALF, mask=here, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin_ptr + at + HALF, mask=here, other=0.0).to(tl.float32)
+    return cos, sin, cos_second, sin_second
+
+
+@jit
+def _put(
+    query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair, head,
+    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """first, second [PAIRS, entries]: both halves of the pairs; turned, unless they are values, and stored."""
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    if head < A + KV:
+        if head < A:
+            to = query_ptr + (rows.to(tl.int64)[None, :] * A + head) * (2 * HALF) + pair
+        else:
+            to = keys_ptr + (slots.to(tl.int64)[None, :] * KV + (head - A)) * (2 * HALF) + pair
+        tl.store(to, (first * cos - second * sin).to(dtype), mask=here)
+        tl.store(to + HALF, (second * cos_second + first * sin_second).to(dtype), mask=here)
+    else:
+        to = values_ptr + (slots.to(tl.int64)[None, :] * KV + (head - A - KV)) * (2 * HALF) + pair
+        tl.store(to, first.to(dtype), mask=here)
+        tl.store(to + HALF, second.to(dtype), mask=here)
+
+
+@jit
+def _tiles(
+    query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
+    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, eps, head, part,
+    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of the weight with all entries, ROWS at a time: the live rows, and behind them what is owed."""
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    # Norm weight times W is rounded to fp16, and may be very small there: 2^6 keeps it from fp16's lower end.
+    SCALE: tl.constexpr = 64.0 if dtype == tl.float16 else 1.0
+    weights = weight_ptr + _weight_rows(head, part, PAIRS, HALF).to(tl.int64) * H
+    inner = tl.arange(0, BLOCK_K)
+    entries = live
+    if head >= A:
+        entries += owed
+    for start in range(0, entries, ROWS):
+        entry = start + tl.arange(0, ROWS)
+        present = entry < entries
+        newest = entry < live
+        rows = tl.load(order_ptr + entry, mask=newest, other=0)
+        late = present & (entry >= live)
+        slots = tl.load(slots_ptr + rows, mask=newest, other=0)
+        slots += tl.load(owed_slots_ptr + entry - live, mask=late, other=0)
+        positions = tl.load(positions_ptr + rows, mask=newest, other=0)
+        positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
+        x_rows = tl.where(newest, hidden_ptr + rows.to(tl.int64) * H, states_ptr + slots.to(tl.int64) * H)
+        total = tl.zeros((2 * PAIRS, ROWS), dtype=tl.float32)
+        squares = tl.zeros((ROWS,), dtype=tl.float32)
+        coming = tl.load(norm_ptr + inner, mask=inner < H, other=0.0)
+        for k in range(0, H, BLOCK_K):
+            column = k + inner
+            # Too narrow for the pipeline, so one step ahead by hand.
+            gain = coming
+            coming = tl.load(norm_ptr + column + BLOCK_K, mask=column + BLOCK_K < H, other=0.0)
+            if H % BLOCK_K == 0:
+                w = tl.load(weights[:, None] + column[None, :], eviction_policy="evict_first")
+                x = tl.load(x_rows[None, :] + column[:, None], mask=present[None, :], other=0.0)
+            else:
+                inside = column < H
+                w = tl.load(
+                    weights[:, None] + column[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first"
+                )
+                x = tl.load(x_rows[None, :] + column[:, None], mask=present[None, :] & inside[:, None], other=0.0)
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=0)
+            if norm_ptr.dtype.element_ty == dtype:
+                w = w * (gain * SCALE).to(dtype)[None, :]  # one rounding
+            else:
+                w = (w.to(tl.float32) * (gain * SCALE)[None, :]).to(dtype)
+            total = tl.dot(w, x, total, input_precision="ieee")
+        total *= (tl.rsqrt(squares / H + eps) * (1.0 / SCALE))[None, :]
+        first, second = tl.split(tl.permute(tl.reshape(total, (PAIRS, 2, ROWS)), (0, 2, 1)))
+        pair = (part * PAIRS + tl.arange(0, PAIRS))[:, None]
+        here = present[None, :] & (pair < HALF)
+        cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
+        _put(
+            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair,
+            head, A, KV, HALF,
+        )  # fmt: skip
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _rows_kernel(
+    query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
+    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps,
+    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
+    head, part = _place(tl.program_id(0), BLOCKS, A, KV)
+    if EARLY and AHEAD > 0:
+        # The pipeline below starts behind ``begin``; its first stages then find this in L2.
+        weights = weight_ptr + _weight_rows(head, part, PAIRS, HALF).to(tl.int64) * H
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [weights.to(tl.int64), tl.full((2 * PAIRS,), AHEAD, dtype=tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    begin(EARLY)
+    # An exit's decision may stand directly in front: counts, order and what is owed are its work.
+    live = tl.load(counts_ptr)
+    owed = tl.load(counts_ptr + 1)
+    _tiles(
+        query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
+        slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, eps, head, part,
+        A, KV, HALF, H, ROWS, PAIRS, BLOCK_K,
+    )  # fmt: skip
+
+
+@jit
+def _weight_part(weights, k, column, H: tl.constexpr, VECTOR_K: tl.constexpr):
+    if H % VECTOR_K == 0:
+        return tl.load(weights[:, None] + (k + column)[None, :], eviction_policy="evict_first")
+    inside = (k + column < H)[None, :]
+    return tl.load(weights[:, None] + (k + column)[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@jit
+def _vector_part(ptr, k, column, H: tl.constexpr, VECTOR_K: tl.constexpr):
+    if H % VECTOR_K == 0:
+        return tl.load(ptr + k + column)
+    return tl.load(ptr + k + column, mask=k + column < H, other=0.0)
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _one_row_kernel(
+    query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
+    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps,
+    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr, VECTOR_PAIRS: tl.constexpr, VECTOR_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    BLOCKS: tl.constexpr = (HALF + VECTOR_PAIRS - 1) // VECTOR_PAIRS
+    head, part = _place(block, BLOCKS, A, KV)
+    weights = weight_ptr + _weight_rows(head, part, VECTOR_PAIRS, HALF).to(tl.int64) * H
+    column = tl.arange(0, VECTOR_K)
+    w = _weight_part(weights, 0, column, H, VECTOR_K)
+    gain = _vector_part(norm_ptr, 0, column, H, VECTOR_K)
+    begin(EARLY)
+    live = tl.load(counts_ptr)
+    owed = tl.load(counts_ptr + 1)
+    # The id of a live row is 0, there is no other: nothing waits for counts and order.
+    x = _vector_part(hidden_ptr, 0, column, H, VECTOR_K)
+    if (live > 0) & ((head < A) | (owed == 0)):
+        only = tl.zeros((1,), dtype=tl.int32)
+        slots = tl.load(slots_ptr + only)
+        positions = tl.load(positions_ptr + only)
+        pair = (part * VECTOR_PAIRS + tl.arange(0, VECTOR_PAIRS))[:, None]
+        here = pair < HALF
+        # On their way while the weight is.
+        cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
+        wide = x.to(tl.float32)
+        scaled = wide * gain.to(tl.float32)
+        squares = tl.sum(wide * wide, axis=0)
+        total = tl.zeros((2 * VECTOR_PAIRS,), dtype=tl.float32)
+        for k in range(VECTOR_K, H, VECTOR_K):
+            coming = _weight_part(weights, k, column, H, VECTOR_K)
+            total += tl.sum(w.to(tl.float32) * scaled[None, :], axis=1)
+            wide = _vector_part(hidden_ptr, k, column, H, VECTOR_K).to(tl.float32)
+            scaled = wide * _vector_part(norm_ptr, k, column, H, VECTOR_K).to(tl.float32)
+            squares += tl.sum(wide * wide, axis=0)
+            w = coming
+        total += tl.sum(w.to(tl.float32) * scaled[None, :], axis=1)
+        total *= tl.rsqrt(squares / H + eps)
+        first, second = tl.split(tl.reshape(total, (VECTOR_PAIRS, 2)))
+        _put(
+            query_ptr, keys_ptr, values_ptr, first[:, None], second[:, None], cos, sin, cos_second, sin_second, only,
+            slots, here, pair, head, A, KV, HALF,
+        )  # fmt: skip
+    else:
+        # Keys and values with what is owed, in blocks so wide that most programs have none.
+        WIDE: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
+        if block < 2 * KV * WIDE:
+            _tiles(
+                query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr,
+                order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, eps,
+                A + block // WIDE, block % WIDE, A, KV, HALF, H, ROWS, PAIRS, BLOCK_K,
+            )  # fmt: skip
+
+
+# --- public function -------------------------------------------------------------------------------------------------
+
+
+def _check_shape(name: str, x: Tensor, like: Tensor, *shape: int | None) -> None:
+    """Contiguous, of this shape (None: any size) and of hidden's dtype."""
+    if x.dim() != len(shape) or any(a is not None and a != b for a, b in zip(shape, x.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(x.shape)}")
+    check_like(name, x, like, "hidden")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}: call contiguous()")
+
+
+def _check_apart(**tensors: Tensor) -> None:
+    """No written tensor (the first three) shares memory with any other: programs still read and write those."""
+    spans = [(name, x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for name, x in tensors.items()]
+    for i, (name, start, end) in enumerate(spans[:3]):
+        for other, from_, to in spans[i + 1 :]:
+            if start < to and from_ < end and start < end and from_ < to:
+                raise ValueError(f"{name} must not overlap {other} in memory: give another buffer")
+
+
+def qkv_rows_(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, float],
+    cos: Tensor,
+    sin: Tensor,
+    order: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    owed_slots: Tensor,
+    owed_positions: Tensor,
+    counts: Tensor,
+    config: QkvConfig | None = None,
+) -> None:
+    """Queries, keys and values of the n = counts[0] live rows, and keys and values of the o = counts[1] owed entries:
+
+        for r in order[:n]:  q, k, v = split(W norm(hidden[r]));  query[r] = rope(q, positions[r])
+                             keys[slots[r]] = rope(k, positions[r]);  values[slots[r]] = v
+        for j < o, s = owed_slots[j]:  k, v likewise from states[s], at owed_positions[j], to keys[s] and values[s]
+        norm(x) = gain x rsqrt(mean(x^2) + eps);  rope(x, p) = x cos[p] + concat(-x2, x1) sin[p], x1 and x2 the halves
+
+    query               (R, A, d), written by row id; R is the capacity; fp16, bf16 or fp32
+    keys, values        (slots, KV, d) of this layer, written at the slots named and nowhere else
+    hidden              (R, H) by row id
+    states              (slots, H) as exited tokens left them; read at the owed slots alone
+    weight              ((A + 2 KV) d, H): rows of the queries, of the keys, of the values; all these in the dtype of
+                        hidden and contiguous
+    norm                (gain (H,), eps) of the RMSNorm in front, gain fp32 or in the dtype of hidden
+    cos, sin            (positions, d), contiguous, both fp32 or both in the dtype of hidden
+    order               (R,) int32: ids of the live rows in its first n entries
+    slots, positions    (R,) int32 by row id: cache slot and position of the row's newest token
+    owed_slots, owed_positions  (O,) int32: cache slot and position of the owed tokens in their first o entries
+    counts              (2,) int32: n, o
+    config              a tile of ``qkv_configs``; None: the default
+    All int32 arguments and hidden may be the work of the kernel directly in front. Sums are in fp32. Nothing on the
+    device checks an id, a slot or a position: no two of the n + o entries may have the same slot, and everything must
+    be in range.
+    """
+    check_float("hidden", hidden)
+    if hidden.dim() != 2 or hidden.shape[1] < 1:
+        raise ValueError(f"hidden must have shape [rows, H], got {list(hidden.shape)}")
+    capacity, width = hidden.shape
+    _check_shape("hidden", hidden, hidden, capacity, width)
+    if query.dim() != 3 or query.shape[2] < 2 or query.shape[2] % 2:
+        raise ValueError(f"query must have shape [{capacity}, heads, an even head_dim], got {list(query.shape)}")
+    _, num_heads, head_dim = query.shape
+    _check_shape("query", query, hidden, capacity, num_heads, head_dim)
+    _check_shape("keys", keys, hidden, None, None, head_dim)
+    cache, kv_heads = keys.shape[:2]
+    if kv_heads < 1 or num_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of the key heads, got {num_heads} and {kv_heads}")
+    _check_shape("values", values, hidden, cache, kv_heads, head_dim)
+    _check_shape("states", states, hidden, cache, width)
+    _check_shape("weight", weight, hidden, (num_heads + 2 * kv_heads) * head_dim, width)
+    gain, eps = norm
+    check_weight("norm", gain, hidden, "hidden", width)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 2 or table.shape[1] != head_dim:
+            raise ValueError(f"{name} must have shape [positions, {head_dim}], got {list(table.shape)}")
+        check_weight(name, table, hidden, "hidden", *table.shape)
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        raise ValueError(f"cos and sin must be alike, got {cos.dtype} {list(cos.shape)}, {sin.dtype} {list(sin.shape)}")
+    for name, ids in (("order", order), ("slots", slots), ("positions", positions)):
+        check_vector(name, ids, hidden, "hidden", torch.int32, capacity)
+    check_vector("owed_slots", owed_slots, hidden, "hidden", torch.int32, 0)
+    check_vector("owed_positions", owed_positions, hidden, "hidden", torch.int32, owed_slots.shape[0])
+    check_counts("counts", counts, hidden, "hidden")
+    _check_apart(query=query, keys=keys, values=values, hidden=hidden, states=states, weight=weight)
+    tensors = (query, keys, values, hidden, states, weight)
+    indices = (order, slots, positions, owed_slots, owed_positions, counts)
+    if not runs_kernel(hidden):
+        qkv_rows__ref(*tensors, norm, cos, sin, *indices)
+        return
+    if capacity == 0:
+        return
+    if config is None:
+        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype)[0]
+    half, heads = head_dim // 2, num_heads + 2 * kv_heads
+    pairs = min(config.pairs, max(8, next_power_of_2(half)))
+    shape = {"A": num_heads, "KV": kv_heads, "HALF": half, "H": width, "ROWS": config.rows, "PAIRS": pairs}
+    shape |= {"BLOCK_K": config.block_k, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    arguments = (*tensors, gain, cos, sin, *indices, eps)
+    with on_device(hidden):
+        if capacity == 1:
+            vector_pairs = min(config.vector_pairs, next_power_of_2(half), pairs)
+            _one_row_kernel[(heads * cdiv(half, vector_pairs),)](
+                *arguments,
+                **shape,
+                VECTOR_PAIRS=vector_pairs,
+                VECTOR_K=min(config.vector_k, next_power_of_2(width)),
+                # Four programs of four warps have room on a multiprocessor. Left alone, ptxas takes more for nothing.
+                maxnreg=128,
+                **early(hidden),
+            )
+        else:
+            row_bytes = width * hidden.element_size()
+            ahead = min(config.ahead, row_bytes) if row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0 else 0
+            _rows_kernel[(heads * cdiv(half, pairs),)](*arguments, **shape, AHEAD=ahead, **early(hidden))

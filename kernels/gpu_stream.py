@@ -1,0 +1,346 @@
+"""Products of a decode step: out[r] = f(x[r]) W^T for the live rows, whose list and number are read on the device.
+
+Limited by the bytes of W at the few rows of a step (1 to 64): N K elements, read once, for 2 n N K operations. With
+room for one row a program multiplies some rows of W with the vector, in registers; for more rows tiles of W go through
+the tensor cores, and come from L2 for every further tile of rows. An RMSNorm in front needs no pass of its own: the sum
+of x w W and that of x^2 are taken together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels.gpu_common import (
+    FLOATS,
+    UNALIGNED,
+    begin,
+    cdiv,
+    check_apart,
+    check_counts,
+    check_float,
+    check_like,
+    check_rows,
+    check_vector,
+    check_weight,
+    early,
+    jit,
+    loaded_ahead,
+    on_device,
+    runs_kernel,
+    tl,
+)
+
+__all__ = ["ACTIVATIONS", "StreamConfig", "rms_norm_math", "stream_configs", "stream_rows_", "stream_rows__ref"]
+
+ACTIVATIONS = ("none", "swiglu")
+
+
+class StreamConfig(NamedTuple):
+    """block_m: 1 multiplies one row in registers; else a tile of rows for the tensor cores, 16 or more."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 1
+
+
+# Best first where K is a multiple of 2048, and else (H100, LLaMA-7B's products: 12.8 / 59 / 32.5 us for the attention's
+# output / gate and up / down, 2.6 to 3.0 TB/s).
+_ONE = (
+    StreamConfig(1, 4, 2048, 8),
+    StreamConfig(1, 2, 2048, 4),
+    StreamConfig(1, 4, 1024, 4),
+    StreamConfig(1, 8, 512, 4),
+)
+_ONE_OTHER = (StreamConfig(1, 4, 1024, 4), StreamConfig(1, 8, 512, 4), StreamConfig(1, 2, 2048, 4))
+_MORE = (
+    StreamConfig(16, 32, 128, 4, 5),
+    StreamConfig(16, 32, 256, 4, 3),
+    StreamConfig(16, 64, 128, 4, 4),
+)
+_PAIRED = (StreamConfig(16, 64, 128, 4, 3), StreamConfig(16, 32, 128, 4, 4), StreamConfig(16, 32, 256, 4, 3))
+_FLOAT = (StreamConfig(16, 32, 64, 4, 2),)
+
+
+def stream_configs(
+    rows: int, dtype: torch.dtype, in_features: int = 2048, act: str = "none"
+) -> tuple[StreamConfig, ...]:
+    """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count, so a row's
+    sum is taken in one order whoever else is in the step."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    if rows == 1:
+        return _ONE if in_features % 2048 == 0 else _ONE_OTHER
+    table = _FLOAT if dtype == torch.float32 else _MORE if act == "none" else _PAIRED
+    tile = 16 if rows <= 16 or dtype == torch.float32 else 32 if rows <= 32 else 64
+    warps = 8 if tile > 16 and act != "none" else 4  # two products of a tile need their registers
+    return tuple(config._replace(block_m=tile, num_warps=warps) for config in table)
+
+
+# --- torch twin ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_math(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (Zhang and Sennrich 2019) as Hugging Face's LLaMA rounds it: the scaled row, then times the weight."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight.to(x.dtype) * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def stream_rows__ref(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+    config: StreamConfig | None = None,
+) -> None:
+    rows = order[: int(counts[0])].long()
+    read = x[rows] if norm is None else rms_norm_math(x[rows], *norm)
+    y = F.linear(read, weight)
+    if act == "swiglu":
+        gate, up = y.chunk(2, 1)
+        y = F.silu(gate) * up
+    out[rows] = (y if residual is None else residual[rows] + y).to(out.dtype)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _one_row_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    norm_ptr,
+    residual_ptr,
+    order_ptr,
+    counts_ptr,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.minimum(columns, N - 1).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)
+    weights = weight_ptr + column[:, None] * K + inner[None, :]
+    # No kernel of a step writes weights: the first of them are on their way before the kernel in front ends.
+    if K % BLOCK_K == 0:
+        first = tl.load(weights, eviction_policy="evict_first")
+    else:
+        first = tl.load(weights, mask=inner[None, :] < K, other=0.0, eviction_policy="evict_first")
+    begin(EARLY)
+    if loaded_ahead(counts_ptr) == 0:
+        return
+    row = loaded_ahead(order_ptr).to(tl.int64)
+    x_row = x_ptr + row * K
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    total_up = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for k in tl.static_range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_row + k + inner).to(tl.float32)
+        else:
+            x = tl.load(x_row + k + inner, mask=inner < K - k, other=0.0).to(tl.float32)
+        if NORM:
+            squares += x * x
+            if K % BLOCK_K == 0:
+                x *= tl.load(norm_ptr + k + inner).to(tl.float32)
+            else:
+                x *= tl.load(norm_ptr + k + inner, mask=inner < K - k, other=0.0).to(tl.float32)
+        if k == 0:
+            weight = first
+        elif K % BLOCK_K == 0:
+            weight = tl.load(weights + k, eviction_policy="evict_first")
+        else:
+            weight = tl.load(weights + k, mask=inner[None, :] < K - k, other=0.0, eviction_policy="evict_first")
+        total += weight.to(tl.float32) * x[None, :]
+        if SWIGLU:
+            if K % BLOCK_K == 0:
+                up = tl.load(weights + N * K + k, eviction_policy="evict_first")
+            else:
+                up = tl.load(weights + N * K + k, mask=inner[None, :] < K - k, other=0.0, eviction_policy="evict_first")
+            total_up += up.to(tl.float32) * x[None, :]
+    y = tl.sum(total, 1)
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        y *= scale
+    if SWIGLU:
+        y = _silu(y) * (tl.sum(total_up, 1) * scale)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + row * N + column).to(tl.float32)
+    tl.store(out_ptr + row * N + columns, y.to(out_ptr.dtype.element_ty), mask=columns < N)
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _rows_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    norm_ptr,
+    residual_ptr,
+    order_ptr,
+    counts_ptr,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    begin(EARLY)
+    live = loaded_ahead(counts_ptr)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.minimum(columns, N - 1).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)
+    for start in range(0, live, BLOCK_M):
+        places = start + tl.arange(0, BLOCK_M)
+        row = tl.load(order_ptr + tl.minimum(places, live - 1)).to(tl.int64)
+        x_ptrs = x_ptr + row[:, None] * K + inner[None, :]
+        weights = weight_ptr + column[None, :] * K + inner[:, None]
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        total_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                x = tl.load(x_ptrs)
+                weight = tl.load(weights)
+            else:
+                x = tl.load(x_ptrs, mask=inner[None, :] < K - k, other=0.0)
+                weight = tl.load(weights, mask=inner[:, None] < K - k, other=0.0)
+            if SWIGLU:
+                if K % BLOCK_K == 0:
+                    up = tl.load(weights + N * K)
+                else:
+                    up = tl.load(weights + N * K, mask=inner[:, None] < K - k, other=0.0)
+            if NORM:
+                wide = x.to(tl.float32)
+                squares += tl.sum(wide * wide, 1)
+                if K % BLOCK_K == 0:
+                    gain = tl.load(norm_ptr + k + inner).to(tl.float32)
+                else:
+                    gain = tl.load(norm_ptr + k + inner, mask=inner < K - k, other=0.0).to(tl.float32)
+                gain = (gain * GROW)[:, None]
+                weight = (weight.to(tl.float32) * gain).to(x.dtype)
+                if SWIGLU:
+                    up = (up.to(tl.float32) * gain).to(x.dtype)
+            total = tl.dot(x, weight, total, input_precision="ieee")
+            if SWIGLU:
+                total_up = tl.dot(x, up, total_up, input_precision="ieee")
+            x_ptrs += BLOCK_K
+            weights += BLOCK_K
+        if NORM:
+            factor = tl.rsqrt(squares / K + eps) / GROW
+            total *= factor[:, None]
+            total_up *= factor[:, None]
+        if SWIGLU:
+            total = _silu(total) * total_up
+        places_out = row[:, None] * N + columns[None, :]
+        mask = (places < live)[:, None] & (columns < N)[None, :]
+        if RESIDUAL:
+            total += tl.load(residual_ptr + places_out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + places_out, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# --- public function -------------------------------------------------------------------------------------------------
+
+
+def stream_rows_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+    config: StreamConfig | None = None,
+) -> None:
+    """``out[r] = act(f(x[r]) W^T) + residual[r]`` for r = order[i], i < counts[0]; other rows of out are left alone.
+
+    out       (R, N), written: dtype of x or fp32; contiguous; shares no storage with x, but may be the residual itself
+    x         (R, K), fp16, bf16 or fp32, contiguous
+    weight    (N, K), dtype of x, contiguous. With "swiglu" (2 N, K), gate first: out = silu(gate) * up (Shazeer 2020)
+    order     int32 (R,): distinct rows; counts int32 (2,): counts[0] of them are live
+    norm      (weight (K,), eps) of an RMSNorm f in front of the product; None: f(x) = x
+    residual  (R, N), dtype of x, contiguous
+    config    one of ``stream_configs``; None: the first
+    Moves the bytes of W once for one tile of rows. Sums in fp32; fp32 products are exact (no TF32).
+    """
+    check_float("x", x)
+    if out.dim() != 2 or x.dim() != 2 or weight.dim() != 2:
+        raise ValueError(
+            f"out, x and weight must have 2 dimensions, got {list(out.shape)}, {list(x.shape)}, {list(weight.shape)}"
+        )
+    rows, features = out.shape
+    width = x.shape[1]
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if out.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"out must have the dtype of x or be float32, got {out.dtype}")
+    check_rows("x", x, x, "x", width, rows)
+    check_like("weight", weight, x, "x")
+    check_weight("weight", weight, x, "x", features * (2 if act == "swiglu" else 1), width)
+    for name, tensor in (("out", out), ("x", x)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    check_apart(out, "x", x)
+    check_vector("order", order, x, "x", torch.int32, rows)
+    check_counts("counts", counts, x, "x")
+    if norm is not None:
+        check_weight("the norm's weight", norm[0], x, "x", width)
+    if residual is not None:
+        check_like("residual", residual, x, "x")
+        check_weight("residual", residual, x, "x", rows, features)
+    if not runs_kernel(x):
+        stream_rows__ref(out, x, weight, order, counts, norm, residual, act)
+        return
+    if rows == 0 or features == 0:
+        return
+    config = stream_configs(rows, x.dtype, width, act)[0] if config is None else config
+    weight_of_norm, eps = (None, 0.0) if norm is None else norm
+    given = (out, x, weight, weight_of_norm, residual, order, counts, eps)
+    options = dict(
+        N=features, K=width, SWIGLU=act == "swiglu", NORM=norm is not None, RESIDUAL=residual is not None,
+        BLOCK_N=config.block_n, num_warps=config.num_warps, **early(x),
+    )  # fmt: skip
+    grid = (cdiv(features, config.block_n),)
+    with on_device(x):
+        if config.block_m == 1:
+            if rows != 1:
+                raise ValueError(f"a config with block_m 1 is for one row, got room for {rows}")
+            _one_row_kernel[grid](*given, BLOCK_K=config.block_k, **options)
+        else:
+            # The gain goes to the weights, not to x, whose numbers may be so large or small that fp16 cannot hold x w;
+            # weights times gains may be small, and a power of two costs nothing.
+            grow = 2.0**6 if x.dtype == torch.float16 else 1.0
+            _rows_kernel[grid](
+                *given, GROW=grow, BLOCK_M=config.block_m, BLOCK_K=config.block_k, num_stages=config.num_stages,
+                **options,
+            )  # fmt: skip
