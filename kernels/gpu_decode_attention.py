@@ -24,8 +24,8 @@ from engine.kernels.gpu_common import (
 
 __all__ = ["decode_attention_", "decode_attention__ref", "decode_attention_workspace"]
 
-_PROGRAMS = 264  # two for each of an H100's multiprocessors
-_MOST_SPLITS = 32
+_PROGRAMS = 1056  # eight for each of an H100's multiprocessors
+_MOST_SPLITS = 16
 
 
 def decode_attention_workspace(rows: int, num_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Tensor:

@@ -6,8 +6,9 @@ layer still owes: tokens that have left further below, by the hidden state they 
 stream the weight as fast as memory goes, from before the kernel in front has ended (``begin``).
 
 A capacity of one row multiplies vectors: a program has all that it needs of the weight on its way at once, in
-registers, ahead of ``begin``. Owed entries beside that row, and more rows than one, go through tl.dot: tiles of weight
-by tiles of rows, the weight on the side with 16 or more rows and the few tokens on the one that may be narrow.
+registers, ahead of ``begin``, and up to 8 owed entries meet it there one by one. More of them, and more rows than one,
+go through tl.dot: tiles of weight by tiles of rows, the weight on the side with 16 or more rows and the few tokens on
+the one that may be narrow.
 The norm costs no pass: its weight is multiplied into the tile of W, its mean square is summed beside the product.
 """
 
@@ -47,7 +48,7 @@ class QkvConfig(NamedTuple):
 
     rows, pairs, block_k        a tile of tl.dot: entries, pairs of weight rows (twice as many rows), columns of W
     num_warps, num_stages       of a program, and of the pipeline that fills such tiles
-    vector_pairs, vector_k      the same for one row without owed entries (a capacity of 1 only)
+    vector_pairs, vector_k      the same for one row and up to ``few`` owed entries (a capacity of 1 only)
     ahead                       bytes of each row of W that a program asks L2 for ahead of ``begin`` (more rows only)
     """
 
@@ -59,6 +60,7 @@ class QkvConfig(NamedTuple):
     vector_pairs: int = 2
     vector_k: int = 4096
     ahead: int = 0
+    few: int = 8
 
 
 # The default first. One row: all of a program's weight is in registers, 64 of each thread's, so that four programs a
@@ -321,7 +323,7 @@ def _one_row_kernel(
     query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
     slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps,
     A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_K: tl.constexpr, VECTOR_PAIRS: tl.constexpr, VECTOR_K: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_K: tl.constexpr, VECTOR_PAIRS: tl.constexpr, VECTOR_K: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     BLOCKS: tl.constexpr = (HALF + VECTOR_PAIRS - 1) // VECTOR_PAIRS
@@ -335,7 +337,7 @@ def _one_row_kernel(
     owed = tl.load(counts_ptr + 1)
     # The id of a live row is 0, there is no other: nothing waits for counts and order.
     x = _vector_part(hidden_ptr, 0, column, H, VECTOR_K)
-    if (live > 0) & ((head < A) | (owed == 0)):
+    if (live > 0) & ((head < A) | (owed <= FEW)):
         only = tl.zeros((1,), dtype=tl.int32)
         slots = tl.load(slots_ptr + only)
         positions = tl.load(positions_ptr + only)
@@ -361,6 +363,35 @@ def _one_row_kernel(
             query_ptr, keys_ptr, values_ptr, first[:, None], second[:, None], cos, sin, cos_second, sin_second, only,
             slots, here, pair, head, A, KV, HALF,
         )  # fmt: skip
+        if head >= A:
+            # A few owed entries one by one, by the weight that is here already (or in L2, where a row has parts).
+            for j in range(0, owed):
+                slots = tl.load(owed_slots_ptr + j + only)
+                positions = tl.load(owed_positions_ptr + j + only)
+                state = states_ptr + tl.load(owed_slots_ptr + j).to(tl.int64) * H
+                cos, sin, cos_second, sin_second = _angles(
+                    cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF
+                )
+                squares = tl.sum(tl.zeros((VECTOR_K,), dtype=tl.float32), axis=0)
+                total = tl.zeros((2 * VECTOR_PAIRS,), dtype=tl.float32)
+                for k in range(0, H, VECTOR_K):
+                    if EARLY and H <= VECTOR_K and weight_ptr.dtype.element_ty.primitive_bitwidth == 16:
+                        # The same numbers, and opaque: else ptxas keeps them as fp32 all along, in twice the registers.
+                        part_of_w = tl.inline_asm_elementwise(
+                            "mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=2
+                        )
+                    else:
+                        part_of_w = _weight_part(weights, k, column, H, VECTOR_K)
+                    wide = _vector_part(state, k, column, H, VECTOR_K).to(tl.float32)
+                    squares += tl.sum(wide * wide, axis=0)
+                    wide *= _vector_part(norm_ptr, k, column, H, VECTOR_K).to(tl.float32)
+                    total += tl.sum(part_of_w.to(tl.float32) * wide[None, :], axis=1)
+                total *= tl.rsqrt(squares / H + eps)
+                first, second = tl.split(tl.reshape(total, (VECTOR_PAIRS, 2)))
+                _put(
+                    query_ptr, keys_ptr, values_ptr, first[:, None], second[:, None], cos, sin, cos_second, sin_second,
+                    only, slots, here, pair, head, A, KV, HALF,
+                )  # fmt: skip
     else:
         # Keys and values with what is owed, in blocks so wide that most programs have none.
         WIDE: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
@@ -483,14 +514,17 @@ def qkv_rows_(
     with on_device(hidden):
         if capacity == 1:
             vector_pairs = min(config.vector_pairs, next_power_of_2(half), pairs)
+            options = early(hidden)
             _one_row_kernel[(heads * cdiv(half, vector_pairs),)](
                 *arguments,
                 **shape,
                 VECTOR_PAIRS=vector_pairs,
                 VECTOR_K=min(config.vector_k, next_power_of_2(width)),
-                # Four programs of four warps have room on a multiprocessor. Left alone, ptxas takes more for nothing.
-                maxnreg=128,
-                **early(hidden),
+                FEW=config.few,
+                # Four programs of four warps have room on a multiprocessor. Left alone, ptxas takes more for nothing;
+                # where the weight is read again for owed entries it needs some more.
+                maxnreg=128 if options["EARLY"] else 168,
+                **options,
             )
         else:
             row_bytes = width * hidden.element_size()

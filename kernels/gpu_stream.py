@@ -40,13 +40,15 @@ ACTIVATIONS = ("none", "swiglu")
 
 
 class StreamConfig(NamedTuple):
-    """block_m: 1 multiplies one row in registers; else a tile of rows for the tensor cores, 16 or more."""
+    """block_m: 1 multiplies one row in registers; else a tile of rows for the tensor cores, 16 or more. ahead: bytes of
+    each row of W that a program asks L2 for before the kernel in front has ended, with tiles of rows."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int = 1
+    ahead: int = 0
 
 
 # Best first where K is a multiple of 2048, and else (H100, LLaMA-7B's products: 12.8 / 59 / 32.5 us for the attention's
@@ -59,11 +61,17 @@ _ONE = (
 )
 _ONE_OTHER = (StreamConfig(1, 4, 1024, 4), StreamConfig(1, 8, 512, 4), StreamConfig(1, 2, 2048, 4))
 _MORE = (
+    StreamConfig(16, 32, 128, 4, 5, 1024),
     StreamConfig(16, 32, 128, 4, 5),
-    StreamConfig(16, 32, 256, 4, 3),
-    StreamConfig(16, 64, 128, 4, 4),
+    StreamConfig(16, 32, 256, 4, 3, 1024),
+    StreamConfig(16, 64, 128, 4, 4, 1024),
 )
-_PAIRED = (StreamConfig(16, 64, 128, 4, 3), StreamConfig(16, 32, 128, 4, 4), StreamConfig(16, 32, 256, 4, 3))
+_PAIRED = (
+    StreamConfig(16, 64, 128, 4, 3, 512),
+    StreamConfig(16, 64, 128, 4, 3),
+    StreamConfig(16, 32, 128, 4, 4, 512),
+    StreamConfig(16, 32, 256, 4, 3, 512),
+)
 _FLOAT = (StreamConfig(16, 32, 64, 4, 2),)
 
 
@@ -212,13 +220,24 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    begin(EARLY)
-    live = loaded_ahead(counts_ptr)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.minimum(columns, N - 1).to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
+    if EARLY and AHEAD > 0:
+        # The pipeline below starts behind ``begin``; its first stages then find this in L2.
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [(weight_ptr + column * K).to(tl.int64), tl.full((BLOCK_N,), AHEAD, dtype=tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    begin(EARLY)
+    live = loaded_ahead(counts_ptr)
     for start in range(0, live, BLOCK_M):
         places = start + tl.arange(0, BLOCK_M)
         row = tl.load(order_ptr + tl.minimum(places, live - 1)).to(tl.int64)
@@ -340,7 +359,9 @@ def stream_rows_(
             # The gain goes to the weights, not to x, whose numbers may be so large or small that fp16 cannot hold x w;
             # weights times gains may be small, and a power of two costs nothing.
             grow = 2.0**6 if x.dtype == torch.float16 else 1.0
+            row_bytes = width * x.element_size()
+            ahead = min(config.ahead, row_bytes) if row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0 else 0
             _rows_kernel[grid](
-                *given, GROW=grow, BLOCK_M=config.block_m, BLOCK_K=config.block_k, num_stages=config.num_stages,
-                **options,
+                *given, AHEAD=ahead, GROW=grow, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
+                num_stages=config.num_stages, **options,
             )  # fmt: skip

@@ -304,6 +304,7 @@ def compiled_case(capacity, shape, dtype):
 
 def compiled(monkeypatch, capacity, shape, dtype, arch, config=None):
     c = compiled_case(capacity, shape, dtype)
+    monkeypatch.setattr(gpu_qkv, "early", lambda x: {"EARLY": arch >= 90})
     monkeypatch.setattr(gpu_cases, "MODULES", (gpu_qkv,))
     launch = gpu_cases.record(monkeypatch, "qkv", lambda: qkv_rows_(*c.arguments(), config))
     usage = gpu_cases.compile_launch(launch, arch)
@@ -323,8 +324,9 @@ class TestCompile:
     def test_defaults(self, monkeypatch, capacity, shape, dtype, arch):
         usage = compiled(monkeypatch, capacity, shape, dtype, arch)
         if capacity == 1 and dtype != SINGLE:
-            # Four programs of four warps a multiprocessor, for what these must have on their way.
-            assert usage.registers <= 128 and 4 * usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
+            # Four programs of four warps a multiprocessor, for what these must have on their way; three on sm_80.
+            assert usage.registers <= (128 if arch == 90 else 168)
+            assert 4 * usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
 
     @pytest.mark.parametrize("capacity", [1, 64])
     def test_every_tile(self, monkeypatch, capacity):
