@@ -1,0 +1,126 @@
+"""Attention of a decode step on paged keys and values."""
+
+import pytest
+import torch
+
+from engine.kernels import gpu_decode_attention
+from engine.kernels.gpu_common import INTERPRETED, triton
+from engine.kernels.gpu_decode_attention import (
+    decode_attention_,
+    decode_attention__ref,
+    decode_attention_workspace,
+)
+from tests.kernels import gpu_cases
+from tests.kernels.cases import assert_no_worse
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+POISON = 7.0
+
+
+class Case:
+    def __init__(self, contexts, live, heads, kv_heads, d, block_size, dtype, device, room=None):
+        rows = len(contexts)
+        blocks = -(-max(contexts) // block_size) + 1
+        self.order = torch.randperm(rows).to(torch.int32)
+        self.positions = torch.tensor(contexts, dtype=torch.int32) - 1
+        self.table = torch.randperm(rows * blocks).view(rows, blocks).to(torch.int32)
+        slots = rows * blocks * block_size
+        # Only what some live row may see is a number.
+        self.keys, self.values = (torch.full((slots, kv_heads, d), float("nan")) for _ in range(2))
+        for r in self.order[:live].tolist():
+            seen = self.slots(r, block_size)
+            self.keys[seen], self.values[seen] = (torch.randn(len(seen), kv_heads, d) for _ in range(2))
+        self.query = torch.full((rows, heads, d), float("nan"))
+        self.query[self.order[:live].long()] = torch.randn(live, heads, d)
+        self.keys, self.values, self.query = (x.to(dtype).to(device) for x in (self.keys, self.values, self.query))
+        self.block_size, self.live, self.device, self.scale = block_size, live, device, d**-0.5
+        self.out = torch.full_like(self.query, POISON)
+        self.workspace = decode_attention_workspace(rows, heads, kv_heads, d, device)
+
+    def slots(self, r, size):
+        places = torch.arange(int(self.positions[r]) + 1)
+        return self.table[r].long()[places // size] * size + places % size
+
+    def run(self, way):
+        way(decode_attention_, decode_attention__ref)(
+            self.out, self.query, self.keys, self.values, self.order.to(self.device), self.table.to(self.device),
+            self.positions.to(self.device), torch.tensor([self.live, 5], dtype=torch.int32, device=self.device),
+            self.scale, self.block_size, self.workspace,
+        )  # fmt: skip
+        return self.out
+
+    def plain(self, r, wide):
+        slots = self.slots(r, self.block_size).to(self.device)
+        q, k, v = (x.to(wide) for x in (self.query[r], self.keys[slots], self.values[slots]))
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[1], 1) for x in (k, v))
+        weights = (torch.einsum("hd,chd->hc", q, k) * self.scale).softmax(1)
+        return torch.einsum("hc,chd->hd", weights, v)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 16), (9, 3, 24), (4, 1, 64)])
+@pytest.mark.parametrize(
+    "contexts, live, block_size",
+    [([1], 1, 16), ([100], 1, 16), ([17, 1, 15, 16, 70], 3, 4), ([5, 6], 0, 8), ([33] * 20, 20, 7)],
+)
+def test_against_the_formula(way, dtype, heads, kv_heads, d, contexts, live, block_size):
+    way.skip_wrong(dtype)
+    case = Case(contexts, live, heads, kv_heads, d, block_size, dtype, way.device)
+    out = case.run(way)
+    alive = case.order[:live].tolist()
+    for r in alive:
+        assert_no_worse(out[r], case.plain(r, dtype), case.plain(r, torch.float64), factor=3, floor=3e-6)
+    for r in set(range(len(contexts))) - set(alive):
+        assert bool((out[r] == POISON).all())
+
+
+def test_scores_far_apart(way):
+    """One position takes all the weight: nothing overflows, and parts without any do not count."""
+    case = Case([150], 1, 2, 2, 16, 16, SINGLE, way.device)
+    case.query[0] *= 300
+    out = case.run(way)
+    torch.testing.assert_close(out[0].double(), case.plain(0, torch.float64), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(keys=torch.zeros(8, 3, 16)), "4 query heads cannot share 3 key heads evenly"),
+        (dict(keys=torch.zeros(8, 2, 8)), "query must be .R, A, d. and keys .slots, KV, d."),
+        (dict(values=torch.zeros(9, 2, 16)), r"values must have shape \[8, 2, 16\]"),
+        (dict(order=torch.zeros(3)), "order must be int32"),
+        (dict(workspace=torch.zeros(3, 2, 4, 16)), "see decode_attention_workspace"),
+        (dict(out=torch.zeros(3, 16, 4).transpose(1, 2)), "out must be contiguous"),
+    ],
+)
+def test_wrong_arguments(change, words):
+    def ints(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    good = dict(
+        out=torch.zeros(3, 4, 16), query=torch.zeros(3, 4, 16), keys=torch.zeros(8, 2, 16),
+        values=torch.zeros(8, 2, 16), order=ints(3), block_table=ints(3, 2), positions=ints(3), counts=ints(2),
+        scale=1.0, block_size=4, workspace=decode_attention_workspace(3, 4, 2, 16, torch.device("cpu")),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        decode_attention_(**{**good, **change})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton is None or INTERPRETED, reason="needs triton's compiler")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("shape", [(32, 32, 128), (9, 3, 64)], ids=["7b", "smollm2"])
+@pytest.mark.parametrize("name", ["_part_kernel", "_whole_kernel"])
+def test_compiles(monkeypatch, name, shape, rows, arch):
+    class Other:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(gpu_cases, "MODULES", (gpu_decode_attention,))
+    other = {"_part_kernel": "_whole_kernel", "_whole_kernel": "_part_kernel"}[name]
+    monkeypatch.setattr(gpu_decode_attention, other, Other())
+    case = Case([200] * rows, rows, *shape, 16, HALF, "cpu")
+    launch = gpu_cases.record(monkeypatch, name, lambda: case.run(lambda op, twin: op))
+    usage = gpu_cases.compile_launch(launch, arch)
+    assert usage.stack_bytes == 0 and usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
