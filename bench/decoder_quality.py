@@ -128,12 +128,15 @@ class Setting:
     policies: Mapping[str, torch.Tensor] | None = None
 
 
-def settings(sets: Mapping[float, Mapping[str, torch.Tensor]], criteria: Sequence[str]) -> list[Setting]:
+def settings(
+    sets: Mapping[float, Mapping[str, torch.Tensor]], criteria: Sequence[str], step: int = 1
+) -> list[Setting]:
+    """All of ours, and every ``step``-th threshold of each criterion."""
     ours = [Setting(OURS, alpha, {"criterion": "policy", "threshold": 0.5}, found) for alpha, found in sets.items()]
     theirs = [
         Setting(f"CALM {name}", value, {"criterion": name, "threshold": value})
         for name in criteria
-        for value in THRESHOLDS[name]
+        for value in THRESHOLDS[name][::step]
     ]
     return ours + theirs
 
@@ -320,10 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder with train and test instructions")
-    parser.add_argument("--prompts", type=int, default=200, help="the first of the test rows")
+    parser.add_argument("--prompts", type=int, default=200, help="the first of the test rows whose prompt fits")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--max-length", type=int, default=256, help="of training rows")
+    parser.add_argument("--max-length", type=int, default=256, help="of training rows, and of test prompts")
     parser.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS))
+    parser.add_argument("--coarse", action="store_true", help="every second threshold of CALM's measures alone")
     parser.add_argument("--criteria", nargs="+", choices=THRESHOLDS, default=list(THRESHOLDS))
     parser.add_argument("--epochs", type=int, default=2, help="of the policies")
     parser.add_argument("--policies", type=Path, help="file to keep them in; default: beside the output")
@@ -358,8 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lm = DecoderEngine(model, tokenizer)  # not private: policies are exchanged in place
     checked = check_seconds(lm, o.criteria)
     sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")
-    tests = parts["test"][: o.prompts]
-    found = settings(sets, o.criteria)
+    # Longer prompts than the model was trained on say nothing of its exits.
+    tests = [row for row in parts["test"] if len(tokenizer.encode(row.prompt)) <= o.max_length][: o.prompts]
+    found = settings(sets, o.criteria, 2 if o.coarse else 1)
     rows, examples = curves(lm, tests, found, bert, o.new_tokens, sampling, o.timed, o.rounds, checked)
     plot(rows, drawing, f"{o.checkpoint.name}, {len(tests)} prompts, {decoding}")
     nearest = {FULL: examples[0]}

@@ -319,6 +319,8 @@ def stream_rows_(
         )
     rows, features = out.shape
     width = x.shape[1]
+    if width < 1:
+        raise ValueError(f"x must have at least one column, got {list(x.shape)}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if out.dtype not in (x.dtype, torch.float32):
@@ -337,6 +339,11 @@ def stream_rows_(
     if residual is not None:
         check_like("residual", residual, x, "x")
         check_weight("residual", residual, x, "x", rows, features)
+        if out.data_ptr() != residual.data_ptr() or out.dtype != residual.dtype:
+            try:
+                check_apart(out, "residual", residual)
+            except ValueError as error:
+                raise ValueError(f"residual must be out itself or apart from it: {error}") from None
     if not runs_kernel(x):
         stream_rows__ref(out, x, weight, order, counts, norm, residual, act)
         return

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import engine
 from engine.decoding.cache import PagedCache
 from engine.decoding.generate import begin, generate_packed
 from engine.decoding.graph import GraphDecoder
 from engine.decoding.packed import cache_shape
 from engine.generation import DecoderEngine
+from engine.loading import save_checkpoint
 from tests.decoding.test_steps import EVERY, assert_same, by_reference, by_steps, tokens
 from tests.decoding.tiny import LAYERS, random_requests, tiny_decoder
 
@@ -131,3 +133,16 @@ def test_who_cannot_be_a_program():
     assert lm.executor == "packed"
     with pytest.raises(ValueError, match="copies states lazily, got 'eager'"):
         DecoderEngine(tiny_decoder(), executor="graph", state_copy="eager")
+
+
+def test_a_model_that_was_run_can_be_saved(tmp_path):
+    """Views of one tensor are still tensors of their own for who stores them."""
+    model = tiny_decoder(seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lm = DecoderEngine(model, executor="graph")
+    want = lm.run([[3, 4]], max_new_tokens=6).token_ids
+    save_checkpoint(model, tmp_path / "ck")
+    loaded = engine.load(tmp_path / "ck", device="cpu")
+    assert loaded.run([[3, 4]], max_new_tokens=6).token_ids == want
+    after = loaded.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -110,6 +110,11 @@ def test_norm_as_hugging_face_rounds_it():
         (dict(norm=(torch.zeros(9), 1e-5)), "the norm's weight must have shape"),
         (dict(residual=torch.zeros(3, 5)), r"residual must have shape \[3, 4\]"),
         (dict(x=torch.zeros(8, 3).t()), "x must be contiguous"),
+        (dict(x=torch.zeros(3, 0), weight=torch.zeros(4, 0)), "x must have at least one column"),
+        (
+            dict(zip(("out", "residual"), torch.zeros(16).as_strided((2, 3, 4), (2, 4, 1)), strict=True)),
+            "residual must be out itself or apart from it",
+        ),
     ],
 )
 def test_wrong_arguments(change, words):
