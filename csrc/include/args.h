@@ -93,6 +93,41 @@ struct SurvivorsArgs {
   RowState states[kMaxStates];
 };
 
+enum StepKind : int32_t { kStay = 0, kDecide = 1, kLeave = 2 };
+
+// Between two layers of a decode step. R = cap_rows; arrays by row id hold at least R entries. counts, and all else that
+// is pointed at, are values on the device.
+struct StepRowsArgs {
+  const float* partial = nullptr;  // [R, splits] by row id; kDecide alone
+  int64_t splits = 0;
+  const char* b2 = nullptr;  // one value; kDecide alone
+  DType b2_dtype = DType::f32;
+  const int32_t* order = nullptr;   // [R] row ids
+  const int32_t* counts = nullptr;  // live rows, and what is not looked at
+  int64_t cap_rows = 0;
+  int32_t layer = 0;
+  int32_t kind = kStay;
+  const float* threshold_logit = nullptr;  // limits by row id
+  const int32_t* script = nullptr;
+  const int32_t* min_depth = nullptr;
+  const int32_t* max_depth = nullptr;
+  int32_t* exit_layers = nullptr;  // by row id
+  float* exit_probs = nullptr;
+  int32_t* out_order = nullptr;
+  int32_t* out_counts = nullptr;
+  int32_t next_layer = 0;               // 0: none
+  const int32_t* positions = nullptr;   // by row id
+  const int32_t* block_table = nullptr;  // [R, blocks]
+  int64_t blocks = 0;
+  int32_t block_size = 1;
+  int32_t* watermarks = nullptr;  // [R, layers]
+  int64_t layers = 0;
+  int32_t* owed_slots = nullptr;
+  int32_t* owed_positions = nullptr;
+  int64_t cap_owed = 0;
+  int64_t* settled = nullptr;  // or null
+};
+
 enum Part : int32_t { kFirst = 0, kOthers = 1, kAll = 2 };
 
 struct AttentionArgs {

@@ -15,6 +15,7 @@ struct Cpu {
   int64_t read_int(const int32_t* value) const { return *value; }
   void compact(const CompactArgs& args) const;
   void survivors(const SurvivorsArgs& args) const;
+  void step_rows(const StepRowsArgs& args) const;
   void gather(const GatherArgs& args) const;
   void scatter(const ScatterArgs& args) const;
   void pack_lead(const LeadArgs& args) const;
@@ -38,6 +39,7 @@ const char* prefix_sum(const int32_t* lengths, int64_t batch, int32_t* cu_seqlen
 const char* read_int(const int32_t* value, int32_t* result, void* stream);
 const char* compact(const CompactArgs& args, void* stream);
 const char* survivors(const SurvivorsArgs& args, void* stream);
+const char* step_rows(const StepRowsArgs& args, void* stream);
 const char* gather(const GatherArgs& args, void* stream);
 const char* scatter(const ScatterArgs& args, void* stream);
 const char* pack_lead(const LeadArgs& args, void* stream);

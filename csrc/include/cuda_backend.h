@@ -21,6 +21,7 @@ class Cuda {
   }
   void compact(const CompactArgs& args) const { check(cuda::compact(args, stream_)); }
   void survivors(const SurvivorsArgs& args) const { check(cuda::survivors(args, stream_)); }
+  void step_rows(const StepRowsArgs& args) const { check(cuda::step_rows(args, stream_)); }
   void gather(const GatherArgs& args) const { check(cuda::gather(args, stream_)); }
   void scatter(const ScatterArgs& args) const { check(cuda::scatter(args, stream_)); }
   void pack_lead(const LeadArgs& args) const { check(cuda::pack_lead(args, stream_)); }

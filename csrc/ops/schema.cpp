@@ -11,6 +11,12 @@ STABLE_TORCH_LIBRARY(consistentee, m) {
   m.def(
       "survivors_(Tensor keep, Tensor cu_seqlens, Tensor counts, Tensor[] state, Tensor(a!) out_cu_seqlens, "
       "Tensor(b!) token_dest, Tensor(c!) out_counts, Tensor(d!)[] out_state) -> ()");
+  m.def(
+      "step_rows_(Tensor? partial, Tensor? b2, Tensor order, Tensor counts, int layer, int kind, "
+      "Tensor threshold_logit, Tensor script, Tensor min_depth, Tensor max_depth, Tensor(a!) exit_layers, "
+      "Tensor(b!) exit_probs, Tensor(c!) out_order, Tensor(d!) out_counts, int next_layer, Tensor positions, "
+      "Tensor block_table, int block_size, Tensor(e!) watermarks, Tensor(f!) owed_slots, Tensor(g!) owed_positions, "
+      "Tensor(h!)? settled=None) -> ()");
   m.def("pack_lead(Tensor padded, Tensor lengths, int? total_tokens=None) -> Tensor");
   m.def("unpack_lead(Tensor packed, Tensor cu_seqlens, int max_seqlen) -> Tensor");
   m.def(

@@ -1,6 +1,7 @@
 // Front end of survivors_: who stays after an exit check, in buffers that already exist.
 #include <vector>
 
+#include "apart.h"
 #include "backends.h"
 #include "tensor.h"
 #ifdef CONSISTENTEE_WITH_CUDA
@@ -10,30 +11,6 @@
 namespace consistentee {
 
 namespace {
-
-// A piece of memory an op reads or writes, with the name it goes by in messages.
-struct Region {
-  std::string name;
-  const char* begin;
-  const char* end;
-  bool written;
-};
-
-Region region(std::string name, const Tensor& tensor, bool written) {
-  const char* begin = bytes_of(tensor);
-  return {std::move(name), begin, begin + tensor.numel() * static_cast<int64_t>(tensor.element_size()), written};
-}
-
-// Blocks read their inputs while others already write, so a shared byte is a race.
-void check_apart(const std::vector<Region>& regions) {
-  for (size_t i = 0; i < regions.size(); ++i) {
-    for (size_t j = 0; j < i; ++j) {
-      const Region &a = regions[i], &b = regions[j];
-      EE_CHECK(!(a.written || b.written) || a.begin >= b.end || b.begin >= a.end || a.begin == a.end || b.begin == b.end,
-               a.name, " must not share memory with ", b.name, ": use a second set of buffers, and swap");
-    }
-  }
-}
 
 const int32_t* ints(const char* name, const Tensor& tensor, int64_t count, const Tensor& keep) {
   check_shape(name, tensor, {count});
