@@ -11,6 +11,7 @@ from engine.kernels.gpu_common import (
     begin,
     cdiv,
     check_counts,
+    check_device,
     check_float,
     check_vector,
     early,
@@ -80,15 +81,20 @@ def _part_kernel(
     place = tl.program_id(0)
     kv = tl.program_id(1)
     split = tl.program_id(2)
-    live = loaded_ahead(counts_ptr)
-    row = loaded_ahead(order_ptr + place).to(tl.int64)
-    begin(EARLY)
-    if place >= live:
-        return
-    context = tl.load(positions_ptr + row) + 1
+    # Positions and block tables stand before a step begins: where a part's keys lie is known before the kernel in front
+    # has written the last of them, and one trip to memory is left behind it.
+    alive = place < loaded_ahead(counts_ptr)
+    row = loaded_ahead(order_ptr + place, alive, 0).to(tl.int64)
+    context = loaded_ahead(positions_ptr + row, alive, -1) + 1
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_C) * BLOCK_C
     start = split * share
     end = tl.minimum(start + share, context)
+    inner = tl.arange(0, BLOCK_C)
+    p = start + inner
+    block = loaded_ahead(table_ptr + row * blocks + p // BLOCK_SIZE, p < end, 0)
+    begin(EARLY)
+    if not alive:
+        return
     heads: tl.constexpr = A // KV
     member = tl.arange(0, GROUP)
     column = tl.arange(0, BLOCK_D)
@@ -99,23 +105,30 @@ def _part_kernel(
     most = tl.full((GROUP,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((GROUP,), dtype=tl.float32)
     weighted = tl.zeros((GROUP, BLOCK_D), dtype=tl.float32)
-    inner = tl.arange(0, BLOCK_C)
     for first in range(start, end, BLOCK_C):
         p = first + inner
         seen = p < end
-        block = tl.load(table_ptr + row * blocks + p // BLOCK_SIZE, mask=seen, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
         at = slot[:, None] * (KV * D) + kv * D + column[None, :]
         mask = seen[:, None] & (column < D)[None, :]
         k = tl.load(keys_ptr + at, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(values_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.sum(q[:, None, :] * k[None, :, :], 2)
+        after = p + BLOCK_C
+        block = tl.load(table_ptr + row * blocks + after // BLOCK_SIZE, mask=after < end, other=0)
+        if GROUP == 1:  # in the layout that keys and values are loaded in: both are on their way at once
+            scores = tl.sum(tl.sum(q, 0)[None, :] * k, 1)[None, :]
+        else:
+            scores = tl.sum(q[:, None, :] * k[None, :, :], 2)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         kept = tl.exp(most - higher)
         weights = tl.exp(scores - higher[:, None])
         total = total * kept + tl.sum(weights, 1)
-        weighted = weighted * kept[:, None] + tl.sum(weights[:, :, None] * v[None, :, :], 1)
+        if GROUP == 1:
+            seen_values = tl.sum(tl.sum(weights, 0)[:, None] * v, 0)[None, :]
+        else:
+            seen_values = tl.sum(weights[:, :, None] * v[None, :, :], 1)
+        weighted = weighted * kept[:, None] + seen_values
         most = higher
     to = ((place * SPLITS + split) * A + head) * (D + 2)
     mine = member < heads
@@ -178,7 +191,8 @@ def decode_attention_(
                  p % block_size; positions int32 (R,); order int32 (R,), counts int32 (2,)
     workspace    of ``decode_attention_workspace``
     Two launches: every part of a context, then the parts together (Dao et al. 2023, flash-decoding). Scores and sums in
-    fp32. Limited by the bytes of keys and values, 2 KV d a position.
+    fp32. Limited by the bytes of keys and values, 2 KV d a position. Neither positions nor block_table may be written
+    by the kernel directly in front: they are read before it ends.
     """
     check_float("query", query)
     if query.dim() != 3 or keys.dim() != 3 or keys.shape[2] != query.shape[2]:
@@ -193,13 +207,28 @@ def decode_attention_(
         if tensor.shape != like.shape or tensor.dtype != query.dtype:
             raise ValueError(f"{name} must have shape {list(like.shape)} and dtype {query.dtype}, got "
                              f"{list(tensor.shape)}, {tensor.dtype}")  # fmt: skip
-    for name, tensor in (("out", out), ("query", query), ("keys", keys), ("values", values)):
+    for name, tensor in (("out", out), ("query", query), ("keys", keys), ("values", values),
+                         ("block_table", block_table), ("workspace", workspace)):  # fmt: skip
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] < rows:
+        raise ValueError(f"block_table must be int32 of shape [{rows} or more, blocks], got {block_table.dtype} "
+                         f"{list(block_table.shape)}")  # fmt: skip
+    for name, tensor in (("out", out), ("keys", keys), ("values", values), ("block_table", block_table),
+                         ("workspace", workspace)):  # fmt: skip
+        check_device(name, tensor, query, "query")
     check_vector("order", order, query, "query", torch.int32, rows)
     check_vector("positions", positions, query, "query", torch.int32, rows)
     check_counts("counts", counts, query, "query")
-    if workspace.shape[0] < rows or workspace.shape[2:] != (heads, d + 2) or workspace.dtype != torch.float32:
+    if (
+        workspace.dim() != 4
+        or workspace.shape[0] < rows
+        or workspace.shape[1] < 1
+        or workspace.shape[2:] != (heads, d + 2)
+        or workspace.dtype != torch.float32
+    ):
         raise ValueError(f"workspace must be fp32 of shape [{rows} or more, splits, {heads}, {d + 2}], got "
                          f"{list(workspace.shape)}: see decode_attention_workspace")  # fmt: skip
     if not runs_kernel(query):

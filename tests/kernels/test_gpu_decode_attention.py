@@ -25,6 +25,11 @@ class Case:
         self.positions = torch.tensor(contexts, dtype=torch.int32) - 1
         self.table = torch.randperm(rows * blocks).view(rows, blocks).to(torch.int32)
         slots = rows * blocks * block_size
+        # Nothing may be read by what lies beyond a context, or beyond the live rows.
+        for r, context in enumerate(contexts):
+            self.table[r, -(-context // block_size) :] = 1 << 30
+        dead = self.order[live:].long()
+        self.table[dead], self.positions[dead], self.order[live:] = 1 << 30, 1 << 30, 1 << 30
         # Only what some live row may see is a number.
         self.keys, self.values = (torch.full((slots, kv_heads, d), float("nan")) for _ in range(2))
         for r in self.order[:live].tolist():
@@ -58,10 +63,19 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
-@pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 16), (9, 3, 24), (4, 1, 64)])
+@pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 16), (9, 3, 24), (4, 1, 64), (2, 2, 128)])
 @pytest.mark.parametrize(
     "contexts, live, block_size",
-    [([1], 1, 16), ([100], 1, 16), ([17, 1, 15, 16, 70], 3, 4), ([5, 6], 0, 8), ([33] * 20, 20, 7)],
+    [
+        ([1], 1, 16),
+        ([15], 1, 4),
+        ([16], 1, 16),
+        ([17], 1, 16),
+        ([100], 1, 16),
+        ([17, 1, 15, 16, 70], 3, 4),
+        ([5, 6], 0, 8),
+        ([33] * 20, 20, 7),
+    ],
 )
 def test_against_the_formula(way, dtype, heads, kv_heads, d, contexts, live, block_size):
     way.skip_wrong(dtype)
@@ -72,6 +86,17 @@ def test_against_the_formula(way, dtype, heads, kv_heads, d, contexts, live, blo
         assert_no_worse(out[r], case.plain(r, dtype), case.plain(r, torch.float64), factor=3, floor=3e-6)
     for r in set(range(len(contexts))) - set(alive):
         assert bool((out[r] == POISON).all())
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_several_tiles_to_a_part(way, kv_heads, splits):
+    """Contexts beyond one tile of each part, and fewer parts than the workspace would choose."""
+    case = Case([300, 65, 9], 2, 4, kv_heads, 16, 16, SINGLE, way.device)
+    case.workspace = torch.full((3, splits, 4, 18), float("nan"), device=way.device)
+    out = case.run(way)
+    for r in case.order[:2].tolist():
+        assert_no_worse(out[r], case.plain(r, SINGLE), case.plain(r, torch.float64), factor=3, floor=3e-6)
 
 
 def test_scores_far_apart(way):
@@ -90,6 +115,11 @@ def test_scores_far_apart(way):
         (dict(values=torch.zeros(9, 2, 16)), r"values must have shape \[8, 2, 16\]"),
         (dict(order=torch.zeros(3)), "order must be int32"),
         (dict(workspace=torch.zeros(3, 2, 4, 16)), "see decode_attention_workspace"),
+        (dict(workspace=torch.zeros(3, 4, 18)), "see decode_attention_workspace"),
+        (dict(block_table=torch.zeros(3, 2, dtype=torch.int64)), r"block_table must be int32 of shape \[3 or more"),
+        (dict(block_table=torch.zeros(2, 2, dtype=torch.int32)), r"block_table must be int32 of shape \[3 or more"),
+        (dict(block_table=torch.zeros(2, 3, dtype=torch.int32).T), "block_table must be contiguous"),
+        (dict(block_size=0), "block_size must be at least 1, got 0"),
         (dict(out=torch.zeros(3, 16, 4).transpose(1, 2)), "out must be contiguous"),
     ],
 )
@@ -110,7 +140,8 @@ def test_wrong_arguments(change, words):
 @pytest.mark.skipif(triton is None or INTERPRETED, reason="needs triton's compiler")
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("rows", [1, 64])
-@pytest.mark.parametrize("shape", [(32, 32, 128), (9, 3, 64)], ids=["7b", "smollm2"])
+@pytest.mark.parametrize("shape", [(32, 32, 128), (32, 8, 128), (32, 4, 64), (9, 3, 64)],
+                         ids=["7b", "groups of 4", "groups of 8", "smollm2"])  # fmt: skip
 @pytest.mark.parametrize("name", ["_part_kernel", "_whole_kernel"])
 def test_compiles(monkeypatch, name, shape, rows, arch):
     class Other:
