@@ -41,7 +41,9 @@ ACTIVATIONS = ("none", "swiglu")
 
 class StreamConfig(NamedTuple):
     """block_m: 1 multiplies one row in registers; else a tile of rows for the tensor cores, 16 or more. ahead: bytes of
-    each row of W that a program asks L2 for before the kernel in front has ended, with tiles of rows."""
+    each row of W that a program asks L2 for before the kernel in front has ended; for one row a power of two from 128
+    on, and beside the first block_k columns, which are in registers by then. registers: the most that a thread may
+    have, with one row: how many programs a multiprocessor holds; 0 leaves it to ptxas."""
 
     block_m: int
     block_n: int
@@ -49,17 +51,35 @@ class StreamConfig(NamedTuple):
     num_warps: int
     num_stages: int = 1
     ahead: int = 0
+    registers: int = 0
 
 
 # Best first where K is a multiple of 2048, and else (H100, LLaMA-7B's products: 12.8 / 59 / 32.5 us for the attention's
 # output / gate and up / down, 2.6 to 3.0 TB/s).
 _ONE = (
     StreamConfig(1, 4, 2048, 8),
-    StreamConfig(1, 2, 2048, 4),
+    StreamConfig(1, 4, 2048, 8, ahead=4096),
     StreamConfig(1, 4, 1024, 4),
-    StreamConfig(1, 8, 512, 4),
+    StreamConfig(1, 4, 1024, 4, ahead=4096),
+    StreamConfig(1, 4, 1024, 4, registers=128),
+    StreamConfig(1, 2, 2048, 4),
 )
-_ONE_OTHER = (StreamConfig(1, 4, 1024, 4), StreamConfig(1, 8, 512, 4), StreamConfig(1, 2, 2048, 4))
+_ONE_PAIRED = (
+    StreamConfig(1, 4, 2048, 8),
+    StreamConfig(1, 4, 2048, 8, ahead=4096),
+    StreamConfig(1, 4, 2048, 8, registers=80),
+    StreamConfig(1, 4, 1024, 4),
+    StreamConfig(1, 2, 2048, 4),
+    StreamConfig(1, 2, 2048, 4, registers=96),
+)
+_ONE_OTHER = (
+    StreamConfig(1, 4, 1024, 4),
+    StreamConfig(1, 4, 1024, 4, ahead=4096),
+    StreamConfig(1, 4, 1024, 4, registers=128),
+    StreamConfig(1, 2, 1024, 4),
+    StreamConfig(1, 2, 2048, 4),
+    StreamConfig(1, 4, 512, 2),
+)
 _MORE = (
     StreamConfig(16, 32, 128, 4, 5, 1024),
     StreamConfig(16, 32, 128, 4, 5),
@@ -72,11 +92,12 @@ _PAIRED = (
     StreamConfig(16, 32, 128, 4, 4, 512),
     StreamConfig(16, 32, 256, 4, 3, 512),
 )
+_PAIRED_NORM = (StreamConfig(16, 64, 64, 4, 4, 512), StreamConfig(16, 64, 64, 4, 4))
 _FLOAT = (StreamConfig(16, 32, 64, 4, 2),)
 
 
 def stream_configs(
-    rows: int, dtype: torch.dtype, in_features: int = 2048, act: str = "none"
+    rows: int, dtype: torch.dtype, in_features: int = 2048, act: str = "none", norm: bool = False
 ) -> tuple[StreamConfig, ...]:
     """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count, so a row's
     sum is taken in one order whoever else is in the step."""
@@ -85,8 +106,12 @@ def stream_configs(
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     if rows == 1:
-        return _ONE if in_features % 2048 == 0 else _ONE_OTHER
+        table = _ONE_OTHER if in_features % 2048 else _ONE if act == "none" else _ONE_PAIRED
+        # Numbers of fp32 take twice the registers: a limit would have some spilled.
+        return tuple(config for config in table if dtype != torch.float32 or config.registers == 0)
     table = _FLOAT if dtype == torch.float32 else _MORE if act == "none" else _PAIRED
+    if norm and act != "none" and rows > 16 and dtype != torch.float32:
+        table = _PAIRED_NORM  # gains and squares of deeper tiles would be spilled
     tile = 16 if rows <= 16 or dtype == torch.float32 else 32 if rows <= 32 else 64
     warps = 8 if tile > 16 and act != "none" else 4  # two products of a tile need their registers
     return tuple(config._replace(block_m=tile, num_warps=warps) for config in table)
@@ -129,6 +154,36 @@ def _silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
+@jit
+def _ask_l2(rows, start, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, K: tl.constexpr):
+    """Start AHEAD bytes from column ``start`` of each row on their way to L2, 128 at a time: about as many addresses
+    as the program has threads, since one that several threads hold is asked for by all of them."""
+    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    lines = tl.minimum(start + tl.arange(0, AHEAD // 128) * LINE, K - 1)
+    ptrs = rows[:, None] + lines[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def _part(row, k: tl.constexpr, inner, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns from k on of a vector; only the last part can have less than BLOCK_K of them."""
+    if k + BLOCK_K <= K:
+        return tl.load(row + k + inner)
+    else:
+        return tl.load(row + k + inner, mask=inner < K - k, other=0.0)
+
+
+@jit
+def _weights_part(rows, k: tl.constexpr, inner, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same of rows of W, which nobody reads again before L2 has seen the rest of the model."""
+    if k + BLOCK_K <= K:
+        return tl.load(rows + k, eviction_policy="evict_first")
+    else:
+        return tl.load(rows + k, mask=inner[None, :] < K - k, other=0.0, eviction_policy="evict_first")
+
+
 @jit(do_not_specialize_on_alignment=UNALIGNED)
 def _one_row_kernel(
     out_ptr,
@@ -136,7 +191,6 @@ def _one_row_kernel(
     weight_ptr,
     norm_ptr,
     residual_ptr,
-    order_ptr,
     counts_ptr,
     eps,
     N: tl.constexpr,
@@ -146,6 +200,8 @@ def _one_row_kernel(
     RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PACK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -153,42 +209,36 @@ def _one_row_kernel(
     inner = tl.arange(0, BLOCK_K)
     weights = weight_ptr + column[:, None] * K + inner[None, :]
     # No kernel of a step writes weights: the first of them are on their way before the kernel in front ends.
-    if K % BLOCK_K == 0:
-        first = tl.load(weights, eviction_policy="evict_first")
-    else:
-        first = tl.load(weights, mask=inner[None, :] < K, other=0.0, eviction_policy="evict_first")
+    first = _weights_part(weights, 0, inner, K, BLOCK_K)
+    if EARLY and AHEAD > 0:
+        if SWIGLU:
+            _ask_l2(weight_ptr + (column + N) * K, 0, BLOCK_N, AHEAD, K)
+        if BLOCK_K < K:
+            _ask_l2(weight_ptr + column * K, BLOCK_K, BLOCK_N, AHEAD, K)
+    live = loaded_ahead(counts_ptr)
     begin(EARLY)
-    if loaded_ahead(counts_ptr) == 0:
+    if live == 0:
         return
-    row = loaded_ahead(order_ptr).to(tl.int64)
-    x_row = x_ptr + row * K
-    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    total_up = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    # The id of a live row is 0, there is no other: nothing waits for the order.
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + column)  # wanted at the end, and nobody is to wait for it there
+    # A load's numbers meet in their thread before anything is kept: sums take an eighth of the registers that way.
+    total = tl.zeros((BLOCK_N, BLOCK_K // PACK), dtype=tl.float32)
+    total_up = tl.zeros((BLOCK_N, BLOCK_K // PACK), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_K // PACK,), dtype=tl.float32)
     for k in tl.static_range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            x = tl.load(x_row + k + inner).to(tl.float32)
-        else:
-            x = tl.load(x_row + k + inner, mask=inner < K - k, other=0.0).to(tl.float32)
+        x = _part(x_ptr, k, inner, K, BLOCK_K).to(tl.float32)
         if NORM:
-            squares += x * x
-            if K % BLOCK_K == 0:
-                x *= tl.load(norm_ptr + k + inner).to(tl.float32)
-            else:
-                x *= tl.load(norm_ptr + k + inner, mask=inner < K - k, other=0.0).to(tl.float32)
+            squares += tl.sum(tl.reshape(x * x, (BLOCK_K // PACK, PACK)), 1)
+            x *= _part(norm_ptr, k, inner, K, BLOCK_K).to(tl.float32)
         if k == 0:
             weight = first
-        elif K % BLOCK_K == 0:
-            weight = tl.load(weights + k, eviction_policy="evict_first")
         else:
-            weight = tl.load(weights + k, mask=inner[None, :] < K - k, other=0.0, eviction_policy="evict_first")
-        total += weight.to(tl.float32) * x[None, :]
+            weight = _weights_part(weights, k, inner, K, BLOCK_K)
+        total += tl.sum(tl.reshape(weight.to(tl.float32) * x[None, :], (BLOCK_N, BLOCK_K // PACK, PACK)), 2)
         if SWIGLU:
-            if K % BLOCK_K == 0:
-                up = tl.load(weights + N * K + k, eviction_policy="evict_first")
-            else:
-                up = tl.load(weights + N * K + k, mask=inner[None, :] < K - k, other=0.0, eviction_policy="evict_first")
-            total_up += up.to(tl.float32) * x[None, :]
+            up = _weights_part(weights + N * K, k, inner, K, BLOCK_K)
+            total_up += tl.sum(tl.reshape(up.to(tl.float32) * x[None, :], (BLOCK_N, BLOCK_K // PACK, PACK)), 2)
     y = tl.sum(total, 1)
     scale = 1.0
     if NORM:
@@ -197,8 +247,8 @@ def _one_row_kernel(
     if SWIGLU:
         y = _silu(y) * (tl.sum(total_up, 1) * scale)
     if RESIDUAL:
-        y += tl.load(residual_ptr + row * N + column).to(tl.float32)
-    tl.store(out_ptr + row * N + columns, y.to(out_ptr.dtype.element_ty), mask=columns < N)
+        y += residual.to(tl.float32)
+    tl.store(out_ptr + columns, y.to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
 @jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -236,8 +286,8 @@ def _rows_kernel(
             is_pure=False,
             pack=1,
         )
-    begin(EARLY)
     live = loaded_ahead(counts_ptr)
+    begin(EARLY)
     for start in range(0, live, BLOCK_M):
         places = start + tl.arange(0, BLOCK_M)
         row = tl.load(order_ptr + tl.minimum(places, live - 1)).to(tl.int64)
@@ -319,13 +369,13 @@ def stream_rows_(
         )
     rows, features = out.shape
     width = x.shape[1]
-    if width < 1:
-        raise ValueError(f"x must have at least one column, got {list(x.shape)}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if out.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"out must have the dtype of x or be float32, got {out.dtype}")
     check_rows("x", x, x, "x", width, rows)
+    if width == 0:
+        raise ValueError(f"x must have at least one column, got {list(x.shape)}")
     check_like("weight", weight, x, "x")
     check_weight("weight", weight, x, "x", features * (2 if act == "swiglu" else 1), width)
     for name, tensor in (("out", out), ("x", x)):
@@ -349,7 +399,7 @@ def stream_rows_(
         return
     if rows == 0 or features == 0:
         return
-    config = stream_configs(rows, x.dtype, width, act)[0] if config is None else config
+    config = stream_configs(rows, x.dtype, width, act, norm is not None)[0] if config is None else config
     weight_of_norm, eps = (None, 0.0) if norm is None else norm
     given = (out, x, weight, weight_of_norm, residual, order, counts, eps)
     options = dict(
@@ -361,7 +411,11 @@ def stream_rows_(
         if config.block_m == 1:
             if rows != 1:
                 raise ValueError(f"a config with block_m 1 is for one row, got room for {rows}")
-            _one_row_kernel[grid](*given, BLOCK_K=config.block_k, **options)
+            limit = {"maxnreg": config.registers} if config.registers else {}
+            _one_row_kernel[grid](
+                out, x, weight, weight_of_norm, residual, counts, eps, BLOCK_K=config.block_k, AHEAD=config.ahead,
+                PACK=16 // x.element_size(), **limit, **options,
+            )  # fmt: skip
         else:
             # The gain goes to the weights, not to x, whose numbers may be so large or small that fp16 cannot hold x w;
             # weights times gains may be small, and a power of two costs nothing.
