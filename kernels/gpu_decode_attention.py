@@ -10,6 +10,7 @@ from engine.kernels.gpu_common import (
     UNALIGNED,
     begin,
     cdiv,
+    check_contiguous,
     check_counts,
     check_float,
     check_vector,
@@ -193,9 +194,7 @@ def decode_attention_(
         if tensor.shape != like.shape or tensor.dtype != query.dtype:
             raise ValueError(f"{name} must have shape {list(like.shape)} and dtype {query.dtype}, got "
                              f"{list(tensor.shape)}, {tensor.dtype}")  # fmt: skip
-    for name, tensor in (("out", out), ("query", query), ("keys", keys), ("values", values)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    check_contiguous(out=out, query=query, keys=keys, values=values)
     check_vector("order", order, query, "query", torch.int32, rows)
     check_vector("positions", positions, query, "query", torch.int32, rows)
     check_counts("counts", counts, query, "query")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from engine.kernels import gpu_decode_attention
-from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.gpu_decode_attention import (
     decode_attention_,
     decode_attention__ref,
@@ -106,8 +105,7 @@ def test_wrong_arguments(change, words):
         decode_attention_(**{**good, **change})
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(triton is None or INTERPRETED, reason="needs triton's compiler")
+@gpu_cases.compiles
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("shape", [(32, 32, 128), (9, 3, 64)], ids=["7b", "smollm2"])
