@@ -27,6 +27,7 @@ import torch
 from engine.bench.decoder_cpu import spread
 from engine.bench.record import RESULTS, figure, write_result
 from engine.config import DecoderExitConfig
+from engine.decoding.packed import cache_shape
 from engine.generation import DecoderEngine
 from engine.models.decoder import MultiExitDecoder
 
@@ -82,9 +83,9 @@ def shipped_share() -> tuple[dict[int, float], int]:
 def ceiling_seconds(model: MultiExitDecoder, exit_layers: Sequence[Sequence[int]], prompt: int) -> float:
     """Of all steps together: see the module."""
     hf = model.language_model.config
-    item, head_dim = torch.finfo(model.dtype).bits // 8, hf.hidden_size // hf.num_attention_heads
+    item, shape = torch.finfo(model.dtype).bits // 8, cache_shape(model)
     one = sum(p.numel() for p in model.backbone.layers[0].parameters()) * item
-    position = 2 * hf.num_key_value_heads * head_dim * item
+    position = 2 * shape.kv_heads * shape.head_dim * item
     total = 0.0
     for step, depths in enumerate(list(zip(*exit_layers, strict=True))[1:], start=1):
         total += max(depths) * one + sum(depths) * (prompt + step) * position + hf.vocab_size * hf.hidden_size * item
@@ -187,8 +188,6 @@ def main() -> None:
 
 
 def _cache_bytes(model: MultiExitDecoder, rows: int, positions: int) -> int:
-    from engine.decoding.packed import cache_shape
-
     shape = cache_shape(model)
     return shape.block_bytes(model.dtype) * rows * -(-positions // shape.block_size)
 

@@ -67,7 +67,7 @@ def load(
     model, tokenizer = load_model(checkpoint, dtype=automatic if explicit is None else explicit)
     if isinstance(model, MultiExitDecoder):
         if sizes:
-            raise ValueError("warmup is for encoders: a decoder captures nothing")
+            raise ValueError("warmup is for encoders: a decoder captures its steps when they are first needed")
         return DecoderEngine(model.to(chosen_device), tokenizer, executor, private=True)
     loaded = Engine(model.to(chosen_device), tokenizer, executor, private=True)
     for rows, tokens in sizes:

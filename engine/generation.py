@@ -23,10 +23,10 @@ from engine.decoding.generate import Counts, begin, generate_packed, generate_re
 from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
 from engine.decoding.requests import Generating, Request, Sampling
+from engine.executors import EXECUTORS
 from engine.models.decoder import MultiExitDecoder
 from engine.options import depth_limits, per_row
 
-EXECUTORS = ("graph", "packed", "reference")
 _PROGRESS_AFTER_S = 1.0
 _DEFAULT_CACHE_BYTES = 1 << 30
 _MAX_ROWS = 64

@@ -163,8 +163,14 @@ def check_weight(name: str, x: Tensor, like: Tensor, like_name: str, *shape: int
         allowed = " or ".join(dict.fromkeys(("float32", _name(like.dtype))))
         raise ValueError(f"{name} must be {allowed}, got {_name(x.dtype)}")
     check_device(name, x, like, like_name)
-    if not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}: call contiguous()")
+    check_contiguous(**{name: x})
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """By name; None is a tensor that was not given."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {x.stride()}: call contiguous()")
 
 
 def check_vector(

@@ -10,6 +10,7 @@ from engine.kernels.gpu_common import (
     UNALIGNED,
     begin,
     cdiv,
+    check_contiguous,
     check_counts,
     check_device,
     check_float,
@@ -207,10 +208,7 @@ def decode_attention_(
         if tensor.shape != like.shape or tensor.dtype != query.dtype:
             raise ValueError(f"{name} must have shape {list(like.shape)} and dtype {query.dtype}, got "
                              f"{list(tensor.shape)}, {tensor.dtype}")  # fmt: skip
-    for name, tensor in (("out", out), ("query", query), ("keys", keys), ("values", values),
-                         ("block_table", block_table), ("workspace", workspace)):  # fmt: skip
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    check_contiguous(out=out, query=query, keys=keys, values=values, block_table=block_table, workspace=workspace)
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] < rows:

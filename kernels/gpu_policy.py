@@ -10,6 +10,7 @@ from engine.kernels.gpu_common import (
     UNALIGNED,
     begin,
     cdiv,
+    check_contiguous,
     check_counts,
     check_float,
     check_rows,
@@ -146,9 +147,7 @@ def policy_rows_(
     check_rows("normed", normed, hidden, "hidden", width, rows)
     if states is not None:
         check_rows("states", states, hidden, "hidden", width)
-    for name, tensor in (("hidden", hidden), ("normed", normed), ("states", states)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    check_contiguous(hidden=hidden, normed=normed, states=states)
     check_weight("the norm's weight", norm[0], hidden, "hidden", width)
     neurons, splits = 1, 1
     if policy is not None:
@@ -200,7 +199,6 @@ def _delta_kernel(
     counts_ptr,
     H: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEP: tl.constexpr,
     EARLY: tl.constexpr,
@@ -244,9 +242,7 @@ def delta_rows_(
         raise ValueError(f"a must have shape [E, K, {width}], got {list(a.shape)}")
     check_weight("a", a, normed, "normed", *a.shape)
     check_weight("b", b, normed, "normed", a.shape[0], width, a.shape[1])
-    for name, tensor in (("out", out), ("normed", normed)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    check_contiguous(out=out, normed=normed)
     check_vector("exit_index", exit_index, normed, "normed", torch.int32, rows)
     check_vector("order", order, normed, "normed", torch.int32, rows)
     check_counts("counts", counts, normed, "normed")
@@ -257,6 +253,6 @@ def delta_rows_(
         return
     with on_device(normed):
         _delta_kernel[(rows,)](
-            out, normed, a, b, exit_index, order, counts, H=width, K=a.shape[1], BLOCK_H=next_power_of_2(width),
+            out, normed, a, b, exit_index, order, counts, H=width, K=a.shape[1],
             BLOCK_K=next_power_of_2(a.shape[1]), STEP=64, num_warps=8, **early(normed),
         )  # fmt: skip

@@ -24,6 +24,7 @@ from engine.kernels.gpu_common import (
     UNALIGNED,
     begin,
     cdiv,
+    check_contiguous,
     check_counts,
     check_float,
     check_like,
@@ -412,8 +413,7 @@ def _check_shape(name: str, x: Tensor, like: Tensor, *shape: int | None) -> None
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(x.shape)}")
     check_like(name, x, like, "hidden")
-    if not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}: call contiguous()")
+    check_contiguous(**{name: x})
 
 
 def _check_apart(**tensors: Tensor) -> None:

@@ -20,6 +20,7 @@ from engine.kernels.gpu_common import (
     begin,
     cdiv,
     check_apart,
+    check_contiguous,
     check_counts,
     check_float,
     check_like,
@@ -378,9 +379,7 @@ def stream_rows_(
         raise ValueError(f"x must have at least one column, got {list(x.shape)}")
     check_like("weight", weight, x, "x")
     check_weight("weight", weight, x, "x", features * (2 if act == "swiglu" else 1), width)
-    for name, tensor in (("out", out), ("x", x)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call contiguous()")
+    check_contiguous(out=out, x=x)
     check_apart(out, "x", x)
     check_vector("order", order, x, "x", torch.int32, rows)
     check_counts("counts", counts, x, "x")

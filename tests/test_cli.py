@@ -10,11 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 import engine
+from engine.backbones import GGUF_PACKAGES
 from engine.cli import app
 from engine.loading import save_checkpoint
-from engine.train import trainer
+from engine.train import decoder_trainer, trainer
 from engine.train.card import train_command
-from engine.train.config import RECIPES, TrainConfig
+from engine.train.config import RECIPES, TrainConfig, load_recipe
+from engine.train.decoder_config import DecoderTrainConfig
 from tests import tiny
 
 TEXTS = ["how to join two tables", "index a column", "query by key or by value?"]
@@ -345,9 +347,14 @@ def test_train_takes_a_recipe_and_the_command_line_wins(trained_configs, tmp_pat
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.json")))
-def test_train_reads_every_recipe(trained_configs, recipe):
-    call("train", "data", "--recipe", recipe, "--output", "out", "--backbone", "user/a")
-    assert len(trained_configs) == 1
+def test_train_reads_every_recipe(trained_configs, recipe, monkeypatch):
+    found = {"calibration": {"rows": 1, "points": {}}}
+    kind = type("Recorder", (trainer.Trainer,), {"run": lambda self: {"result": found | {"threshold": 0.5}}})
+    monkeypatch.setattr(decoder_trainer, "DecoderTrainer", kind)
+    decodes = load_recipe(recipe)["backbone"] in GGUF_PACKAGES
+    monkeypatch.setattr("engine.cli._generates", lambda backbone: decodes)
+    call("train", "data", "--recipe", recipe, "--output", "out")
+    assert [type(config) for config in trained_configs] == [DecoderTrainConfig if decodes else TrainConfig]
 
 
 def test_train_restart_drops_the_state_of_an_earlier_run(trained_configs, tmp_path):

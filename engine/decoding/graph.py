@@ -20,8 +20,8 @@ from torch import Tensor
 
 from engine.decoding.cache import PagedCache, Pages
 from engine.decoding.graph_step import Given, Step, StepArena, StepWeights, given_sizes, step_problem, step_weights
-from engine.decoding.packed import PackedDecoder, StepOutputs, logits_by_exit
-from engine.decoding.requests import Generating, scripted_layer, threshold_of
+from engine.decoding.packed import PackedDecoder, StepOutputs, logits_by_exit, step_limits
+from engine.decoding.requests import Generating
 from engine.executors.weights import WatchedWeights
 from engine.kernels.gpu_common import triton
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
@@ -29,7 +29,8 @@ from engine.models.decoder import MultiExitDecoder
 
 _CRITERIA = ("policy", "scripted")  # what ``step_rows_`` decides by
 _MAX_ROWS = 64
-# Exits between two conditional nodes. A node costs 6.5 us where it is taken, an empty layer 6 kernels of about 1 us.
+# A conditional node stands behind exits at multiples of this layer. A node costs 6.5 us where it is taken, an empty
+# layer 6 kernels of about 1 us.
 _STAGE = 4
 
 
@@ -114,7 +115,7 @@ class _Program:
         rows: int,
         exits: bool,
     ):
-        self._model, self._arena, self._cache, self._rows, self._layers = model, arena, cache, rows, len(weights.layers)
+        self._model, self._arena, self._cache, self._layers = model, arena, cache, len(weights.layers)
         blocks = cache.blocks_for(model.config.max_length)
         device = weights.embedding.device
         shapes = given_sizes(rows, self._layers, blocks)
@@ -181,8 +182,6 @@ class _Program:
         h, size = self._host, self._cache.shape.block_size
         n = len(batch)
         h["counts"][:] = n, 0
-        requests = [sequence.request for sequence, _ in batch]
-        steps = [len(sequence.new) for sequence, _ in batch]
         positions = [len(sequence) - 1 for sequence, _ in batch]
         h["ids"][:n] = [sequence.new[-1].token_id for sequence, _ in batch]
         h["positions"][:n] = positions
@@ -195,9 +194,7 @@ class _Program:
                 self._tables[row] = list(pages.blocks)
         if not self._exits:
             return
-        thresholds = torch.tensor([threshold_of(r, k) for r, k in zip(requests, steps, strict=True)])
-        h["threshold_logit"][:n] = torch.logit(thresholds).view(torch.int32).numpy()
-        h["script"][:n] = [scripted_layer(r, k) or 0 for r, k in zip(requests, steps, strict=True)]
-        h["min_depth"][:n] = [r.min_depth for r in requests]
-        h["max_depth"][:n] = [self._layers if r.max_depth is None else r.max_depth for r in requests]
+        limits = step_limits([sequence for sequence, _ in batch], self._layers)
+        h["threshold_logit"][:n] = torch.logit(torch.tensor(limits.thresholds)).view(torch.int32).numpy()
+        h["script"][:n], h["min_depth"][:n], h["max_depth"][:n] = limits[1:]
         h["watermarks"][:n] = [pages.watermarks for _, pages in batch]

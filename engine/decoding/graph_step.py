@@ -236,7 +236,7 @@ class Step:
         w, a, g, rows = self.weights, self.arena, self.given, self._rows
         order, counts = a.everybody[:rows], g.counts
         torch.index_select(w.embedding, 0, g.ids, out=a.hidden[:rows])
-        numbers = {layer: k for k, layer in enumerate(w.exit_layers)}
+        policies = dict(zip(w.exit_layers, w.policies, strict=False))  # the last exit has none
         with ExitStack() as skipped:
             if self.exits:
                 order, counts = self._next(order, counts, 0, STAY, 1)
@@ -245,24 +245,25 @@ class Step:
                 last = number == len(w.layers)
                 if not self.exits and not last:
                     continue
-                kind = LEAVE if last else DECIDE if number in numbers else STAY
+                kind = LEAVE if last else DECIDE if number in policies else STAY
+                *policy, bias = policies.get(number, (None,))
                 if kind != STAY:
-                    policy = w.policies[numbers[number]][:3] if kind == DECIDE else None
                     policy_rows_(
                         self._partial, a.normed[:rows], None if last else self.cache.states, a.hidden[:rows],
-                        w.final_norm, policy, order, g.slots, counts,
+                        w.final_norm, policy or None, order, g.slots, counts,
                     )  # fmt: skip
-                order, counts = self._next(order, counts, number, kind, 0 if last else number + 1)
+                order, counts = self._next(order, counts, number, kind, 0 if last else number + 1, bias)
                 if kind == DECIDE and number % self._stage == 0:
                     skipped.enter_context(when(counts[:1]))
         self._head()
 
-    def _next(self, order: Tensor, counts: Tensor, layer: int, kind: int, next_layer: int) -> tuple[Tensor, Tensor]:
-        """Who goes on behind ``layer``, and what the next one owes them."""
+    def _next(
+        self, order: Tensor, counts: Tensor, layer: int, kind: int, next_layer: int, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Who goes on behind ``layer``, and what the next one owes them. bias: the policy's last, where it decides."""
         a, g, rows = self.arena, self.given, self._rows
         turn = 0 if counts is not a.counts[0] else 1
         out = a.orders[turn][:rows], a.counts[turn]
-        bias = self.weights.policies[self.weights.exit_layers.index(layer)][3] if kind == DECIDE else None
         step_rows_(
             self._partial if kind == DECIDE else None,
             bias,

@@ -59,6 +59,26 @@ def logits_by_exit(model: MultiExitDecoder, n: Tensor, exit_layers: list[int]) -
     return out
 
 
+class StepLimits(NamedTuple):
+    """How the newest token of each row may leave: see ``decode_step``. script: 0 where the policy decides."""
+
+    thresholds: list[float]
+    script: list[int]
+    min_depth: list[int]
+    max_depth: list[int]
+
+
+def step_limits(sequences: list[Generating], layers: int) -> StepLimits:
+    """What the sequences' requests say for the step that comes."""
+    steps = [(sequence.request, len(sequence.new)) for sequence in sequences]
+    return StepLimits(
+        [threshold_of(request, step) for request, step in steps],
+        [scripted_layer(request, step) or 0 for request, step in steps],
+        [request.min_depth for request, _ in steps],
+        [layers if request.max_depth is None else request.max_depth for request, _ in steps],
+    )
+
+
 class _Row(NamedTuple):
     """One sequence in a step: its cache, and the position that is computed."""
 
@@ -218,7 +238,6 @@ class PackedDecoder:
         return StepOutputs(logits_by_exit(model, states, exit_layers), exit_layers, exit_probs)
 
     def _step_at_once(self, plan: DecoderPlan, rows: list[_Row]) -> StepOutputs:
-        layers, requests = self.model.config.num_layers, [row.sequence.request for row in rows]
         watermarks = _ints([row.pages.watermarks for row in rows])
         states, exit_layers, probs, settled = self._run_op(
             plan,
@@ -226,10 +245,7 @@ class PackedDecoder:
             [row.position for row in rows],
             [row.pages.blocks for row in rows],
             watermarks,
-            [threshold_of(row.sequence.request, len(row.sequence.new)) for row in rows],
-            [scripted_layer(row.sequence.request, len(row.sequence.new)) or 0 for row in rows],
-            [r.min_depth for r in requests],
-            [layers if r.max_depth is None else r.max_depth for r in requests],
+            *step_limits([row.sequence for row in rows], self.model.config.num_layers),
         )
         for row, marks in zip(rows, watermarks.tolist(), strict=True):
             row.pages.watermarks = marks

@@ -82,7 +82,7 @@ def test_a_chat_keeps_its_messages(lm, monkeypatch, capsys):
     [
         (["run", "CKPT", "hi", "--pair"], "--pair: for classifiers, and this checkpoint is a decoder"),
         (["run", "CKPT", "hi", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
-        (["run", "CKPT", "hi", "--executor", "graph"], "a decoder's executor must be one of auto, packed, reference"),
+        (["run", "CKPT", "hi", "--executor", "fast"], "executor must be one of auto, packed, reference, graph"),
         (["run", "CKPT", "x" * 200], "and may become"),
         (["eval", "CKPT", "--data", "x.jsonl"], "eval is for classifiers"),
         (["explain", "CKPT", "hi"], "explain is for classifiers"),

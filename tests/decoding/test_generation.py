@@ -263,7 +263,7 @@ def test_text_without_a_tokenizer(model):
 def test_engines():
     model = tiny_decoder()
     for wrong in ("fast", None):
-        with pytest.raises(ValueError, match="a decoder's executor must be one of auto, graph, packed, reference"):
+        with pytest.raises(ValueError, match="a decoder's executor must be one of auto, packed, reference, graph"):
             engine.from_module(model, executor=wrong)
 
 

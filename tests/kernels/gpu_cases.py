@@ -9,15 +9,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from engine.kernels import exit_rows, gpu_attention, gpu_exit, gpu_linear, gpu_norms
-from engine.kernels.gpu_common import triton
+from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.products import Partials
 
 MODULES = (gpu_linear, gpu_attention, gpu_norms, gpu_exit)
 NUM_HEADS = 12  # of BERT-base (H 768, head_dim 64) and MiniLM (H 384, head_dim 32)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+VERSION = "3.6.0"
+
+# Marks of tests that compile.
+needs_compiler = [
+    pytest.mark.skipif(triton is None, reason="triton is not installed"),
+    pytest.mark.skipif(
+        triton is not None and triton.__version__ != VERSION, reason=f"register counts are those of triton {VERSION}"
+    ),
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+    pytest.mark.slow,
+]
+
+
+def compiles(test: Callable) -> Callable:
+    """``needs_compiler`` for one test."""
+    for mark in needs_compiler:
+        test = mark(test)
+    return test
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

@@ -9,19 +9,10 @@ import functools
 import pytest
 import torch
 
-from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.gpu_linear import configs_for
 from tests.kernels import gpu_cases
 
-VERSION = "3.6.0"
-pytestmark = [
-    pytest.mark.skipif(triton is None, reason="triton is not installed"),
-    pytest.mark.skipif(
-        triton is not None and triton.__version__ != VERSION, reason=f"register counts are those of triton {VERSION}"
-    ),
-    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
-    pytest.mark.slow,
-]
+pytestmark = gpu_cases.needs_compiler
 
 BERT, MINILM = 768, 384
 # One form of every kernel, the one that takes most.

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from engine.kernels import gpu_decode_attention
-from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.gpu_decode_attention import (
     decode_attention_,
     decode_attention__ref,
@@ -136,8 +135,7 @@ def test_wrong_arguments(change, words):
         decode_attention_(**{**good, **change})
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(triton is None or INTERPRETED, reason="needs triton's compiler")
+@gpu_cases.compiles
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("shape", [(32, 32, 128), (32, 8, 128), (32, 4, 64), (9, 3, 64)],

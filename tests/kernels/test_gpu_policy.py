@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels import gpu_policy
-from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.gpu_policy import (
     delta_rows_,
     delta_rows__ref,
@@ -113,8 +112,7 @@ def test_wrong_arguments(change, words):
         delta_rows_(torch.zeros(3, 8), x, torch.zeros(2, 4, 8), torch.zeros(2, 4, 8), row, row, good["counts"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(triton is None or INTERPRETED, reason="needs triton's compiler")
+@gpu_cases.compiles
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("width, neurons", [(4096, 32), (5120, 512), (576, 32)])

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from engine.kernels import gpu_qkv
-from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.gpu_qkv import QkvConfig, qkv_configs, qkv_rows_, qkv_rows__ref
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
@@ -287,13 +286,6 @@ def test_written_buffers_are_apart():
 
 # --- compiled without a device ---------------------------------------------------------------------------------------
 
-needs_compiler = [
-    pytest.mark.skipif(triton is None, reason="triton is not installed"),
-    pytest.mark.skipif(
-        triton is not None and triton.__version__ != "3.6.0", reason="register counts are those of triton 3.6.0"
-    ),
-    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
-]
 SHAPES = {"7b": (4096, 32, 32, 128), "smollm2": (576, 9, 3, 64)}
 
 
@@ -313,9 +305,8 @@ def compiled(monkeypatch, capacity, shape, dtype, arch, config=None):
     return usage
 
 
-@pytest.mark.slow
 class TestCompile:
-    pytestmark = needs_compiler
+    pytestmark = gpu_cases.needs_compiler
 
     @pytest.mark.parametrize("arch", [80, 90])
     @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)

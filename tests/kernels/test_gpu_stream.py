@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels import gpu_stream
-from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.gpu_stream import StreamConfig, rms_norm_math, stream_configs, stream_rows_, stream_rows__ref
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
@@ -136,8 +135,7 @@ def test_wrong_configs(way):
             stream_rows_(torch.zeros_like(x), x, weight, order, counts, config=StreamConfig(1, 4, 16, 4))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(triton is None or INTERPRETED, reason="needs triton's compiler")
+@gpu_cases.compiles
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
 @pytest.mark.parametrize("capacity", [1, 8, 32, 64])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from engine.kernels import step_rows
-from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_, step_rows__ref
 from tests.kernels import gpu_cases
 
@@ -151,8 +150,7 @@ def test_wrong_arguments(change, words):
         step_rows_(**given)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(triton is None or INTERPRETED, reason="needs triton's compiler")
+@gpu_cases.compiles
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("kind", [STAY, DECIDE, LEAVE])
 @pytest.mark.parametrize("rows", [1, 64])
