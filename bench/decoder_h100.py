@@ -1,11 +1,13 @@
 """Decoder on a GPU at LLaMA's shapes: what exits cost and save, against full depth, eager copying and Hugging Face.
 
     python -m engine.bench.decoder_h100 [--shape 7b] [--batches 1 8 32 64]
+    python -m engine.bench.decoder_h100 --checkpoint checkpoints/dolly-smollm2 --output FILE
 
 writes ``bench/results/decoder_h100.json``. Weights are random: time does not depend on them. Exits stand at every layer
 and are scripted, each exit's policy is computed all the same. Prompts of 128 tokens, 256 new ones; competitors take
 turns in one run, a time is that of decoding, draws included, the prompts' own pass left out (of Hugging Face's calls:
-the time of a call for fewer tokens taken off).
+the time of a call for fewer tokens taken off). With ``--checkpoint`` weights are real and its policies decide, on
+prompts of random tokens.
 
 Ceiling of a step: the bytes of the layers that any of its rows visits, of keys and values of the rows that visit them
 and of the head, at the memory's bandwidth.
@@ -29,6 +31,7 @@ from engine.bench.record import RESULTS, figure, write_result
 from engine.config import DecoderExitConfig
 from engine.decoding.packed import cache_shape
 from engine.generation import DecoderEngine
+from engine.loading import load_model
 from engine.models.decoder import MultiExitDecoder
 
 SHAPES = {
@@ -42,6 +45,7 @@ SHAPES = {
 BANDWIDTH = 3.35e12  # bytes a second, H100 SXM5
 REMOVED, NOBODY, HALF = "exits removed", "nobody leaves", "spread, mean depth L/2"
 TRAINED, EAGER = "trained model's exits", "eager copying, mean depth L/2"
+DECIDED = "its policies decide"
 THEIRS = "Hugging Face, static cache, compiled"
 
 
@@ -127,6 +131,7 @@ def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--checkpoint", type=Path, help="a decoder checkpoint instead of a shape")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64])
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
@@ -141,7 +146,10 @@ def main() -> None:
     dtype = torch.float16 if on_gpu else torch.float32
     torch.manual_seed(0)
     positions = -(-(o.prompt + o.new_tokens) // 16) * 16
-    model = random_decoder(o.shape, device, dtype, positions)
+    if o.checkpoint is None:
+        model, shape = random_decoder(o.shape, device, dtype, positions), o.shape
+    else:
+        model, shape = load_model(str(o.checkpoint))[0].to(device, dtype).eval(), o.checkpoint.name
     layers, new = model.config.num_layers, o.new_tokens
     room = _cache_bytes(model, max(o.batches), positions)
     lm = DecoderEngine(model, executor="graph", private=True, cache_bytes=room)
@@ -151,7 +159,11 @@ def main() -> None:
     for batch in o.batches:
         prompts = torch.randint(0, model.language_model.config.vocab_size, (batch, o.prompt)).tolist()
         settings: dict[str, dict[str, Any]] = {REMOVED: {"min_depth": layers}}
-        scripts = {TRAINED: [trained_exits(share, trained, layers, new, row) for row in range(batch)]}
+        scripts = {}
+        if o.checkpoint is None:
+            scripts[TRAINED] = [trained_exits(share, trained, layers, new, row) for row in range(batch)]
+        else:
+            settings[DECIDED] = {}
         if batch == 1:
             settings[NOBODY] = {"threshold": 1.0}
             scripts[HALF] = [spread(layers, new, layers / 2)]
@@ -167,24 +179,28 @@ def main() -> None:
         seconds = interleaved(runs, o.rounds)
         for name, times in seconds.items():
             step_ms = 1e3 * median(times) / ((few if name == EAGER else new) - 1)
-            row = {"shape": o.shape, "batch": batch, "name": name, "ms_a_step": step_ms, "decode_s": times,
+            row = {"shape": shape, "batch": batch, "name": name, "ms_a_step": step_ms, "decode_s": times,
                    "tokens_a_second": 1e3 * batch / step_ms}  # fmt: skip
-            script = scripts.get(name)
-            if script is not None or name == REMOVED:
-                taken = script if script is not None else [[layers] * new] * batch
+            taken = scripts.get(name)
+            if name == REMOVED:
+                taken = [[layers] * new] * batch
+            elif name == DECIDED:
+                taken = lm.run(prompts, max_new_tokens=new, ignore_eos=True, progress=False).exit_layers
+            if taken is not None:
                 row["mean_depth"] = float(np.mean([d[1:] for d in taken]))
                 row["ceiling_ms"] = 1e3 * ceiling_seconds(model, taken, o.prompt) / (new - 1)
                 row["of_ceiling"] = row["ceiling_ms"] / step_ms
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "decode_s"}), flush=True)
-        figures += _figures(batch, {r["name"]: r for r in rows if r["batch"] == batch})
+        if o.checkpoint is None:
+            figures += _figures(batch, {r["name"]: r for r in rows if r["batch"] == batch})
     memory = {
         "cache_bytes": lm.run([[1, 2]], max_new_tokens=2).stats.cache_bytes,
         "kv_bytes_a_position": 2 * layers * model.language_model.config.num_key_value_heads
         * model.backbone.layers[0].self_attn.head_dim * torch.finfo(dtype).bits // 8,
         "exit_state_bytes_a_position": model.language_model.config.hidden_size * torch.finfo(dtype).bits // 8,
     }  # fmt: skip
-    write_result(o.output, figures, rows, shape=o.shape, prompt=o.prompt, new_tokens=new, memory=memory)
+    write_result(o.output, figures, rows, shape=shape, prompt=o.prompt, new_tokens=new, memory=memory)
 
 
 def _cache_bytes(model: MultiExitDecoder, rows: int, positions: int) -> int:

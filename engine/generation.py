@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from engine.config import DecoderExitConfig
 from engine.decoding.cache import PagedCache, Pages
 from engine.decoding.criteria import check_criterion
-from engine.decoding.generate import Counts, begin, generate_packed, generate_reference, take_tokens
+from engine.decoding.generate import Counts, Steps, begin, generate_packed, generate_reference, take_tokens
 from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
 from engine.decoding.requests import Generating, Request, Sampling
@@ -542,9 +542,12 @@ def _alone(decoder: PackedDecoder, sequence: Generating, pages: Pages) -> Iterat
     rows = [(sequence, pages)]
     take_tokens([sequence], decoder.prefill(rows))
     yield [sequence]
-    while sequence.finish_reason is None:
-        take_tokens([sequence], decoder.step(rows))
-        yield [sequence]
+    steps = Steps(decoder)
+    try:
+        while sequence.finish_reason is None:
+            yield steps.take(lambda: rows, lambda: True)  # room for all of them is there
+    finally:
+        steps.close()
 
 
 def _cut(text: str, stops: tuple[str, ...]) -> int | None:

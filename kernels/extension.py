@@ -158,6 +158,10 @@ def _scatter_rows_(out, src, index):
     return None
 
 
+def _step_rows_(*arguments, **named) -> None:
+    return None
+
+
 def _survivors_(keep, cu_seqlens, counts, state, out_cu_seqlens, token_dest, out_counts, out_state):
     return None
 
@@ -233,6 +237,7 @@ _FAKES: dict[str, Callable] = {
     "gather_rows": _gather_rows,
     "scatter_rows_": _scatter_rows_,
     "survivors_": _survivors_,
+    "step_rows_": _step_rows_,
     "pack_lead": _pack_lead,
     "unpack_lead": _unpack_lead,
     "lead_attention": _lead_attention,

@@ -26,13 +26,16 @@ from engine.kernels.gpu_common import (
 
 __all__ = ["decode_attention_", "decode_attention__ref", "decode_attention_workspace"]
 
-_PROGRAMS = 1056  # eight for each of an H100's multiprocessors
+# Programs that read at memory's speed on an H100: two for each multiprocessor where a program has a head's keys to
+# itself and parts that wait for each other cost more than they gain; more where heads share them.
+_PROGRAMS, _PROGRAMS_SHARED = 256, 1056
 _MOST_SPLITS = 16
 
 
 def decode_attention_workspace(rows: int, num_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
     """fp32 (rows, splits, num_heads, head_dim + 2): weighted values, maximum and sum of every part of a context."""
-    splits = max(1, min(_MOST_SPLITS, cdiv(_PROGRAMS, max(1, rows * kv_heads))))
+    programs = _PROGRAMS if num_heads == kv_heads else _PROGRAMS_SHARED
+    splits = max(1, min(_MOST_SPLITS, cdiv(programs, max(1, rows * kv_heads))))
     return torch.zeros(rows, splits, num_heads, head_dim + 2, device=device)
 
 
@@ -57,8 +60,21 @@ def decode_attention__ref(
         out[r] = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)[0, :, 0]
 
 
+@jit
+def _put_part(parts_ptr, out_ptr, to, at, column, mine, most, total, weighted, D: tl.constexpr, SPLITS: tl.constexpr):
+    """What a part of a context comes to: for ``_whole_kernel``, or all there is."""
+    own = mine[:, None] & (column < D)[None, :]
+    if SPLITS == 1:
+        tl.store(out_ptr + at[:, None] + column[None, :], (weighted / total[:, None]).to(out_ptr.dtype.element_ty), own)
+    else:
+        tl.store(parts_ptr + to[:, None] + column[None, :], weighted, own)
+        tl.store(parts_ptr + to + D, most, mine)
+        tl.store(parts_ptr + to + D + 1, total, mine)
+
+
 @jit(do_not_specialize_on_alignment=UNALIGNED, do_not_specialize=["blocks"])
 def _part_kernel(
+    out_ptr,
     query_ptr,
     keys_ptr,
     values_ptr,
@@ -77,10 +93,11 @@ def _part_kernel(
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    place = tl.program_id(0)
-    kv = tl.program_id(1)
+    kv = tl.program_id(0)
+    place = tl.program_id(1)
     split = tl.program_id(2)
     # Positions and block tables stand before a step begins: where a part's keys lie is known before the kernel in front
     # has written the last of them, and one trip to memory is left behind it.
@@ -100,42 +117,65 @@ def _part_kernel(
     member = tl.arange(0, GROUP)
     column = tl.arange(0, BLOCK_D)
     head = kv * heads + member
-    own = (member < heads)[:, None] & (column < D)[None, :]
+    mine = member < heads
+    own = mine[:, None] & (column < D)[None, :]
     q = tl.load(query_ptr + row * (A * D) + head[:, None] * D + column[None, :], mask=own, other=0.0).to(tl.float32)
     q = q * scale
-    most = tl.full((GROUP,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((GROUP,), dtype=tl.float32)
-    weighted = tl.zeros((GROUP, BLOCK_D), dtype=tl.float32)
-    for first in range(start, end, BLOCK_C):
-        p = first + inner
-        seen = p < end
-        slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
-        at = slot[:, None] * (KV * D) + kv * D + column[None, :]
-        mask = seen[:, None] & (column < D)[None, :]
-        k = tl.load(keys_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        after = p + BLOCK_C
-        block = tl.load(table_ptr + row * blocks + after // BLOCK_SIZE, mask=after < end, other=0)
-        if GROUP == 1:  # in the layout that keys and values are loaded in: both are on their way at once
-            scores = tl.sum(tl.sum(q, 0)[None, :] * k, 1)[None, :]
-        else:
-            scores = tl.sum(q[:, None, :] * k[None, :, :], 2)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        kept = tl.exp(most - higher)
-        weights = tl.exp(scores - higher[:, None])
-        total = total * kept + tl.sum(weights, 1)
-        if GROUP == 1:
-            seen_values = tl.sum(tl.sum(weights, 0)[:, None] * v, 0)[None, :]
-        else:
-            seen_values = tl.sum(weights[:, :, None] * v[None, :, :], 1)
-        weighted = weighted * kept[:, None] + seen_values
-        most = higher
     to = ((place * SPLITS + split) * A + head) * (D + 2)
-    mine = member < heads
-    tl.store(parts_ptr + to[:, None] + column[None, :], weighted, mask=own)
-    tl.store(parts_ptr + to + D, most, mask=mine)
-    tl.store(parts_ptr + to + D + 1, total, mask=mine)
+    out_at = row * (A * D) + head * D
+    if GROUP == 1:
+        # Every place of a tile has a softmax of its own, and they meet once, behind the loop: nothing in it waits for
+        # another thread but a score for the eighth of its row.
+        alone = tl.sum(q, 0)
+        most = tl.full((BLOCK_C,), -1e30, dtype=tl.float32)  # finite: a place may never see a position
+        total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        weighted = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
+        for first in tl.range(start, end, BLOCK_C, num_stages=STAGES):
+            p = first + inner
+            seen = p < end
+            slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
+            at = slot[:, None] * (KV * D) + kv * D + column[None, :]
+            mask = seen[:, None] & (column < D)[None, :]
+            k = tl.load(keys_ptr + at, mask=mask, other=0.0)
+            v = tl.load(values_ptr + at, mask=mask, other=0.0)
+            after = p + BLOCK_C
+            block = tl.load(table_ptr + row * blocks + after // BLOCK_SIZE, mask=after < end, other=0)
+            scores = tl.where(seen, tl.sum(alone[None, :] * k.to(tl.float32), 1), float("-inf"))
+            higher = tl.maximum(most, scores)
+            kept = tl.exp(most - higher)
+            weights = tl.exp(scores - higher)
+            total = total * kept + weights
+            weighted = weighted * kept[:, None] + weights[:, None] * v.to(tl.float32)
+            most = higher
+        top = tl.max(most, 0)
+        factor = tl.exp(most - top)
+        whole = tl.sum(total * factor, 0) + tl.zeros((1,), dtype=tl.float32)
+        together = tl.sum(weighted * factor[:, None], 0)[None, :]
+        top += tl.zeros((1,), dtype=tl.float32)
+        _put_part(parts_ptr, out_ptr, to, out_at, column, mine, top, whole, together, D, SPLITS)
+    else:
+        most = tl.full((GROUP,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((GROUP,), dtype=tl.float32)
+        weighted = tl.zeros((GROUP, BLOCK_D), dtype=tl.float32)
+        for first in range(start, end, BLOCK_C):
+            p = first + inner
+            seen = p < end
+            slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
+            at = slot[:, None] * (KV * D) + kv * D + column[None, :]
+            mask = seen[:, None] & (column < D)[None, :]
+            k = tl.load(keys_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(values_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            after = p + BLOCK_C
+            block = tl.load(table_ptr + row * blocks + after // BLOCK_SIZE, mask=after < end, other=0)
+            scores = tl.sum(q[:, None, :] * k[None, :, :], 2)
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            higher = tl.maximum(most, tl.max(scores, 1))
+            kept = tl.exp(most - higher)
+            weights = tl.exp(scores - higher[:, None])
+            total = total * kept + tl.sum(weights, 1)
+            weighted = weighted * kept[:, None] + tl.sum(weights[:, :, None] * v[None, :, :], 1)
+            most = higher
+        _put_part(parts_ptr, out_ptr, to, out_at, column, mine, most, total, weighted, D, SPLITS)
 
 
 @jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -191,9 +231,9 @@ def decode_attention_(
     block_table  int32 (R, blocks): position p of row r stands in slot block_table[r, p // block_size] * block_size +
                  p % block_size; positions int32 (R,); order int32 (R,), counts int32 (2,)
     workspace    of ``decode_attention_workspace``
-    Two launches: every part of a context, then the parts together (Dao et al. 2023, flash-decoding). Scores and sums in
-    fp32. Limited by the bytes of keys and values, 2 KV d a position. Neither positions nor block_table may be written
-    by the kernel directly in front: they are read before it ends.
+    Every part of a context, and where there are several, a second launch for the parts together (Dao et al. 2023,
+    flash-decoding). Scores and sums in fp32. Limited by the bytes of keys and values, 2 KV d a position. Neither
+    positions nor block_table may be written by the kernel directly in front: they are read before it ends.
     """
     check_float("query", query)
     if query.dim() != 3 or keys.dim() != 3 or keys.shape[2] != query.shape[2]:
@@ -239,14 +279,16 @@ def decode_attention_(
     splits = workspace.shape[1]
     group = next_power_of_2(heads // kv_heads)
     block_d = next_power_of_2(d)
-    block_c = max(16, 64 // group * 128 // max(block_d, 128))
+    # A tile of 4096 numbers each of keys and values; where heads share them, less.
+    block_c = max(16, 4096 // block_d) if group == 1 else max(16, 64 // group * 128 // max(block_d, 128))
     with on_device(query):
-        _part_kernel[(rows, kv_heads, splits)](
-            query, keys, values, order, block_table, positions, counts, workspace, scale, block_table.shape[1],
+        _part_kernel[(kv_heads, rows, splits)](
+            out, query, keys, values, order, block_table, positions, counts, workspace, scale, block_table.shape[1],
             A=heads, KV=kv_heads, D=d, BLOCK_SIZE=block_size, SPLITS=splits, GROUP=group, BLOCK_D=block_d,
-            BLOCK_C=min(block_c, 32), num_warps=4, **early(query),
+            BLOCK_C=min(block_c, 32), STAGES=3, num_warps=4, **early(query),
         )  # fmt: skip
-        _whole_kernel[(rows, heads)](
-            out, workspace, order, counts, A=heads, D=d, SPLITS=splits, BLOCK_S=next_power_of_2(splits),
-            BLOCK_D=block_d, num_warps=2, **early(query),
-        )  # fmt: skip
+        if splits > 1:
+            _whole_kernel[(rows, heads)](
+                out, workspace, order, counts, A=heads, D=d, SPLITS=splits, BLOCK_S=next_power_of_2(splits),
+                BLOCK_D=block_d, num_warps=2, **early(query),
+            )  # fmt: skip

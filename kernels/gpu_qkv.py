@@ -319,6 +319,11 @@ def _vector_part(ptr, k, column, H: tl.constexpr, VECTOR_K: tl.constexpr):
     return tl.load(ptr + k + column, mask=k + column < H, other=0.0)
 
 
+@jit
+def _opaque(halves):
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [halves], dtype=halves.dtype, is_pure=False, pack=2)
+
+
 @jit(do_not_specialize_on_alignment=UNALIGNED)
 def _one_row_kernel(
     query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
@@ -331,6 +336,10 @@ def _one_row_kernel(
     head, part = _place(block, BLOCKS, A, KV)
     weights = weight_ptr + _weight_rows(head, part, VECTOR_PAIRS, HALF).to(tl.int64) * H
     column = tl.arange(0, VECTOR_K)
+    # Whether weights and gains are 16 bit wide, and stay where they are for what is owed.
+    HELD: tl.constexpr = (
+        weight_ptr.dtype.element_ty.primitive_bitwidth == 16 and norm_ptr.dtype.element_ty.primitive_bitwidth == 16
+    )
     w = _weight_part(weights, 0, column, H, VECTOR_K)
     gain = _vector_part(norm_ptr, 0, column, H, VECTOR_K)
     begin(EARLY)
@@ -376,16 +385,16 @@ def _one_row_kernel(
                 squares = tl.sum(tl.zeros((VECTOR_K,), dtype=tl.float32), axis=0)
                 total = tl.zeros((2 * VECTOR_PAIRS,), dtype=tl.float32)
                 for k in range(0, H, VECTOR_K):
-                    if EARLY and H <= VECTOR_K and weight_ptr.dtype.element_ty.primitive_bitwidth == 16:
+                    if EARLY and H <= VECTOR_K and HELD:
                         # The same numbers, and opaque: else ptxas keeps them as fp32 all along, in twice the registers.
-                        part_of_w = tl.inline_asm_elementwise(
-                            "mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=2
-                        )
+                        part_of_w = _opaque(w)
+                        part_of_gain = _opaque(gain)
                     else:
                         part_of_w = _weight_part(weights, k, column, H, VECTOR_K)
+                        part_of_gain = _vector_part(norm_ptr, k, column, H, VECTOR_K)
                     wide = _vector_part(state, k, column, H, VECTOR_K).to(tl.float32)
                     squares += tl.sum(wide * wide, axis=0)
-                    wide *= _vector_part(norm_ptr, k, column, H, VECTOR_K).to(tl.float32)
+                    wide *= part_of_gain.to(tl.float32)
                     total += tl.sum(part_of_w.to(tl.float32) * wide[None, :], axis=1)
                 total *= tl.rsqrt(squares / H + eps)
                 first, second = tl.split(tl.reshape(total, (VECTOR_PAIRS, 2)))

@@ -41,59 +41,51 @@ ACTIVATIONS = ("none", "swiglu")
 
 
 class StreamConfig(NamedTuple):
-    """block_m: 1 multiplies one row in registers; else a tile of rows for the tensor cores, 16 or more. ahead: bytes of
-    each row of W that a program asks L2 for before the kernel in front has ended; for one row a power of two from 128
-    on, and beside the first block_k columns, which are in registers by then. registers: the most that a thread may
-    have, with one row: how many programs a multiprocessor holds; 0 leaves it to ptxas."""
+    """block_m: 1 multiplies one row in registers; else a tile of rows for the tensor cores, 16 or more. registers: the
+    most that a thread may have, with one row: how many programs a multiprocessor holds; 0 leaves it to ptxas."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int = 1
-    ahead: int = 0
     registers: int = 0
 
 
-# Best first where K is a multiple of 2048, and else (H100, LLaMA-7B's products: 12.8 / 59 / 32.5 us for the attention's
-# output / gate and up / down, 2.6 to 3.0 TB/s).
+# Best first (H100, LLaMA-7B's products in us, output / gate and up / down: 11.8 / 57.5 / 29.6 with one row, 3.0 TB/s;
+# 15.6 / 65 / 39.6 with 8, 15.3 / 71.5 / 38.9 with 32). One row: widths that are multiples of 2048 and not, and narrow.
 _ONE = (
     StreamConfig(1, 4, 2048, 8),
-    StreamConfig(1, 4, 2048, 8, ahead=4096),
-    StreamConfig(1, 4, 1024, 4),
-    StreamConfig(1, 4, 1024, 4, ahead=4096),
     StreamConfig(1, 4, 1024, 4, registers=128),
+    StreamConfig(1, 4, 1024, 4),
     StreamConfig(1, 2, 2048, 4),
 )
 _ONE_PAIRED = (
-    StreamConfig(1, 4, 2048, 8),
-    StreamConfig(1, 4, 2048, 8, ahead=4096),
     StreamConfig(1, 4, 2048, 8, registers=80),
-    StreamConfig(1, 4, 1024, 4),
-    StreamConfig(1, 2, 2048, 4),
+    StreamConfig(1, 4, 2048, 8),
     StreamConfig(1, 2, 2048, 4, registers=96),
+    StreamConfig(1, 2, 2048, 4),
+    StreamConfig(1, 4, 1024, 4),
 )
 _ONE_OTHER = (
-    StreamConfig(1, 4, 1024, 4),
-    StreamConfig(1, 4, 1024, 4, ahead=4096),
-    StreamConfig(1, 4, 1024, 4, registers=128),
-    StreamConfig(1, 2, 1024, 4),
     StreamConfig(1, 2, 2048, 4),
-    StreamConfig(1, 4, 512, 2),
+    StreamConfig(1, 4, 1024, 4, registers=128),
+    StreamConfig(1, 4, 1024, 4),
+    StreamConfig(1, 2, 1024, 4),
 )
+_ONE_NARROW = (StreamConfig(1, 4, 1024, 4), StreamConfig(1, 2, 1024, 4), StreamConfig(1, 4, 512, 2))
+# Asking L2 for the first tiles ahead of ``begin`` gained nothing with more rows than one, and lost up to 12 us a layer.
 _MORE = (
-    StreamConfig(16, 32, 128, 4, 5, 1024),
     StreamConfig(16, 32, 128, 4, 5),
-    StreamConfig(16, 32, 256, 4, 3, 1024),
-    StreamConfig(16, 64, 128, 4, 4, 1024),
+    StreamConfig(16, 32, 256, 4, 3),
+    StreamConfig(16, 64, 128, 4, 4),
 )
 _PAIRED = (
-    StreamConfig(16, 64, 128, 4, 3, 512),
     StreamConfig(16, 64, 128, 4, 3),
-    StreamConfig(16, 32, 128, 4, 4, 512),
-    StreamConfig(16, 32, 256, 4, 3, 512),
+    StreamConfig(16, 32, 128, 4, 4),
+    StreamConfig(16, 32, 256, 4, 3),
 )
-_PAIRED_NORM = (StreamConfig(16, 64, 64, 4, 4, 512), StreamConfig(16, 64, 64, 4, 4))
+_PAIRED_NORM = (StreamConfig(16, 64, 64, 4, 4),)
 _FLOAT = (StreamConfig(16, 32, 64, 4, 2),)
 
 
@@ -107,7 +99,10 @@ def stream_configs(
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     if rows == 1:
-        table = _ONE_OTHER if in_features % 2048 else _ONE if act == "none" else _ONE_PAIRED
+        if in_features % 2048:
+            table = _ONE_OTHER if in_features > 2048 else _ONE_NARROW
+        else:
+            table = _ONE if act == "none" else _ONE_PAIRED
         # Numbers of fp32 take twice the registers: a limit would have some spilled.
         return tuple(config for config in table if dtype != torch.float32 or config.registers == 0)
     table = _FLOAT if dtype == torch.float32 else _MORE if act == "none" else _PAIRED
@@ -156,18 +151,6 @@ def _silu(x):
 
 
 @jit
-def _ask_l2(rows, start, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, K: tl.constexpr):
-    """Start AHEAD bytes from column ``start`` of each row on their way to L2, 128 at a time: about as many addresses
-    as the program has threads, since one that several threads hold is asked for by all of them."""
-    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-    lines = tl.minimum(start + tl.arange(0, AHEAD // 128) * LINE, K - 1)
-    ptrs = rows[:, None] + lines[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@jit
 def _part(row, k: tl.constexpr, inner, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Columns from k on of a vector; only the last part can have less than BLOCK_K of them."""
     if k + BLOCK_K <= K:
@@ -201,7 +184,6 @@ def _one_row_kernel(
     RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     PACK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -211,11 +193,6 @@ def _one_row_kernel(
     weights = weight_ptr + column[:, None] * K + inner[None, :]
     # No kernel of a step writes weights: the first of them are on their way before the kernel in front ends.
     first = _weights_part(weights, 0, inner, K, BLOCK_K)
-    if EARLY and AHEAD > 0:
-        if SWIGLU:
-            _ask_l2(weight_ptr + (column + N) * K, 0, BLOCK_N, AHEAD, K)
-        if BLOCK_K < K:
-            _ask_l2(weight_ptr + column * K, BLOCK_K, BLOCK_N, AHEAD, K)
     live = loaded_ahead(counts_ptr)
     begin(EARLY)
     if live == 0:
@@ -271,22 +248,11 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.minimum(columns, N - 1).to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
-    if EARLY and AHEAD > 0:
-        # The pipeline below starts behind ``begin``; its first stages then find this in L2.
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [(weight_ptr + column * K).to(tl.int64), tl.full((BLOCK_N,), AHEAD, dtype=tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
     live = loaded_ahead(counts_ptr)
     begin(EARLY)
     for start in range(0, live, BLOCK_M):
@@ -412,16 +378,14 @@ def stream_rows_(
                 raise ValueError(f"a config with block_m 1 is for one row, got room for {rows}")
             limit = {"maxnreg": config.registers} if config.registers else {}
             _one_row_kernel[grid](
-                out, x, weight, weight_of_norm, residual, counts, eps, BLOCK_K=config.block_k, AHEAD=config.ahead,
+                out, x, weight, weight_of_norm, residual, counts, eps, BLOCK_K=config.block_k,
                 PACK=16 // x.element_size(), **limit, **options,
             )  # fmt: skip
         else:
             # The gain goes to the weights, not to x, whose numbers may be so large or small that fp16 cannot hold x w;
             # weights times gains may be small, and a power of two costs nothing.
             grow = 2.0**6 if x.dtype == torch.float16 else 1.0
-            row_bytes = width * x.element_size()
-            ahead = min(config.ahead, row_bytes) if row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0 else 0
             _rows_kernel[grid](
-                *given, AHEAD=ahead, GROW=grow, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
+                *given, GROW=grow, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
                 num_stages=config.num_stages, **options,
             )  # fmt: skip

@@ -1,8 +1,8 @@
 // step_rows_ on CUDA: one block, limited by latency (some KB move). A round decides about as many rows as there are
 // threads: z by eight lanes a row, then one thread a row, then one scan gives each of those that go on its place in
 // out_order and the place of what is owed to it. The lists of owed positions are long and few, or short and many: all
-// threads share the round's entries, each finding its row by search. Up to kFew rows a block of kFew threads has cheap
-// barriers; for more, a wide block does with one round what would take four.
+// threads share the round's entries, each finding its row by search. Few rows have one warp, whose barriers cost nothing,
+// more a block of kFew threads; for many, a wide block does with one round what would take four.
 //
 // Only the policy's bias is loaded before the kernel in front has ended: the lists may come from that very kernel.
 #include "scan.cuh"
@@ -10,7 +10,8 @@
 namespace consistentee {
 namespace cuda {
 
-constexpr int kFew = 256, kMany = 1024;  // threads, and so rows of one round
+constexpr int kWarp = 32, kFew = 256, kMany = 1024;  // threads, and so rows of one round
+constexpr int64_t kWarpRows = 4;                     // up to as many a warp has room to add their partial sums at once
 constexpr int kLanes = 8;                // of one row's sum: a number of its own, so that no batch changes a row's z
 
 // What the rows in front have taken: places in out_order, and places in the owed lists. Sums of lengths that nobody
@@ -51,7 +52,7 @@ __device__ void add_partials(const StepRowsArgs& args, int64_t first, int64_t li
     float sum = 0.0f;
     if (row >= 0) {
       const float* parts = args.partial + row * args.splits;
-#pragma unroll 4
+#pragma unroll 8
       for (int64_t s = lane; s < args.splits; s += kLanes) sum += parts[s];
     }
 #pragma unroll
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(Threads) step_rows_kernel(const __grid_constan
 }
 
 const char* step_rows(const StepRowsArgs& args, void* stream) {
+  if (args.cap_rows <= kWarpRows) return launch_early(step_rows_kernel<kWarp>, 1, kWarp, 0, stream, args);
   if (args.cap_rows <= kFew) return launch_early(step_rows_kernel<kFew>, 1, kFew, 0, stream, args);
   return launch_early(step_rows_kernel<kMany>, 1, kMany, 0, stream, args);
 }

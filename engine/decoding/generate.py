@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from engine.decoding.packed import PackedDecoder, StepOutputs
+from engine.decoding.packed import LaunchedStep, PackedDecoder, StepOutputs
 from engine.decoding.reference import ReferenceDecoder
 from engine.decoding.requests import Generating, NewToken, Request
 from engine.decoding.sampling import draw, random_numbers
-from engine.decoding.scheduler import Scheduler
+from engine.decoding.scheduler import Row, Scheduler
 
 
 def begin(requests: Iterable[Request]) -> list[Generating]:
@@ -20,20 +20,65 @@ def begin(requests: Iterable[Request]) -> list[Generating]:
     return [Generating(r, number, draws=random_numbers(r.sampling.seed)) for number, r in enumerate(requests)]
 
 
-def take_tokens(sequences: list[Generating], outputs: StepOutputs) -> None:
-    """Draw every sequence's next token."""
+def take_tokens(sequences: list[Generating], outputs: StepOutputs) -> list[Generating]:
+    """Draw every sequence's next token; those that had ended already get none, and are not among the returned."""
+    grown = []
     for k, sequence in enumerate(sequences):
-        request, logits = sequence.request, outputs.logits[k]
+        if sequence.finish_reason is not None:
+            continue
+        request = sequence.request
         if request.keep_logits:
-            sequence.logits.append(logits.cpu())
+            sequence.logits.append(outputs.logits[k].cpu())
         if request.forced is not None:
             token = request.forced[len(sequence.new)]
         elif outputs.greedy is not None and request.sampling.plain_greedy:
             token = outputs.greedy[k]
         else:
             history = sequence.ids if request.sampling.repetition_penalty != 1.0 else ()
-            token = draw(logits, request.sampling, history, sequence.draws)
+            token = draw(outputs.logits[k], request.sampling, history, sequence.draws)
         sequence.add(NewToken(token, outputs.exit_layers[k], outputs.exit_probs[k]))
+        grown.append(sequence)
+    return grown
+
+
+class Steps:
+    """Steps of a decoder one after the other, each launched before the results of the one in front of it are read,
+    where decoder and rows allow it. A row that then turns out to have ended runs once in vain."""
+
+    def __init__(self, decoder: PackedDecoder):
+        self._decoder = decoder
+        self._rows: list[Row] = []
+        self._launched: LaunchedStep | None = None
+
+    @property
+    def under_way(self) -> bool:
+        return self._launched is not None
+
+    def take(self, rows: Callable[[], list[Row]], reserve_next: Callable[[], bool]) -> list[Generating]:
+        """Sequences that have one token more.
+
+        rows          those of the next step, asked for where none is under way
+        reserve_next  whether all of them have room for one position more and may go on together
+        """
+        if self._launched is None:
+            self._rows = rows()
+            if not self._rows:
+                return []
+            self._launched = self._decoder.launch(self._rows)
+        launched, following = self._launched, None
+        if all(sequence.finish_reason is None for sequence, _ in self._rows) and reserve_next():
+            following = self._decoder.launch_next(launched)
+        grown = take_tokens([sequence for sequence, _ in self._rows], launched.outputs())
+        self._launched = following
+        if all(sequence.finish_reason is not None for sequence, _ in self._rows):
+            self.close()
+        return grown
+
+    def close(self) -> None:
+        """Nothing is under way any more."""
+        if self._launched is not None:
+            self._launched.outputs()
+            self._launched = None
 
 
 @dataclass
@@ -62,10 +107,11 @@ def generate_packed(
 
 
 def _generate(decoder: PackedDecoder, scheduler: Scheduler, counts: Counts) -> Iterator[list[Generating]]:
+    steps = Steps(decoder)
     try:
         while scheduler.unfinished:
             started = time.perf_counter()
-            joining = scheduler.admit()
+            joining = [] if steps.under_way else scheduler.admit()
             grown: list[Generating] = []
             if joining:
                 outputs = decoder.prefill(joining)
@@ -78,14 +124,13 @@ def _generate(decoder: PackedDecoder, scheduler: Scheduler, counts: Counts) -> I
             if grown:
                 yield grown
             started = time.perf_counter()
-            rows = scheduler.step()
-            if rows:
-                grown = [sequence for sequence, _ in rows]
-                take_tokens(grown, decoder.step(rows))
+            grown = steps.take(scheduler.step, scheduler.reserve_next)
+            if grown:
                 scheduler.retire()
                 counts.decode_s += time.perf_counter() - started
                 yield grown
     finally:
+        steps.close()
         counts.preemptions = scheduler.preemptions
         scheduler.abandon()
 

@@ -12,7 +12,9 @@ against the other executors.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from engine.decoding.cache import PagedCache, Pages
 from engine.decoding.graph_step import Given, Step, StepArena, StepWeights, given_sizes, step_problem, step_weights
-from engine.decoding.packed import PackedDecoder, StepOutputs, logits_by_exit, step_limits
+from engine.decoding.packed import Done, LaunchedStep, PackedDecoder, StepOutputs, logits_by_exit, step_limits
 from engine.decoding.requests import Generating
 from engine.executors.weights import WatchedWeights
 from engine.kernels.gpu_common import triton
@@ -46,6 +48,8 @@ def graph_problem(model: MultiExitDecoder) -> str | None:
 class GraphDecoder(PackedDecoder):
     """A PackedDecoder whose steps are programs; prompts, and criteria that no kernel knows, go through the modules.
 
+    A step may be launched behind one whose results nobody has seen yet: ids and watermarks are on the device, places
+    and limits are known ahead, so while the host reads what one step came to, the device is at the next.
     Calls from several threads take turns: programs share their buffers.
     """
 
@@ -55,6 +59,7 @@ class GraphDecoder(PackedDecoder):
         self._current: StepWeights | None = None
         self._arena: StepArena | None = None
         self._programs: dict[tuple[int, bool], _Program] = {}
+        self._under_way: list[_Launched] = []  # steps whose results have not been read, in their order
         self._lock = threading.RLock()
 
     def watch(self) -> None:
@@ -65,6 +70,7 @@ class GraphDecoder(PackedDecoder):
         """Programs are made for tensors at fixed places: where those have moved, all are made anew."""
         super().look()
         with self._lock:
+            self._wait()
             found = self._step_weights.current()
             if found is not self._current:
                 self._close()
@@ -77,11 +83,27 @@ class GraphDecoder(PackedDecoder):
             program.close()
         self._programs = {}
 
-    @torch.inference_mode()
+    def _wait(self) -> None:
+        """For all steps: their buffers, and what they write in the cache, are then anybody's."""
+        for launched in self._under_way:
+            launched.wait()
+        self._under_way = []
+
+    def prefill(self, rows: list[tuple[Generating, Pages]]) -> StepOutputs:
+        with self._lock:
+            self._wait()
+        return super().prefill(rows)
+
     def step(self, batch: list[tuple[Generating, Pages]]) -> StepOutputs:
+        return self.launch(batch).outputs()
+
+    @torch.inference_mode()
+    def launch(self, batch: list[tuple[Generating, Pages]]) -> LaunchedStep:
         requests = [sequence.request for sequence, _ in batch]
         if len(batch) > _MAX_ROWS or any(r.criterion not in _CRITERIA for r in requests):
-            return super().step(batch)
+            with self._lock:
+                self._wait()
+            return Done(super().step(batch))
         layers = self.model.config.num_layers
         # Where nobody may leave and nothing is owed, the program without exits does the same.
         stays = all(
@@ -90,21 +112,77 @@ class GraphDecoder(PackedDecoder):
         )
         rows = 1 << (len(batch) - 1).bit_length()
         with self._lock:
+            self._wait()
             program = self._programs.get((rows, not stays))
             if program is None:
                 program = self._programs[rows, not stays] = _Program(
                     self.model, self._current, self._arena, self.cache, rows, not stays
                 )
-            outputs = program.run(batch)
-        for (sequence, pages), left in zip(batch, outputs.exit_layers, strict=True):
-            position = len(sequence) - 1
-            self.settled += sum(position - mark for mark in pages.watermarks[:left])
-            pages.watermarks[:left] = [position + 1] * left
-        return outputs
+            self._under_way = [_Launched(self, program, batch, ahead=0)]
+            return self._under_way[0]
+
+    @torch.inference_mode()
+    def launch_next(self, launched: LaunchedStep) -> LaunchedStep | None:
+        with self._lock:
+            if self._under_way != [launched] or not launched.known_ahead:
+                return None
+            self._under_way.append(_Launched(self, launched.program, launched.batch, ahead=1))
+            return self._under_way[-1]
+
+
+class _Launched:
+    """A step on its way. ``batch`` is as it was launched: sequences without the token that this step gives them.
+
+    known_ahead  whether the next step of the same rows needs nothing that only the host can say
+    """
+
+    def __init__(self, decoder: GraphDecoder, program: _Program, batch: list[tuple[Generating, Pages]], ahead: int):
+        self.program, self.batch = program, batch
+        self._decoder = decoder
+        self._positions = [len(sequence) - 1 + ahead for sequence, _ in batch]
+        requests = [sequence.request for sequence, _ in batch]
+        greedy = all(r.sampling.plain_greedy and r.forced is None and not r.keep_logits for r in requests)
+        self.known_ahead = (
+            greedy
+            and program.tells_tokens
+            and all(len(s.new) + ahead + 2 <= s.request.max_new_tokens for s, _ in batch)
+        )
+        self._read = program.launch(batch, ahead, wants_logits=not greedy)
+        self._outputs: StepOutputs | None = None
+
+    def wait(self) -> StepOutputs:
+        if self._outputs is None:
+            self._outputs = self._read()
+        return self._outputs
+
+    def outputs(self) -> StepOutputs:
+        decoder = self._decoder
+        with decoder._lock:
+            found = self.wait()
+            if self in decoder._under_way:
+                decoder._under_way.remove(self)
+            for (sequence, pages), position, left in zip(self.batch, self._positions, found.exit_layers, strict=True):
+                if sequence.finish_reason is None:  # else it ended in the step in front, and its pages are not its own
+                    decoder.settled += sum(position - mark for mark in pages.watermarks[:left])
+                    pages.watermarks[:left] = [position + 1] * left
+        return found
+
+
+class _Host(NamedTuple):
+    """One set of the host's buffers of a program: a step is filled in while the one in front still reads its own."""
+
+    given: Tensor
+    fields: dict[str, np.ndarray]
+    told: Tensor
+    tables: list[list[int]]  # what stands in fields["block_table"]
+    done: torch.cuda.Event | None
 
 
 class _Program:
-    """One captured step, and the host's side of what goes in and comes out."""
+    """One captured step, and the host's side of what goes in and comes out.
+
+    tells_tokens  whether greedy tokens come out, and the next step's ids are in their place
+    """
 
     def __init__(
         self,
@@ -118,12 +196,11 @@ class _Program:
         self._model, self._arena, self._cache, self._layers = model, arena, cache, len(weights.layers)
         blocks = cache.blocks_for(model.config.max_length)
         device = weights.embedding.device
+        on_gpu = device.type == "cuda"
         shapes = given_sizes(rows, self._layers, blocks)
         sizes = {name: -(-int(np.prod(shape)) // 4) * 4 for name, shape in shapes.items()}  # 16 bytes: wide loads
         starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
         total = sum(sizes.values())
-        self._device_given = torch.zeros(total, dtype=torch.int32, device=device)
-        self._host_given = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
 
         def fields(flat: Tensor) -> dict[str, Tensor]:
             return {
@@ -131,11 +208,17 @@ class _Program:
                 for name, shape in shapes.items()
             }
 
-        self._host = {name: field.numpy() for name, field in fields(self._host_given).items()}
+        self._device_given = torch.zeros(total, dtype=torch.int32, device=device)
+        self._known = starts["watermarks"]  # from there on, a step leaves behind what the next one needs
         self._step = Step(weights, arena, cache, Given(**fields(self._device_given)), exits, _STAGE)
-        self._exits = exits
-        self._tables: list[list[int]] = [[]] * rows  # what stands in the host's block_table
-        self._graph: Graph | None = self._captured() if device.type == "cuda" else None
+        self._exits, self.tells_tokens = exits, arena.logits is not None
+        self._hosts = []
+        for _ in range(2):
+            given = torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu)
+            told = torch.zeros(self._step.told.shape, dtype=torch.int32, pin_memory=on_gpu)
+            named = {name: field.numpy() for name, field in fields(given).items()}
+            self._hosts.append(_Host(given, named, told, [[]] * rows, torch.cuda.Event() if on_gpu else None))
+        self._graph: Graph | None = self._captured() if on_gpu else None
 
     def _captured(self) -> Graph:
         device = self._device_given.device
@@ -159,42 +242,59 @@ class _Program:
             torch.cuda.synchronize(self._device_given.device)
             self._graph.close()
 
-    def run(self, batch: list[tuple[Generating, Pages]]) -> StepOutputs:
-        """Pages have room for the position of each row's newest token."""
-        n = len(batch)
-        self._fill(batch)
-        self._device_given.copy_(self._host_given, non_blocking=True)
+    def launch(
+        self, batch: list[tuple[Generating, Pages]], ahead: int, wants_logits: bool
+    ) -> Callable[[], StepOutputs]:
+        """Begin a step; the result waits for it. Pages have room for the position of each row's newest token.
+
+        ahead  1: the step behind the one that was launched last, which is to have been of the same rows. The one in
+               front of that has been waited for
+        """
+        host = self._hosts[0]
+        self._hosts.reverse()
+        self._fill(host, batch, ahead)
+        given = slice(0, self._known) if ahead else slice(None)
+        self._device_given[given].copy_(host.given[given], non_blocking=True)
         if self._graph is None:
             self._step.record(lambda flag: nullcontext())
         else:
             self._graph.launch()
-        a = self._arena
-        found = [a.exit_layers[:n], a.exit_probs[:n]]
-        if a.logits is not None:
-            found.append(a.logits[:n].argmax(1))
-        left, probs, *tokens = torch.stack([x.double() for x in found]).tolist()  # the one wait, behind the step
-        exit_layers = [int(x) for x in left]
-        if a.logits is None:
-            return StepOutputs(logits_by_exit(self._model, a.normed[:n], exit_layers), exit_layers, probs)
-        return StepOutputs(a.logits[:n].clone(), exit_layers, probs, [int(t) for t in tokens[0]])
+        a, n = self._arena, len(batch)
+        if not self.tells_tokens:
+            layers, probs = a.exit_layers[:n].tolist(), a.exit_probs[:n].tolist()
+            outputs = StepOutputs(logits_by_exit(self._model, a.normed[:n], layers), layers, probs)
+            return lambda: outputs
+        logits = a.logits[:n].clone() if wants_logits else None
+        host.told.copy_(self._step.told, non_blocking=True)
+        if host.done is not None:
+            host.done.record()
 
-    def _fill(self, batch: list[tuple[Generating, Pages]]) -> None:
-        h, size = self._host, self._cache.shape.block_size
+        def read() -> StepOutputs:
+            if host.done is not None:
+                host.done.synchronize()
+            told = host.told[:n]
+            probs = told[:, 2].contiguous().view(torch.float32)
+            return StepOutputs(logits, told[:, 1].tolist(), probs.tolist(), told[:, 0].tolist())
+
+        return read
+
+    def _fill(self, host: _Host, batch: list[tuple[Generating, Pages]], ahead: int) -> None:
+        h, size = host.fields, self._cache.shape.block_size
         n = len(batch)
         h["counts"][:] = n, 0
-        positions = [len(sequence) - 1 for sequence, _ in batch]
-        h["ids"][:n] = [sequence.new[-1].token_id for sequence, _ in batch]
+        positions = [len(sequence) - 1 + ahead for sequence, _ in batch]
         h["positions"][:n] = positions
         h["slots"][:n] = [
             pages.blocks[p // size] * size + p % size for (_, pages), p in zip(batch, positions, strict=True)
         ]
         for row, (_, pages) in enumerate(batch):
-            if self._tables[row] != pages.blocks:
+            if host.tables[row] != pages.blocks:
                 h["block_table"][row, : len(pages.blocks)] = pages.blocks
-                self._tables[row] = list(pages.blocks)
-        if not self._exits:
-            return
-        limits = step_limits([sequence for sequence, _ in batch], self._layers)
-        h["threshold_logit"][:n] = torch.logit(torch.tensor(limits.thresholds)).view(torch.int32).numpy()
-        h["script"][:n], h["min_depth"][:n], h["max_depth"][:n] = limits[1:]
-        h["watermarks"][:n] = [pages.watermarks for _, pages in batch]
+                host.tables[row] = list(pages.blocks)
+        if self._exits:
+            limits = step_limits([sequence for sequence, _ in batch], self._layers, ahead)
+            h["threshold_logit"][:n] = torch.logit(torch.tensor(limits.thresholds)).view(torch.int32).numpy()
+            h["script"][:n], h["min_depth"][:n], h["max_depth"][:n] = limits[1:]
+        if not ahead:
+            h["ids"][:n] = [sequence.new[-1].token_id for sequence, _ in batch]
+            h["watermarks"][:n] = [pages.watermarks for _, pages in batch]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine.decoding.cache import PagedCache
 from engine.executors.weights import effective_linear
 from engine.kernels.gpu_decode_attention import decode_attention_, decode_attention_workspace
+from engine.kernels.gpu_greedy import TOLD, greedy_rows_
 from engine.kernels.gpu_policy import delta_rows_, policy_rows_, policy_splits
 from engine.kernels.gpu_qkv import qkv_rows_
 from engine.kernels.gpu_stream import stream_rows_
@@ -153,27 +154,28 @@ def step_weights(model: MultiExitDecoder) -> StepWeights:
 class Given(NamedTuple):
     """What the host writes for a step, all int32 on the device, by place in the batch. R rows, L layers.
 
-    counts [2]: rows, 0; ids, positions, slots [R]; threshold_logit [R], the bits of fp32; script, min_depth, max_depth
-    [R]; watermarks [R, L], written; block_table [R, blocks]
+    counts [2]: rows, 0; positions, slots [R]; threshold_logit [R], the bits of fp32; script, min_depth, max_depth [R];
+    block_table [R, blocks]; and what a step leaves behind as the next one of the same rows needs it, so that the host
+    need not: watermarks [R, L] and ids [R]
     """
 
     counts: Tensor
-    ids: Tensor
     positions: Tensor
     slots: Tensor
     threshold_logit: Tensor
     script: Tensor
     min_depth: Tensor
     max_depth: Tensor
-    watermarks: Tensor
     block_table: Tensor
+    watermarks: Tensor
+    ids: Tensor
 
 
 def given_sizes(rows: int, layers: int, blocks: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of ``Given``'s fields."""
-    per_row = ("ids", "positions", "slots", "threshold_logit", "script", "min_depth", "max_depth")
+    """Shapes of ``Given``'s fields, in their order."""
+    per_row = ("positions", "slots", "threshold_logit", "script", "min_depth", "max_depth")
     shapes = {"counts": (2,), **dict.fromkeys(per_row, (rows,))}
-    return {**shapes, "watermarks": (rows, layers), "block_table": (rows, blocks)}
+    return {**shapes, "block_table": (rows, blocks), "watermarks": (rows, layers), "ids": (rows,)}
 
 
 class StepArena:
@@ -215,6 +217,7 @@ class Step:
     """The kernels of a step for up to ``rows`` rows, in buffers that never move.
 
     exits  False: nobody may leave, and nothing is owed: no policy is computed, no list is kept
+    told   int32 [rows, 3] of ``greedy_rows_``: what the host wants to know, where the step has a head
     """
 
     def __init__(
@@ -230,6 +233,7 @@ class Step:
         policy = weights.policies[0][0] if weights.policies else None
         splits = 1 if policy is None else policy_splits(rows, policy.shape[1], policy.shape[0])
         self._partial = torch.zeros(rows, splits, device=weights.embedding.device)
+        self.told = torch.zeros(rows, len(TOLD), dtype=torch.int32, device=weights.embedding.device)
 
     def record(self, when: When) -> None:
         """Launch the kernels. when(flag): a context whose kernels are needed only where flag, one int32, is not 0."""
@@ -317,3 +321,4 @@ class Step:
             delta_rows_(a.read[:rows], read, *w.deltas, a.exit_index[:rows], everybody, g.counts)
             read = a.read[:rows]
         stream_rows_(a.logits[:rows], read, w.head, everybody, g.counts)
+        greedy_rows_(self.told, g.ids, a.logits[:rows], a.exit_layers[:rows], a.exit_probs[:rows], g.counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ _ONE_OP_PROMPT = 384
 
 
 class StepOutputs(NamedTuple):
-    """One entry a row: next-token logits [n, V] of the exit it left through; exit layers; exit probabilities; the first
-    of the greatest logits, where that is known already."""
+    """One entry a row: next-token logits [n, V] of the exit it left through, or None where the greedy token is all that
+    anybody wants; exit layers; exit probabilities; the first of the greatest logits, where that is known already."""
 
-    logits: Tensor
+    logits: Tensor | None
     exit_layers: list[int]
     exit_probs: list[float]
     greedy: list[int] | None = None
@@ -68,15 +68,32 @@ class StepLimits(NamedTuple):
     max_depth: list[int]
 
 
-def step_limits(sequences: list[Generating], layers: int) -> StepLimits:
-    """What the sequences' requests say for the step that comes."""
-    steps = [(sequence.request, len(sequence.new)) for sequence in sequences]
+def step_limits(sequences: list[Generating], layers: int, ahead: int = 0) -> StepLimits:
+    """What the sequences' requests say for the step that comes, or for the one ``ahead`` steps behind it."""
+    steps = [(sequence.request, len(sequence.new) + ahead) for sequence in sequences]
     return StepLimits(
         [threshold_of(request, step) for request, step in steps],
         [scripted_layer(request, step) or 0 for request, step in steps],
         [request.min_depth for request, _ in steps],
         [layers if request.max_depth is None else request.max_depth for request, _ in steps],
     )
+
+
+class LaunchedStep(Protocol):
+    """A step that has begun."""
+
+    def outputs(self) -> StepOutputs:
+        """Waits for the step. To be called once, in the order of the launches."""
+        ...
+
+
+class Done(NamedTuple):
+    """A step that had ended when it was launched."""
+
+    found: StepOutputs
+
+    def outputs(self) -> StepOutputs:
+        return self.found
 
 
 class _Row(NamedTuple):
@@ -197,6 +214,15 @@ class PackedDecoder:
         return StepOutputs(logits_by_exit(self.model, states[last], left), left, [1.0] * len(rows))
 
     # -- steps ---------------------------------------------------------------------------------------------------
+
+    def launch(self, batch: list[tuple[Generating, Pages]]) -> LaunchedStep:
+        """Begin a step; ``outputs`` of what this returns ends it. Here that is one, a device may be left to work."""
+        return Done(self.step(batch))
+
+    def launch_next(self, launched: LaunchedStep) -> LaunchedStep | None:
+        """Begin the step of the same rows behind the one that was launched last, before the host knows what that one
+        comes to; pages have room for one more position. None where this cannot be: then nothing has happened."""
+        return None
 
     @torch.inference_mode()
     def step(self, batch: list[tuple[Generating, Pages]]) -> StepOutputs:

@@ -48,11 +48,9 @@ class Scheduler:
         each row that decodes already, so that who joins does not push out who is there."""
         joining: list[Row] = []
         while self._waiting and len(self._running) < self._max_rows:
-            sequence = self._waiting[0]
-            needed = self._cache.blocks_for(len(sequence))
-            if self._running and self._cache.free_blocks < needed + len(self._running):
+            if not self._fits_next():
                 break
-            pages = Pages(self._cache)
+            sequence, pages = self._waiting[0], Pages(self._cache)
             pages.reserve(len(sequence))
             joining.append((self._waiting.popleft(), pages))
             self._running.append(joining[-1])
@@ -73,6 +71,18 @@ class Scheduler:
             pages.reserve(len(sequence))
         return list(self._running)
 
+    def reserve_next(self) -> bool:
+        """Room for the position behind the newest of every row, for a step that is launched before the one in front of
+        it has ended. False, and nothing has happened, where somebody would have to go for it, or may join instead."""
+        if self._waiting and len(self._running) < self._max_rows and self._fits_next():
+            return False
+        missing = [self._cache.blocks_for(len(s) + 1) - len(pages.blocks) for s, pages in self._running]
+        if sum(max(0, n) for n in missing) > self._cache.free_blocks:
+            return False
+        for sequence, pages in self._running:
+            pages.reserve(len(sequence) + 1)
+        return True
+
     def retire(self) -> None:
         """Finished sequences leave, and give their blocks back."""
         for sequence, pages in self._running:
@@ -86,6 +96,11 @@ class Scheduler:
             pages.release()
         self._running.clear()
         self._waiting.clear()
+
+    def _fits_next(self) -> bool:
+        """Whether the first that waits has room, and a block is left for each row that runs."""
+        needed = self._cache.blocks_for(len(self._waiting[0]))
+        return not self._running or self._cache.free_blocks >= needed + len(self._running)
 
     def _preempt(self) -> None:
         sequence, pages = self._running.pop()

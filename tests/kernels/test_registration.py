@@ -8,10 +8,10 @@ from inspect import signature
 import pytest
 import torch
 
-from engine.kernels import attention, compiled_step_rows, exits, extension, layer, linear, packing
+from engine.kernels import attention, exits, extension, layer, linear, packing, step_rows
 from engine.kernels.decoder import DecoderPlan
 from engine.kernels.encoder import EncoderPlan
-from tests.kernels import test_compiled_step_rows, test_decoder
+from tests.kernels import test_decoder, test_step_rows
 from tests.kernels.cases import cu_seqlens_of, needs_extension
 from tests.kernels.test_encoder import tensors_of
 
@@ -51,9 +51,9 @@ def samples(device="cpu"):
         yield "survivors_", (keep, cu, ints(3, 6), state, *outs, out_state), FULL
     for change in ({"layer": 3, "kind": 1, "next_layer": 4}, {"layer": 2, "kind": 0, "next_layer": 3, "settled": None},
                    {"layer": 6, "kind": 2, "next_layer": 0, "partial": None, "b2": None}):  # fmt: skip
-        given = {**test_compiled_step_rows.case(5, 4), **change}
+        given = {**test_step_rows.case(5, 4), **change}
         given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-        yield "step_rows_", tuple(given[k] for k in signature(compiled_step_rows.step_rows_).parameters), FULL
+        yield "step_rows_", tuple(given[k] for k in signature(step_rows.step_rows_).parameters), FULL
     yield "pack_lead", (randn(3, 4, 5), lengths, 6), FULL
     yield "pack_lead", (randn(3, 4, 5), lengths, None), FULL
     yield "unpack_lead", (randn(6, 5), cu, 4), FULL
@@ -123,8 +123,7 @@ def test_threads_change_nothing():
 @needs_extension
 def test_every_op_has_a_sample_and_a_fake():
     known = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "consistentee::" in name}
-    fakes = {*extension._FAKES, "step_rows_"}  # step_rows_ brings its own
-    assert known == {name for name, _, _ in samples()} == fakes
+    assert known == {name for name, _, _ in samples()} == set(extension._FAKES)
 
 
 @needs_extension
