@@ -95,7 +95,7 @@ class Op:
     group: str
     make: Callable[[], dict[str, Any]]
     runs: dict[str, Callable[[dict[str, Any]], Result]]
-    math: Callable[[dict[str, Any]], Result]
+    math: Callable[[dict[str, Any]], Result] | None
     flops: float
     bytes: int
     configs: dict[str, Callable[[dict[str, Any]], Result]] = field(default_factory=dict)
@@ -513,7 +513,7 @@ def measure(
             half = op.bytes // 2 // dtype.itemsize
             one["copy"] = tuple(torch.zeros(half, dtype=dtype, device=device) for _ in range(2))
         runs[COPY] = lambda t: t["copy"][0].copy_(t["copy"][1])
-    if compiled:
+    if compiled and op.math is not None:
         torch._dynamo.reset()
         runs[COMPILED] = torch.compile(op.math, dynamic=False)
     timer = time_on_device if on_device else time_on_host

@@ -113,20 +113,20 @@ def _part_kernel(
     begin(EARLY)
     if not alive:
         return
+    LOG2E: tl.constexpr = 1.4426950408889634
     heads: tl.constexpr = A // KV
     member = tl.arange(0, GROUP)
     column = tl.arange(0, BLOCK_D)
     head = kv * heads + member
     mine = member < heads
     own = mine[:, None] & (column < D)[None, :]
-    q = tl.load(query_ptr + row * (A * D) + head[:, None] * D + column[None, :], mask=own, other=0.0).to(tl.float32)
-    q = q * scale
     to = ((place * SPLITS + split) * A + head) * (D + 2)
     out_at = row * (A * D) + head * D
     if GROUP == 1:
         # Every place of a tile has a softmax of its own, and they meet once, behind the loop: nothing in it waits for
         # another thread but a score for the eighth of its row.
-        alone = tl.sum(q, 0)
+        q = tl.load(query_ptr + row * (A * D) + kv * D + column, mask=column < D, other=0.0).to(tl.float32)
+        q = q * (scale * LOG2E)
         most = tl.full((BLOCK_C,), -1e30, dtype=tl.float32)  # finite: a place may never see a position
         total = tl.zeros((BLOCK_C,), dtype=tl.float32)
         weighted = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
@@ -140,20 +140,21 @@ def _part_kernel(
             v = tl.load(values_ptr + at, mask=mask, other=0.0)
             after = p + BLOCK_C
             block = tl.load(table_ptr + row * blocks + after // BLOCK_SIZE, mask=after < end, other=0)
-            scores = tl.where(seen, tl.sum(alone[None, :] * k.to(tl.float32), 1), float("-inf"))
+            scores = tl.where(seen, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
             higher = tl.maximum(most, scores)
-            kept = tl.exp(most - higher)
-            weights = tl.exp(scores - higher)
+            kept = tl.exp2(most - higher)
+            weights = tl.exp2(scores - higher)
             total = total * kept + weights
             weighted = weighted * kept[:, None] + weights[:, None] * v.to(tl.float32)
             most = higher
         top = tl.max(most, 0)
-        factor = tl.exp(most - top)
-        whole = tl.sum(total * factor, 0) + tl.zeros((1,), dtype=tl.float32)
+        factor = tl.exp2(most - top)
+        one = tl.zeros((1,), dtype=tl.float32)
+        whole = tl.sum(total * factor, 0) + one
         together = tl.sum(weighted * factor[:, None], 0)[None, :]
-        top += tl.zeros((1,), dtype=tl.float32)
-        _put_part(parts_ptr, out_ptr, to, out_at, column, mine, top, whole, together, D, SPLITS)
+        _put_part(parts_ptr, out_ptr, to, out_at, column, mine, top / LOG2E + one, whole, together, D, SPLITS)
     else:
+        q = tl.load(query_ptr + out_at[:, None] + column[None, :], mask=own, other=0.0).to(tl.float32) * scale
         most = tl.full((GROUP,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((GROUP,), dtype=tl.float32)
         weighted = tl.zeros((GROUP, BLOCK_D), dtype=tl.float32)

@@ -59,7 +59,7 @@ def _greedy_kernel(
     inner = tl.arange(0, BLOCK)
     most = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     where = tl.full((BLOCK,), V, dtype=tl.int32)
-    for first in range(0, V, BLOCK):
+    for first in tl.static_range(0, V, BLOCK):  # all of it on its way at once
         column = first + inner
         x = tl.load(logits_ptr + row.to(tl.int64) * V + column, mask=column < V, other=float("-inf"))
         # Columns of a place rise: only what is greater takes over, so the first of equals stays.
@@ -110,6 +110,6 @@ def greedy_rows_(
         return
     with on_device(logits):
         _greedy_kernel[(rows,)](
-            told, ids, logits, exit_layers, exit_probs, counts, V=words, BLOCK=min(4096, next_power_of_2(words)),
-            num_warps=8, **early(logits),
+            told, ids, logits, exit_layers, exit_probs, counts, V=words, BLOCK=min(8192, next_power_of_2(words)),
+            num_warps=16, **early(logits),
         )  # fmt: skip

@@ -50,7 +50,6 @@ class QkvConfig(NamedTuple):
     rows, pairs, block_k        a tile of tl.dot: entries, pairs of weight rows (twice as many rows), columns of W
     num_warps, num_stages       of a program, and of the pipeline that fills such tiles
     vector_pairs, vector_k      the same for one row and up to ``few`` owed entries (a capacity of 1 only)
-    ahead                       bytes of each row of W that a program asks L2 for ahead of ``begin`` (more rows only)
     """
 
     rows: int
@@ -60,13 +59,13 @@ class QkvConfig(NamedTuple):
     num_stages: int
     vector_pairs: int = 2
     vector_k: int = 4096
-    ahead: int = 0
     few: int = 8
 
 
 # The default first. One row: all of a program's weight is in registers, 64 of each thread's, so that four programs a
 # multiprocessor have 128 KB on their way; their tiles for owed entries must leave shared memory for four, too.
 _ONE_HALF = (
+    QkvConfig(32, 32, 64, 4, 4, 2, 4096),
     QkvConfig(16, 16, 128, 4, 4, 2, 4096),
     QkvConfig(16, 32, 64, 4, 4, 2, 4096),
     QkvConfig(16, 16, 128, 4, 4, 4, 2048),
@@ -74,20 +73,17 @@ _ONE_HALF = (
     QkvConfig(16, 16, 128, 4, 4, 2, 2048),
     QkvConfig(16, 16, 128, 8, 4, 4, 4096),
     QkvConfig(32, 16, 64, 4, 6, 2, 4096),
-    QkvConfig(32, 32, 64, 4, 4, 2, 4096),
 )
 _HALF = (
-    QkvConfig(32, 32, 128, 4, 4, ahead=512),
     QkvConfig(32, 32, 128, 4, 4),
-    QkvConfig(16, 32, 128, 4, 4, ahead=512),
-    QkvConfig(64, 32, 64, 4, 6, ahead=512),
-    QkvConfig(64, 32, 128, 4, 4, ahead=512),
-    QkvConfig(64, 32, 128, 8, 4, ahead=512),
-    QkvConfig(32, 16, 128, 4, 5, ahead=512),
-    QkvConfig(16, 16, 256, 4, 4, ahead=512),
-    QkvConfig(64, 8, 128, 4, 4, ahead=512),
-    QkvConfig(32, 8, 128, 4, 4, ahead=512),
-    QkvConfig(16, 8, 128, 4, 4, ahead=512),
+    QkvConfig(16, 32, 128, 4, 4),
+    QkvConfig(64, 32, 128, 4, 4),
+    QkvConfig(64, 32, 64, 4, 6),
+    QkvConfig(32, 16, 128, 4, 5),
+    QkvConfig(16, 16, 256, 4, 4),
+    QkvConfig(64, 8, 128, 4, 4),
+    QkvConfig(32, 8, 128, 4, 4),
+    QkvConfig(16, 8, 128, 4, 4),
 )
 _ONE_FLOAT = (QkvConfig(16, 16, 32, 4, 2, 2, 2048), QkvConfig(16, 16, 32, 4, 2, 1, 4096))
 _FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2), QkvConfig(16, 8, 32, 4, 2))
@@ -278,21 +274,10 @@ def _rows_kernel(
     query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
     slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps,
     A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
     head, part = _place(tl.program_id(0), BLOCKS, A, KV)
-    if EARLY and AHEAD > 0:
-        # The pipeline below starts behind ``begin``; its first stages then find this in L2.
-        weights = weight_ptr + _weight_rows(head, part, PAIRS, HALF).to(tl.int64) * H
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [weights.to(tl.int64), tl.full((2 * PAIRS,), AHEAD, dtype=tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
     begin(EARLY)
     # An exit's decision may stand directly in front: counts, order and what is owed are its work.
     live = tl.load(counts_ptr)
@@ -536,6 +521,4 @@ def qkv_rows_(
                 **options,
             )
         else:
-            row_bytes = width * hidden.element_size()
-            ahead = min(config.ahead, row_bytes) if row_bytes % 16 == 0 and weight.data_ptr() % 16 == 0 else 0
-            _rows_kernel[(heads * cdiv(half, pairs),)](*arguments, **shape, AHEAD=ahead, **early(hidden))
+            _rows_kernel[(heads * cdiv(half, pairs),)](*arguments, **shape, **early(hidden))

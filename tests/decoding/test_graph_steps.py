@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ import engine
 from engine.decoding.cache import PagedCache
 from engine.decoding.generate import begin, generate_packed
 from engine.decoding.graph import GraphDecoder
-from engine.decoding.packed import cache_shape
+from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.generation import DecoderEngine
 from engine.loading import save_checkpoint
 from tests.decoding.test_steps import EVERY, assert_same, by_reference, by_steps, tokens
@@ -52,6 +55,8 @@ def test_free_running_greedy(place, max_rows):
     requests = random_requests(8, seed=11, new=30)
     got, _ = by_programs(model, requests, max_rows=max_rows)
     assert tokens(got) == tokens(by_reference(model, requests))
+    ahead, _ = by_programs(model, [replace(r, keep_logits=False) for r in requests], max_rows=max_rows)
+    assert tokens(ahead) == tokens(got)
     assert len({t.exit_layer for s in got for t in s.new}) > 2
 
 
@@ -146,3 +151,145 @@ def test_a_model_that_was_run_can_be_saved(tmp_path):
     assert loaded.run([[3, 4]], max_new_tokens=6).token_ids == want
     after = loaded.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# --- launched ahead ----------------------------------------------------------------------------------------------
+
+
+def counted(decoder, monkeypatch) -> list[bool]:
+    """Whether each attempt to launch a step ahead came to one."""
+    found, launch_next = [], decoder.launch_next
+
+    def told(launched):
+        following = launch_next(launched)
+        found.append(following is not None)
+        return following
+
+    monkeypatch.setattr(decoder, "launch_next", told)
+    return found
+
+
+def test_greedy_steps_are_launched_ahead(place, monkeypatch):
+    """All but the last of a row, whatever it turns out that the step in front came to."""
+    model = tiny_decoder(seed=3).to(place)
+    lm = DecoderEngine(model, executor="graph")
+    prompts = [[5, 7, 9], [3], [8, 8, 2, 1]]
+    want = DecoderEngine(model, executor="reference").run(prompts, max_new_tokens=20, ignore_eos=True)
+    lm.run(prompts, max_new_tokens=2)
+    ahead = counted(lm._decoder, monkeypatch)
+    got = lm.run(prompts, max_new_tokens=20, ignore_eos=True)
+    assert got.token_ids == want.token_ids and got.exit_layers == want.exit_layers
+    assert ahead == [True] * 18 + [False]
+    assert not lm._decoder._under_way
+    ahead.clear()
+    lm.run(prompts, max_new_tokens=5, temperature=0.7, ignore_eos=True)
+    assert not any(ahead)
+
+
+@pytest.mark.parametrize("waiting", [0, 3])
+def test_rows_that_end_while_the_next_step_is_under_way(place, waiting):
+    """By a stop id that nobody foresees; what ran in vain leaves no trace, and who waits joins behind it."""
+    model = tiny_decoder(seed=3).to(place)
+    free = begin(random_requests(4 + waiting, seed=11, new=30))
+    for _ in generate_packed(GraphDecoder(model, room(model)), free, 4):
+        pass
+    stops = frozenset(s.new_ids[len(s.new) // 2] for s in free)
+    requests = [replace(s.request, stop_ids=stops, keep_logits=False) for s in free]
+    want = by_reference(model, requests)
+    assert len({len(s.new) for s in want}) > 2
+    got, decoder = by_programs(model, requests, max_rows=4)
+    assert tokens(got) == tokens(want)
+    assert [s.finish_reason for s in got] == [s.finish_reason for s in want]
+    packed = PackedDecoder(model, room(model))
+    for _ in generate_packed(packed, begin(requests), 4):
+        pass
+    assert decoder.settled == packed.settled
+
+
+def unkept(requests):
+    """Steps whose logits somebody wants are not launched ahead."""
+    return [replace(request, max_new_tokens=9, keep_logits=False) for request in requests]
+
+
+def room(model) -> PagedCache:
+    return PagedCache(cache_shape(model, 4), 200, model.device, model.dtype)
+
+
+def test_a_stream_and_a_run_take_turns(place):
+    """Each between two steps of the other that know nothing of it."""
+    model = tiny_decoder(seed=2).to(place)
+    lm = DecoderEngine(model, executor="graph")
+    options = dict(max_new_tokens=16, ignore_eos=True)
+    alone = lm.run([[5, 7, 9], [3, 1]], **options)
+    streams = [iter(lm.stream(prompt, **options)) for prompt in ([5, 7, 9], [3, 1])]
+    told = [[], []]
+    for turn in range(16):
+        for found, stream in zip(told, streams, strict=True):
+            found.append(next(stream))
+        if turn in (4, 5, 11):
+            assert lm.run([[5, 7, 9], [3, 1]], **options).token_ids == alone.token_ids
+    assert [[t.token_id for t in found] for found in told] == alone.token_ids
+    assert [[t.exit_layer for t in found] for found in told] == alone.exit_layers
+
+
+def test_threads(place):
+    model = tiny_decoder(seed=2).to(place)
+    lm = DecoderEngine(model, executor="graph")
+    prompts = [[5, 7, 9], [3, 1], [4, 4, 4, 4], [6]]
+    options = dict(max_new_tokens=24, ignore_eos=True)
+    want = [lm.run([prompt], **options).token_ids[0] for prompt in prompts]
+
+    def stream(k: int) -> list[int]:
+        return [t.token_id for t in lm.stream(prompts[k % 4], **options)]
+
+    def run(k: int) -> list[int]:
+        return lm.run([prompts[k % 4]], **options).token_ids[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(stream if k % 2 else run, k // 2) for k in range(16)]
+        assert [f.result() for f in found] == [want[k // 2 % 4] for k in range(16)]
+
+
+@pytest.mark.gpu
+def test_a_step_is_one_launch_without_a_wait(gpu):
+    model = tiny_decoder(seed=2).to("cuda")
+    decoder, sequences = GraphDecoder(model, room(model)), begin(unkept(random_requests(5, seed=1, new=9)))
+    steps = generate_packed(decoder, sequences, 5)
+    for _ in range(3):
+        next(steps)  # captured, and a step under way
+    decoder._wait()
+    rows = [(s, p) for s, p in decoder_rows(steps)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+            launched = decoder.launch(rows)
+            following = decoder.launch_next(launched)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert following is not None
+    launched.outputs()
+    following.outputs()
+    calls = [event.name for event in trace.events() if event.name.startswith(("cuda", "cu"))]
+    assert calls.count("cudaGraphLaunch") == 2 and not any("Synchronize" in name for name in calls)
+    steps.close()
+
+
+def decoder_rows(steps):
+    """The rows that a generation is at."""
+    return steps.gi_frame.f_locals["scheduler"]._running
+
+
+@pytest.mark.gpu
+def test_ten_thousand_steps_take_no_memory(gpu):
+    model = tiny_decoder(seed=2).to("cuda")
+    lm = DecoderEngine(model, executor="graph")
+    prompts = [[k % 50 + 1] * (k % 7 + 1) for k in range(48)]
+    options = dict(max_new_tokens=24, ignore_eos=True)
+    want = lm.run(prompts, **options).token_ids
+    torch.cuda.synchronize()
+    before, done = torch.cuda.memory_allocated(), 0
+    while done < 10_000:
+        assert lm.run(prompts, **options).token_ids == want
+        done += 23
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
