@@ -166,11 +166,12 @@ def main() -> None:
             settings[DECIDED] = {}
         if batch == 1:
             settings[NOBODY] = {"threshold": 1.0}
+        if batch == 1 and o.checkpoint is None:
             scripts[HALF] = [spread(layers, new, layers / 2)]
         settings |= {name: {"criterion": "scripted", "exit_layers": script} for name, script in scripts.items()}
         runs = {name: ours(lm, prompts, new, **options) for name, options in settings.items()}
         few = max(4, new // 16)  # slow, and in the end a time for each token
-        if batch == 1 and EAGER not in o.without:
+        if batch == 1 and o.checkpoint is None and EAGER not in o.without:
             eager = DecoderEngine(model, executor="packed", state_copy="eager", private=True, cache_bytes=room)
             script = {"criterion": "scripted", "exit_layers": [spread(layers, few, layers / 2)]}
             runs[EAGER] = ours(eager, prompts, few, **script)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import attention, exits, extension, graphs, packing, products
+from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
 from engine.kernels.survivors import survivors_
 
 LENGTHS = ([1], [3, 1, 5, 2, 7], [2] * 40, [1, 31, 32, 33, 64, 65, 150], [130] * 9)
@@ -67,6 +68,32 @@ def run_survivors(device: str) -> None:
                     _ints([0, 0], device),
                     [torch.empty_like(s) for s in state],
                 )
+
+
+def run_step_rows(device: str) -> None:
+    """Behind every kind of layer, with lists that are long enough and too short."""
+    layers, size, longest = 5, 4, 23
+    blocks = longest // size + 1
+    for rows in (1, 3, 31, 33, 256, 257, 1025):
+        for splits in (1, 13):
+            for share in (1.0, 0.4, 0.0):
+                for room in (rows * longest, rows // 2):
+                    positions = torch.randint(0, longest, (rows,), dtype=torch.int32, device=device)
+                    table = torch.randperm(rows * blocks, device=device).to(torch.int32).view(rows, blocks)
+                    script = torch.randint(0, layers, (rows,), dtype=torch.int32, device=device)
+                    least, most = torch.ones_like(script), torch.full_like(script, layers)
+                    marks = torch.randint(0, longest, (rows, layers), dtype=torch.int32, device=device)
+                    exits = torch.zeros_like(script), torch.zeros(rows, device=device)
+                    order = torch.randperm(rows, device=device).to(torch.int32)
+                    counts = _ints([int(rows * share), 7], device)
+                    for layer, kind, following in ((0, STAY, 1), (2, DECIDE, 3), (layers, LEAVE, 0)):
+                        step_rows_(
+                            torch.randn(rows, splits, device=device), torch.zeros(1, device=device), order, counts,
+                            layer, kind, torch.zeros(rows, device=device), script, least, most, *exits,
+                            torch.empty_like(order), _ints([0, 0], device), following, positions, table, size, marks,
+                            _ints([0] * room, device), _ints([0] * room, device),
+                            torch.zeros(1, dtype=torch.int64, device=device),
+                        )  # fmt: skip
 
 
 def run_attention(device: str) -> None:
@@ -161,6 +188,7 @@ def run_graph(device: str) -> None:
 RUNS: dict[str, Callable[[str], None]] = {
     "packing": run_packing,
     "survivors": run_survivors,
+    "step rows": run_step_rows,
     "attention": run_attention,
     "exits and norms": run_exits,
     "products": run_products,
