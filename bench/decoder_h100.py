@@ -2,12 +2,13 @@
 
     python -m engine.bench.decoder_h100 [--shape 7b] [--batches 1 8 32 64]
     python -m engine.bench.decoder_h100 --checkpoint checkpoints/dolly-smollm2 --output FILE
+    python -m engine.bench.decoder_h100 --merge FILE ...
 
 writes ``bench/results/decoder_h100.json``. Weights are random: time does not depend on them. Exits stand at every layer
 and are scripted, each exit's policy is computed all the same. Prompts of 128 tokens, 256 new ones; competitors take
 turns in one run, a time is that of decoding, draws included, the prompts' own pass left out (of Hugging Face's calls:
 the time of a call for fewer tokens taken off). With ``--checkpoint`` weights are real and its policies decide, on
-prompts of random tokens.
+prompts of random tokens. ``--merge`` puts the rows of several files into one; each says of which commit it is.
 
 Ceiling of a step: the bytes of the layers that any of its rows visits, of keys and values of the rows that visit them
 and of the head, at the memory's bandwidth.
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from engine.bench.decoder_cpu import spread
-from engine.bench.record import RESULTS, figure, write_result
+from engine.bench.record import RESULTS, figure, merged, write_result
 from engine.config import DecoderExitConfig
 from engine.decoding.packed import cache_shape
 from engine.generation import DecoderEngine
@@ -138,8 +139,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without", nargs="*", choices=(EAGER, THEIRS), default=[], help="competitors to leave out")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="combine results; nothing is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / "decoder_h100.json")
     o = parser.parse_args()
+    if o.merge is not None:
+        merge(o.merge, o.output)
+        return
 
     device = torch.device(o.device)
     on_gpu = device.type == "cuda"
@@ -155,7 +160,6 @@ def main() -> None:
     lm = DecoderEngine(model, executor="graph", private=True, cache_bytes=room)
     share, trained = shipped_share()
     rows: list[dict[str, Any]] = []
-    figures: list[dict[str, Any]] = []
     for batch in o.batches:
         prompts = torch.randint(0, model.language_model.config.vocab_size, (batch, o.prompt)).tolist()
         settings: dict[str, dict[str, Any]] = {REMOVED: {"min_depth": layers}}
@@ -193,15 +197,25 @@ def main() -> None:
                 row["of_ceiling"] = row["ceiling_ms"] / step_ms
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "decode_s"}), flush=True)
-        if o.checkpoint is None:
-            figures += _figures(batch, {r["name"]: r for r in rows if r["batch"] == batch})
     memory = {
         "cache_bytes": lm.run([[1, 2]], max_new_tokens=2).stats.cache_bytes,
         "kv_bytes_a_position": 2 * layers * model.language_model.config.num_key_value_heads
         * model.backbone.layers[0].self_attn.head_dim * torch.finfo(dtype).bits // 8,
         "exit_state_bytes_a_position": model.language_model.config.hidden_size * torch.finfo(dtype).bits // 8,
     }  # fmt: skip
-    write_result(o.output, figures, rows, shape=shape, prompt=o.prompt, new_tokens=new, memory=memory)
+    write_result(o.output, figures(rows), rows, prompt=o.prompt, new_tokens=new, memory={shape: memory})
+
+
+def merge(files: Sequence[Path], output: Path) -> None:
+    """Rows of all files, and the figures that follow from them. ValueError where they were not asked the same."""
+    found = [json.loads(file.read_text()) for file in files]
+    for name in ("prompt", "new_tokens"):
+        if any(one[name] != found[0][name] for one in found):
+            raise ValueError(f"{name} differs between the files: {', '.join(str(one[name]) for one in found)}")
+    rows, about = merged(files, ("shape", "batch", "name"))
+    common = {name: found[0][name] for name in ("prompt", "new_tokens")}
+    memory = {shape: value for one in found for shape, value in one["memory"].items()}
+    write_result(output, figures(rows), rows, **about, **common, memory=memory)
 
 
 def _cache_bytes(model: MultiExitDecoder, rows: int, positions: int) -> int:
@@ -209,7 +223,26 @@ def _cache_bytes(model: MultiExitDecoder, rows: int, positions: int) -> int:
     return shape.block_bytes(model.dtype) * rows * -(-positions // shape.block_size)
 
 
-def _figures(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bars are for LLaMA-7B's shape, of which names say nothing; other models have figures without."""
+    out = []
+    for shape, batch in dict.fromkeys((row["shape"], row["batch"]) for row in rows):
+        found = {r["name"]: r for r in rows if (r["shape"], r["batch"]) == (shape, batch)}
+        made = _decided(batch, found) if DECIDED in found else _scripted(batch, found)
+        if shape not in ("7b", "tiny"):
+            made = [figure(f"{shape}, {f.pop('name')}", f.pop("value"), f.pop("unit"), "-", True,
+                           **{k: v for k, v in f.items() if k not in ("bar", "met")}) for f in made]  # fmt: skip
+        out += made
+    return out
+
+
+def _decided(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    value = found[REMOVED]["ms_a_step"] / found[DECIDED]["ms_a_step"]
+    name = f"batch {batch}, its policies decide, times faster than full depth"
+    return [figure(name, value, "ratio", "-", True, mean_depth=found[DECIDED]["mean_depth"])]
+
+
+def _scripted(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     def ms(name: str) -> float:
         return found[name]["ms_a_step"]
 

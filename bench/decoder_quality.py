@@ -1,6 +1,7 @@
 """What exits of a decoder cost in quality: ConsistentEE's policies against CALM's measures on the same weights.
 
     python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR [--prompts 200] [--sampled]
+    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --merge FILE ...
 
 writes ``bench/results/decoder_quality.json`` and a curve. DIR holds train and test files of instructions; policies, one
 set for each price of a layer, are trained on train rows alone (kept beside the output, ``--policies``), CALM has one
@@ -17,6 +18,7 @@ compare the paths that serve them, not the methods.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.bench.plots import check_path, save_figure
-from engine.bench.record import RESULTS, figure, write_result
+from engine.bench.record import RESULTS, figure, merged, write_result
 from engine.bench.timer import interleave
 from engine.decoding.criteria import measure
 from engine.generation import DecoderEngine, Generation
@@ -322,7 +324,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train and test instructions")
+    parser.add_argument("--data", type=Path, help="folder with train and test instructions")
     parser.add_argument("--prompts", type=int, default=200, help="the first of the test rows whose prompt fits")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256, help="of training rows, and of test prompts")
@@ -337,11 +339,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--timed", type=int, default=8, help="prompts whose decoding is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="combine results; nothing is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / "decoder_quality.json")
     parser.add_argument("--plot", type=Path, help="default: the output's name as a PNG")
     o = parser.parse_args(arguments)
     drawing = o.output.with_suffix(".png") if o.plot is None else o.plot
     check_path(drawing)
+    if o.merge is not None:
+        merge(o.merge, o.output, drawing, o.checkpoint.name)
+        return
+    if o.data is None:
+        parser.error("--data is missing: a folder with train and test instructions")
     parts = {}
     for split in ("train", "test"):
         file = split_file(o.data, split)
@@ -366,12 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tests = [row for row in parts["test"] if len(tokenizer.encode(row.prompt)) <= o.max_length][: o.prompts]
     found = settings(sets, o.criteria, 2 if o.coarse else 1)
     rows, examples = curves(lm, tests, found, bert, o.new_tokens, sampling, o.timed, o.rounds, checked)
-    plot(rows, drawing, f"{o.checkpoint.name}, {len(tests)} prompts, {decoding}")
-    nearest = {FULL: examples[0]}
-    for example in examples[1:]:
-        best = nearest.get(example["method"])
-        if best is None or abs(example["layer_speed_up"] - 2) < abs(best["layer_speed_up"] - 2):
-            nearest[example["method"]] = example
+    plot(rows, drawing, _title(o.checkpoint.name, len(tests), decoding))
     write_result(
         o.output,
         figures(rows, decoding),
@@ -381,10 +384,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts=len(tests),
         new_tokens=o.new_tokens,
         check_us={name: 1e6 * seconds for name, seconds in checked.items()},
-        examples_at_2x={
-            "prompts": [row.instruction for row in tests[:3]], **nearest
-        },
+        examples_at_2x={"prompts": [row.instruction for row in tests[:3]], **_nearest(examples)},
     )
+
+
+def merge(files: Sequence[Path], output: Path, drawing: Path, name: str) -> None:
+    """Rows of all files, and the figures that follow from them. ValueError where they were not asked the same."""
+    found = [json.loads(file.read_text()) for file in files]
+    same = {}
+    for key in ("decoding", "scorer", "prompts", "new_tokens"):
+        same[key] = found[0][key]
+        if any(one[key] != same[key] for one in found):
+            raise ValueError(f"{key} differs between the files: {', '.join(str(one[key]) for one in found)}")
+    rows, about = merged(files, ("method", "value"))
+    decoding = same["decoding"]["name"]
+    shown = [one["examples_at_2x"] for one in found]
+    examples = [value for one in shown for key, value in one.items() if key != "prompts"]
+    plot(rows, drawing, _title(name, same["prompts"], decoding))
+    checks = {key: value for one in found for key, value in one["check_us"].items()}
+    write_result(output, figures(rows, decoding), rows, **about, **same, check_us=checks,
+                 examples_at_2x={"prompts": shown[0]["prompts"], **_nearest(examples)})  # fmt: skip
+
+
+def _title(name: str, prompts: int, decoding: str) -> str:
+    return f"{name}, {prompts} prompts, {decoding}"
+
+
+def _nearest(examples: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Of each method what it wrote nearest to a layer speed-up of 2."""
+    nearest: dict[str, Mapping[str, Any]] = {}
+    for example in examples:
+        best = nearest.get(example["method"])
+        if best is None or abs(example["layer_speed_up"] - 2) < abs(best["layer_speed_up"] - 2):
+            nearest[example["method"]] = example
+    return nearest
 
 
 def _folder_of(model: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from engine.bench import encoder_competitors as peers
+from engine.bench import record
 from engine.bench.plots import check_path, save_figure
 from engine.bench.record import figure
-from engine.bench.report import environment
 from engine.console import show_table
 
 OURS = "ours"
@@ -148,28 +147,8 @@ def _other(rows: Rows, model: str) -> list[dict[str, Any]]:
 
 
 def merged(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of several result files, and what ``write_result`` is to say of their machine.
-
-    Of rows of the same thing the one with times stays, else the latest file's; each says of which commit it is.
-    ValueError for a file without rows.
-    """
-    kept: dict[tuple, dict[str, Any]] = {}
-    runs = []
-    for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(result, dict) or not {"rows", "machine", "versions", "commit", "date"} <= set(result):
-            raise ValueError(f"{path} must be a result file with rows, machine, versions, commit and date")
-        own = {name: result[name] for name in ("date", "commit", "machine", "versions")} | {"file": path.name}
-        runs += result.get("runs", [own])  # a file that is itself several
-        for row in result["rows"]:
-            row = {"commit": result["commit"], **row}
-            key = tuple(row.get(name) for name in _KEY)
-            if key not in kept or _rank(row) >= _rank(kept[key]):
-                kept[key] = row
-    about = {name: runs[-1][name] for name in ("date", "machine", "versions")}
-    commits = [run["commit"] for run in runs if run["commit"]]
-    # A copy of the tree without its history knows no commit: then it is this tree's.
-    return list(kept.values()), about | {"commit": commits[-1] if commits else environment()["commit"], "runs": runs}
+    """``record.merged``; of rows of the same thing the one with times stays, else the latest file's."""
+    return record.merged(paths, _KEY, _rank)
 
 
 def _rank(row: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,30 @@ def write_result(path: Path, figures: list[dict[str, Any]], rows: Any, **more: A
         for f in figures
     ]
     show_table(Console(), ["figure", "value", "unit", "bar", "met"], lines, title=str(path.name))
+
+
+def merged(
+    paths: Sequence[Path], key: Sequence[str], rank: Callable[[Mapping[str, Any]], int] = lambda row: 0
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of several result files, and what ``write_result`` is to say of their machine.
+
+    Of rows that are alike in all fields of ``key`` the one of the highest rank stays, of equals the latest file's; each
+    says of which commit it is. ValueError for a file without rows.
+    """
+    kept: dict[tuple, dict[str, Any]] = {}
+    runs = []
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or not {"rows", "machine", "versions", "commit", "date"} <= set(result):
+            raise ValueError(f"{path} must be a result file with rows, machine, versions, commit and date")
+        own = {name: result[name] for name in ("date", "commit", "machine", "versions")} | {"file": path.name}
+        runs += result.get("runs", [own])  # a file that is itself several
+        for row in result["rows"]:
+            row = {"commit": result["commit"], **row}
+            place = tuple(row.get(name) for name in key)
+            if place not in kept or rank(row) >= rank(kept[place]):
+                kept[place] = row
+    about = {name: runs[-1][name] for name in ("date", "machine", "versions")}
+    commits = [run["commit"] for run in runs if run["commit"]]
+    # A copy of the tree without its history knows no commit: then it is this tree's.
+    return list(kept.values()), about | {"commit": commits[-1] if commits else environment()["commit"], "runs": runs}

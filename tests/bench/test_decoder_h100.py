@@ -33,8 +33,32 @@ def test_a_whole_run(tmp_path, monkeypatch):
     assert figures["batch 1, mean depth L/2, times faster than full depth"]["value"] == pytest.approx(ratio)
     assert figures["batch 3, trained exits: ceiling / time"]["value"] == rows[3, bench.TRAINED]["of_ceiling"]
     hf = bench.SHAPES["tiny"]
-    assert result["memory"]["kv_bytes_a_position"] == 2 * hf["num_hidden_layers"] * 2 * 16 * 4
-    assert result["memory"]["exit_state_bytes_a_position"] == hf["hidden_size"] * 4
+    memory = result["memory"]["tiny"]
+    assert memory["kv_bytes_a_position"] == 2 * hf["num_hidden_layers"] * 2 * 16 * 4
+    assert memory["exit_state_bytes_a_position"] == hf["hidden_size"] * 4
+
+
+def test_merged_files(tmp_path, monkeypatch):
+    """A checkpoint's rows beside those of a shape; what was measured otherwise is refused."""
+    made = dict(prompt=5, new_tokens=8, machine={"gpu": "H"}, versions={}, date="d", commit="c1", memory={"7b": 1})
+    scripted = {bench.REMOVED: 4.0, bench.NOBODY: 4.2, bench.HALF: 2.0}
+    rows = [{"shape": "7b", "batch": 1, "name": name, "ms_a_step": ms} for name, ms in scripted.items()]
+    decided = {bench.REMOVED: 3.0, bench.DECIDED: 2.0}
+    own = [{"shape": "mine", "batch": 8, "name": n, "ms_a_step": ms, "mean_depth": 7} for n, ms in decided.items()]
+    one, two, other = (tmp_path / f"{k}.json" for k in range(3))
+    one.write_text(json.dumps({**made, "rows": rows}))
+    two.write_text(json.dumps({**made, "rows": own, "commit": "c2", "memory": {"mine": 2}}))
+    other.write_text(json.dumps({**made, "rows": own, "prompt": 6}))
+    bench.merge([one, two], tmp_path / "all.json")
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert [row["commit"] for row in result["rows"]] == ["c1"] * 3 + ["c2"] * 2
+    assert result["memory"] == {"7b": 1, "mine": 2}
+    figures = {f["name"]: f for f in result["figures"]}
+    assert figures["batch 1, mean depth L/2, times faster than full depth"]["value"] == 2.0
+    mine = figures["mine, batch 8, its policies decide, times faster than full depth"]
+    assert mine["value"] == 1.5 and mine["bar"] == "-" and mine["mean_depth"] == 7
+    with pytest.raises(ValueError, match="prompt differs between the files: 5, 6"):
+        bench.merge([one, other], tmp_path / "all.json")
 
 
 def test_the_ceiling_counts_visited_layers_once_and_every_row_there():

@@ -123,3 +123,13 @@ def test_the_whole_run(tmp_path, monkeypatch):
     assert json.loads(output.read_text())["rows"][1]["mean_depth"] == before
     assert torch.equal(quality.load_model(tmp_path / "ck")[0].exits.policies[0].out.weight,
                        model.exits.policies[0].out.weight)  # fmt: skip
+
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps({**result, "rows": [{**rows[quality.OURS, 20.0], "value": 21.0}]}))
+    quality.main([call[0], "--merge", str(output), str(part), "--output", str(tmp_path / "all.json")])
+    together = json.loads((tmp_path / "all.json").read_text())
+    assert len(together["rows"]) == len(rows) + 1 and len(together["figures"]) == 16
+    assert together["examples_at_2x"]["prompts"] == result["examples_at_2x"]["prompts"]
+    part.write_text(json.dumps({**result, "new_tokens": 7}))
+    with pytest.raises(ValueError, match="new_tokens differs between the files: 6, 7"):
+        quality.main([call[0], "--merge", str(output), str(part), "--output", str(tmp_path / "all.json")])

@@ -258,7 +258,9 @@ def test_a_step_is_one_launch_without_a_wait(gpu):
     for _ in range(3):
         next(steps)  # captured, and a step under way
     decoder._wait()
-    rows = [(s, p) for s, p in decoder_rows(steps)]
+    scheduler = steps.gi_frame.f_locals["scheduler"]
+    assert scheduler.reserve_next()
+    rows = list(scheduler._running)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
@@ -272,11 +274,6 @@ def test_a_step_is_one_launch_without_a_wait(gpu):
     calls = [event.name for event in trace.events() if event.name.startswith(("cuda", "cu"))]
     assert calls.count("cudaGraphLaunch") == 2 and not any("Synchronize" in name for name in calls)
     steps.close()
-
-
-def decoder_rows(steps):
-    """The rows that a generation is at."""
-    return steps.gi_frame.f_locals["scheduler"]._running
 
 
 @pytest.mark.gpu
