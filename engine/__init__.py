@@ -48,10 +48,11 @@ def load(
 
     device    "auto" (a CUDA device where there is one, else the CPU), or any torch device
     dtype     "auto" (float16 on CUDA, else float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
-    executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass). Decoders
-              have no graph yet: auto is packed
-    warmup    batches to be ready for, as (rows, tokens in all), each good for half to all of its size: compiled and
-              captured now, not by the first call that needs them. For the graph executor; nothing elsewhere
+    executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass; of a
+              decoder, a step)
+    warmup    batches to be ready for, as (rows, tokens in all; of a decoder, of its prompts), each good for half to all
+              of its size: compiled and captured now, not by the first call that needs them. For the graph executor;
+              nothing elsewhere
     Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
     ValueError that names the file, tensor or key that is wrong.
     """
@@ -65,11 +66,8 @@ def load(
     )
     automatic = torch.float16 if chosen_device.type == "cuda" else torch.float32
     model, tokenizer = load_model(checkpoint, dtype=automatic if explicit is None else explicit)
-    if isinstance(model, MultiExitDecoder):
-        if sizes:
-            raise ValueError("warmup is for encoders: a decoder captures its steps when they are first needed")
-        return DecoderEngine(model.to(chosen_device), tokenizer, executor, private=True)
-    loaded = Engine(model.to(chosen_device), tokenizer, executor, private=True)
+    made = DecoderEngine if isinstance(model, MultiExitDecoder) else Engine
+    loaded = made(model.to(chosen_device), tokenizer, executor, private=True)
     for rows, tokens in sizes:
         loaded.warm_up(rows, tokens)
     return loaded

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -160,7 +161,8 @@ class DecoderEngine:
         self._model, self.tokenizer, self.executor, self._watching = model, tokenizer, executor, not private
         self._state_copy, self._cache_bytes = state_copy, cache_bytes
         self._decoder: PackedDecoder | None = None
-        self._lock = threading.RLock()  # a stream may be closed by the collector, in a thread that runs
+        self._lock = threading.RLock()
+        self._abandoned: deque[Pages] = deque()  # of streams that ended while somebody else was running
         if executor != "reference":
             self._packed()  # what is wrong with the arguments is found now
 
@@ -194,6 +196,23 @@ class DecoderEngine:
             f"DecoderEngine({c.num_layers} layers, exits at {list(c.exit_layers)}, head {c.head}, executor "
             f"{self.executor}, {self.device}, {self._model.dtype})"
         )
+
+    def warm_up(self, rows: int, tokens: int) -> None:
+        """Be ready for prompts of ``tokens`` tokens in all, and for steps of half to all of ``rows`` rows, with and
+        without exits: the graph executor compiles and captures now. Nothing to do for the others.
+
+        ValueError where no batch has that size.
+        """
+        most = rows * (self.config.max_length - 2)
+        if not 1 <= rows <= tokens <= most:
+            raise ValueError(
+                f"{rows} prompts have {max(rows, 1)} to {max(most, 1)} tokens and there is at least one, got {tokens}"
+            )
+        if self.executor != "graph":
+            return
+        prompts = [[0] * (tokens // rows + (row < tokens % rows)) for row in range(rows)]
+        for least in (1, self.config.num_layers):
+            self.run(prompts, max_new_tokens=2, min_depth=least, ignore_eos=True, progress=False)
 
     def run(
         self,
@@ -255,6 +274,7 @@ class DecoderEngine:
             delay=_PROGRESS_AFTER_S if progress is None else 0,
         )
         with self._lock, bar:
+            self._release_abandoned()
             decoder = None if self.executor == "reference" else self._packed()
             if decoder is None:
                 steps = generate_reference(ReferenceDecoder(self._model), sequences)
@@ -317,6 +337,7 @@ class DecoderEngine:
             steps = generate_reference(ReferenceDecoder(self._model), [sequence])
             return TokenStream(self._told(steps, sequence, stops), lambda: None)
         with self._lock:
+            self._release_abandoned()
             decoder = self._packed()
             pages = Pages(decoder.cache)
             needed = len(sequence.request.prompt) + max_new_tokens - 1
@@ -328,11 +349,17 @@ class DecoderEngine:
                 )
             pages.reserve(needed)
             decoder.look()
-        lock = self._lock
+        lock, abandoned = self._lock, self._abandoned
 
         def release() -> None:
-            with lock:
-                pages.release()
+            # The collector may call this anywhere, also where another lock is held that a run is waiting for.
+            if lock.acquire(blocking=False):
+                try:
+                    pages.release()
+                finally:
+                    lock.release()
+            else:
+                abandoned.append(pages)
 
         return TokenStream(self._told(_alone(decoder, sequence, pages), sequence, stops), release)
 
@@ -459,6 +486,10 @@ class DecoderEngine:
         return scripts
 
     # -- running -------------------------------------------------------------------------------------------------
+
+    def _release_abandoned(self) -> None:
+        while self._abandoned:
+            self._abandoned.popleft().release()
 
     def _packed(self) -> PackedDecoder:
         """The decoder with its cache, made anew where the model has moved."""

@@ -133,9 +133,17 @@ def test_tensors_that_are_wrong(checkpoint, file, change, message):
         engine.load(folder)
 
 
-def test_warmup_is_not_a_decoders(checkpoint):
-    with pytest.raises(ValueError, match="warmup is for encoders"):
-        engine.load(checkpoint[0], warmup=[(1, 10)])
+def test_warmup(checkpoint):
+    """Programs of a capacity, with and without exits, are there before anybody asks; nothing elsewhere."""
+    lm = engine.load(checkpoint[0], executor="graph", device="cpu", warmup=[(3, 10), (1, 5)])
+    assert set(lm._decoder._programs) == {(4, True), (4, False), (1, True), (1, False)}
+    engine.load(checkpoint[0], executor="packed", warmup=[(1, 10)])
+    for wrong in ((0, 5), (3, 2), (1, 1000)):
+        with pytest.raises(ValueError, match=f"{wrong[0]} prompts have .* got {wrong[1]}"):
+            engine.load(checkpoint[0], warmup=[wrong])
+
+
+def test_unknown_executor(checkpoint):
     with pytest.raises(ValueError, match="executor must be one of auto, packed, reference, graph, got 'x'"):
         engine.load(checkpoint[0], executor="x")
 

@@ -142,6 +142,30 @@ def test_a_stream_is_a_run(model, tokenizer, stop, executor):
         assert [t.exit_probability for t in tokens] == pytest.approx(want.exit_probabilities[0])
 
 
+def test_a_stream_may_end_while_somebody_else_runs(model, tokenizer):
+    """Wherever the collector finds it: it waits for nobody, and its room is given back by the next call."""
+    lm = DecoderEngine(model, tokenizer)
+    cache = lm._decoder.cache
+    free, stream = cache.free_blocks, lm.stream("why is", max_new_tokens=30)
+    next(stream)
+    held = threading.Barrier(2)
+
+    def hold():
+        with lm._lock:
+            held.wait()
+            held.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    stream.close()
+    assert cache.free_blocks < free
+    held.wait()
+    other.join()
+    lm.run(["why"], max_new_tokens=2)
+    assert cache.free_blocks == free
+
+
 def test_streams_tell_no_half_characters_and_no_beginning_of_a_stop_string():
     from engine.generation import _sure
 
