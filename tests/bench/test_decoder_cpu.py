@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from engine.bench import decoder_cpu
-from engine.loading import load_backbone
+from engine.loading import load_backbone, save_checkpoint
 from tests.decoding.tiny import byte_tokenizer, tiny_decoder
 
 
@@ -38,3 +38,20 @@ def test_a_whole_run(tmp_path, monkeypatch):
     ratios = sorted(a / b for a, b in zip(full, half, strict=True))
     assert found["mean_depth"] == 2
     assert found["value"] == pytest.approx(sum(ratios) / 2 * (share + (1 - share) * 2 / 5))
+
+
+def test_a_checkpoint_decides_for_itself(tmp_path, monkeypatch):
+    save_checkpoint(tiny_decoder(vocab=258, positions=300, seed=3), tmp_path / "ck", byte_tokenizer())
+    output = tmp_path / "out.json"
+    options = ["--checkpoint", str(tmp_path / "ck"), "--new-tokens", "6", "--repeats", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["decoder_cpu", *options])
+    decoder_cpu.main()
+    result = json.loads(output.read_text())
+    assert result["checkpoint"] == "ck" and result["backbone"] is None
+    found = [f for f in result["figures"] if "(trained exits)" in f["name"]]
+    assert [f["name"].partition(":")[0] for f in found] == [
+        "its policies decide, threshold 0.5",
+        "its policies decide, threshold 0.2",
+        "its policies decide, threshold 0.05",
+    ]
+    assert found[2]["mean_depth"] <= found[0]["mean_depth"]
