@@ -267,7 +267,7 @@ class _Program:
         logits = a.logits[:n].clone() if wants_logits else None
         host.told.copy_(self._step.told, non_blocking=True)
         if host.done is not None:
-            host.done.record()
+            host.done.record(torch.cuda.current_stream(self._device_given.device))
 
         def read() -> StepOutputs:
             if host.done is not None:
