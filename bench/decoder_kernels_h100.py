@@ -232,8 +232,8 @@ def exit_ops(m: _Maker) -> list[Op]:
     item = m.dtype.itemsize
     weights = neurons * hidden
     return [
-        Op("norm + policy", "exit", policy_tensors, {KERNEL: policy, PLAIN: plain_policy}, plain_policy,
-           2.0 * weights * m.rows, (weights + 3 * m.rows * hidden) * item),
+        Op(f"norm + policy of {neurons} neurons", "exit", policy_tensors, {KERNEL: policy, PLAIN: plain_policy},
+           plain_policy, 2.0 * weights * m.rows, (weights + 3 * m.rows * hidden) * item),
         # What refuses shared memory reads addresses: nothing for torch.compile.
         Op("who leaves, what is owed", "exit", step_tensors, {KERNEL: step(step_rows_), PLAIN: step(step_rows__ref)},
            None, 0.0, m.rows * 4 * (splits + 12)),

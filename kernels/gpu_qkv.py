@@ -92,8 +92,12 @@ _FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2), QkvConfig(16
 _PROGRAMS = 132
 
 
-def qkv_configs(rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[QkvConfig, ...]:
+def qkv_configs(
+    rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, hopper: bool = True
+) -> tuple[QkvConfig, ...]:
     """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count.
+
+    hopper  whether tiles of 64 rows of W are multiplied from shared memory; elsewhere the widest would be spilled
 
     A tile has room for owed entries beside the live rows where it can: a second tile reads the weight again, and a
     weight larger than L2 then comes from memory twice."""
@@ -101,6 +105,8 @@ def qkv_configs(rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: 
     if rows <= 1:
         return _ONE_HALF if half else _ONE_FLOAT
     table = _HALF if half else _FLOAT
+    if not hopper:
+        table = tuple(c for c in table if c.rows * c.pairs * c.block_k < 64 * 32 * 128)
     size = 16 if not half else 32 if rows <= 16 else 64
 
     def programs(config: QkvConfig) -> int:
@@ -499,7 +505,7 @@ def qkv_rows_(
     if capacity == 0:
         return
     if config is None:
-        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype)[0]
+        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, early(hidden)["EARLY"])[0]
     half, heads = head_dim // 2, num_heads + 2 * kv_heads
     pairs = min(config.pairs, max(8, next_power_of_2(half)))
     shape = {"A": num_heads, "KV": kv_heads, "HALF": half, "H": width, "ROWS": config.rows, "PAIRS": pairs}

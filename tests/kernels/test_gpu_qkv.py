@@ -317,7 +317,7 @@ class TestCompile:
         if capacity == 1 and dtype != SINGLE:
             # Four programs of four warps a multiprocessor, for what these must have on their way; three on sm_80.
             assert usage.registers <= (128 if arch == 90 else 168)
-            assert 4 * usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
+            assert (4 if arch == 90 else 3) * usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
 
     @pytest.mark.parametrize("capacity", [1, 64])
     def test_every_tile(self, monkeypatch, capacity):
