@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from engine.bench.decoder_cpu import spread
-from engine.bench.record import RESULTS, figure, merged, write_result
+from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
 from engine.config import DecoderExitConfig
 from engine.decoding.packed import cache_shape
 from engine.generation import DecoderEngine
@@ -209,11 +209,8 @@ def main() -> None:
 def merge(files: Sequence[Path], output: Path) -> None:
     """Rows of all files, and the figures that follow from them. ValueError where they were not asked the same."""
     found = [json.loads(file.read_text()) for file in files]
-    for name in ("prompt", "new_tokens"):
-        if any(one[name] != found[0][name] for one in found):
-            raise ValueError(f"{name} differs between the files: {', '.join(str(one[name]) for one in found)}")
+    common = same_in_all(found, ("prompt", "new_tokens"))
     rows, about = merged(files, ("shape", "batch", "name"))
-    common = {name: found[0][name] for name in ("prompt", "new_tokens")}
     memory = {shape: value for one in found for shape, value in one["memory"].items()}
     write_result(output, figures(rows), rows, **about, **common, memory=memory)
 

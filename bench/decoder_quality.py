@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.bench.plots import check_path, save_figure
-from engine.bench.record import RESULTS, figure, merged, write_result
+from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
 from engine.bench.timer import interleave
 from engine.decoding.criteria import measure
 from engine.generation import DecoderEngine, Generation
@@ -391,11 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def merge(files: Sequence[Path], output: Path, drawing: Path, name: str) -> None:
     """Rows of all files, and the figures that follow from them. ValueError where they were not asked the same."""
     found = [json.loads(file.read_text()) for file in files]
-    same = {}
-    for key in ("decoding", "scorer", "prompts", "new_tokens"):
-        same[key] = found[0][key]
-        if any(one[key] != same[key] for one in found):
-            raise ValueError(f"{key} differs between the files: {', '.join(str(one[key]) for one in found)}")
+    same = same_in_all(found, ("decoding", "scorer", "prompts", "new_tokens"))
     rows, about = merged(files, ("method", "value"))
     decoding = same["decoding"]["name"]
     shown = [one["examples_at_2x"] for one in found]

@@ -86,3 +86,11 @@ def merged(
     commits = [run["commit"] for run in runs if run["commit"]]
     # A copy of the tree without its history knows no commit: then it is this tree's.
     return list(kept.values()), about | {"commit": commits[-1] if commits else environment()["commit"], "runs": runs}
+
+
+def same_in_all(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """What result files that are to be merged say of ``names``. ValueError where they were not asked the same."""
+    for name in names:
+        if any(one[name] != results[0][name] for one in results):
+            raise ValueError(f"{name} differs between the files: {', '.join(str(one[name]) for one in results)}")
+    return {name: results[0][name] for name in names}
