@@ -131,7 +131,8 @@ def test_messages(function, given, words):
 @pytest.mark.parametrize("width, words", [(576, 49152), (4096, 32000), (5120, 128256)])
 @pytest.mark.parametrize("name", ["saturation", "classifier", "response"])
 def test_compiles(monkeypatch, name, width, words, arch):
-    z, x, lists = torch.empty(4, 1), torch.empty(4, width).half(), (torch.empty(4, dtype=INT), torch.empty(2, dtype=INT))
+    z, x = torch.empty(4, 1), torch.empty(4, width).half()
+    lists = torch.empty(4, dtype=INT), torch.empty(2, dtype=INT)
 
     def call():
         if name == "saturation":
