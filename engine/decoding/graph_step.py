@@ -23,7 +23,7 @@ from engine.kernels.gpu_greedy import TOLD, greedy_rows_
 from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_policy import delta_rows_, policy_rows_, policy_splits
 from engine.kernels.gpu_qkv import qkv_rows_
-from engine.kernels.gpu_stream import stream_rows_
+from engine.kernels.gpu_stream import stream_rows_, stream_workspace
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
 from engine.models.decoder import MultiExitDecoder
 
@@ -247,6 +247,7 @@ class Step:
         self._attention = decode_attention_workspace(
             rows, a.heads, shape.kv_heads, shape.head_dim, weights.embedding.device
         )
+        self._shared = stream_workspace(rows, weights.embedding.shape[1], weights.embedding.device)
         policy = weights.policies[0][0] if weights.policies and measure == "policy" else None
         splits = 1 if policy is None else policy_splits(rows, policy.shape[1], policy.shape[0])
         self._partial = torch.zeros(rows, splits, device=weights.embedding.device)
@@ -342,14 +343,15 @@ class Step:
                   g.positions, a.owed_slots, a.owed_positions, counts)  # fmt: skip
         decode_attention_(attended, query, keys, values, order, g.block_table, g.positions, counts,
                           self.weights.scale, cache.shape.block_size, self._attention)  # fmt: skip
-        stream_rows_(hidden, attended.flatten(1), w.attention_output, order, counts, residual=hidden)
+        stream_rows_(hidden, attended.flatten(1), w.attention_output, order, counts, residual=hidden,
+                     workspace=self._shared)  # fmt: skip
         if rows == 1:
             stream_rows_(inner, hidden, w.gate_up, order, counts, norm=w.mlp_norm, act="swiglu")
         else:  # a norm of its own costs less than the gain that tiles of weights are multiplied with
             read = a.read[:rows]
             policy_rows_(self._partial, read, None, hidden, w.mlp_norm, None, order, g.slots, counts)
             stream_rows_(inner, read, w.gate_up, order, counts, act="swiglu")
-        stream_rows_(hidden, inner, w.down, order, counts, residual=hidden)
+        stream_rows_(hidden, inner, w.down, order, counts, residual=hidden, workspace=self._shared)
 
     def _head(self) -> None:
         """All rows of the step, each through the head of the exit it left through."""
