@@ -27,8 +27,8 @@ from engine.kernels.gpu_decode_attention import decode_attention_, decode_attent
 from engine.kernels.gpu_greedy import greedy_rows_
 from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_policy import policy_rows_, policy_splits
-from engine.kernels.gpu_qkv import qkv_rows_
-from engine.kernels.gpu_stream import stream_rows_
+from engine.kernels.gpu_qkv import qkv_entries, qkv_rows_
+from engine.kernels.gpu_stream import stream_rows_, stream_workspace
 from engine.kernels.step_rows import DECIDE, step_rows_, step_rows__ref
 
 LLAMA = Shape("llama-7b", 4096, 32, vocabulary=32000, neurons=128)
@@ -90,10 +90,11 @@ def stream_ops(m: _Maker) -> list[Op]:
         return F.silu(gate) * up
 
     def into_residual(t: dict[str, Any]) -> Tensor:
-        return run(t, t["out"], residual=t["residual"])
+        return run(t, t["out"], residual=t["residual"], workspace=t["shared"])
 
     def rows_of(n: int) -> dict[str, Callable]:
-        return {"residual": lambda: m.randn(m.rows, n), "out": lambda: m.randn(m.rows, n)}
+        made = {"residual": lambda: m.randn(m.rows, n), "out": lambda: m.randn(m.rows, n)}
+        return {**made, "shared": lambda: stream_workspace(m.rows, n, torch.device(m.device))}
 
     # One row has the norm in the product, more have it in a kernel of its own.
     gain = {"gain": lambda: m.randn(hidden)} if m.rows == 1 else {}
@@ -110,9 +111,13 @@ def stream_ops(m: _Maker) -> list[Op]:
 def qkv_ops(m: _Maker) -> list[Op]:
     hidden, heads, d = m.shape.hidden, m.shape.num_heads, m.head_dim
 
+    room = qkv_entries(m.rows, heads, heads, d)
+
     def make() -> dict[str, Any]:
         slots = 4 * m.rows
+        entries = m.randn(room, hidden) if room else None
         return {
+            "entries": entries,
             **m.lists(), "x": m.randn(m.rows, hidden), "w": m.randn(3 * hidden, hidden, scale=hidden**-0.5),
             "gain": m.randn(hidden), "states": m.randn(slots, hidden), "query": m.randn(m.rows, heads, d),
             "keys": m.randn(slots, heads, d), "values": m.randn(slots, heads, d), "cos": m.randn(64, d),
@@ -123,7 +128,8 @@ def qkv_ops(m: _Maker) -> list[Op]:
 
     def kernel(t: dict[str, Any]) -> tuple[Tensor, ...]:
         qkv_rows_(t["query"], t["keys"], t["values"], t["x"], t["states"], t["w"], (t["gain"], _EPS), t["cos"],
-                  t["sin"], t["order"], t["slots"], t["positions"], t["owed"], t["owed"], t["counts"])  # fmt: skip
+                  t["sin"], t["order"], t["slots"], t["positions"], t["owed"], t["owed"], t["counts"],
+                  entries=t["entries"])  # fmt: skip
         return t["query"], t["keys"], t["values"]
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

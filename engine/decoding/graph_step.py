@@ -22,7 +22,7 @@ from engine.kernels.gpu_decode_attention import decode_attention_, decode_attent
 from engine.kernels.gpu_greedy import TOLD, greedy_rows_
 from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_policy import delta_rows_, policy_rows_, policy_splits
-from engine.kernels.gpu_qkv import qkv_rows_
+from engine.kernels.gpu_qkv import qkv_entries, qkv_rows_
 from engine.kernels.gpu_stream import stream_rows_, stream_workspace
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
 from engine.models.decoder import MultiExitDecoder
@@ -199,6 +199,7 @@ class StepArena:
         self.rows, self.heads = rows, heads
         self.hidden, self.normed, self.read = (new(rows, hidden) for _ in range(3))
         self.query, self.attended = (new(rows, heads, shape.head_dim) for _ in range(2))
+        self.entries = new(qkv_entries(rows, heads, shape.kv_heads, shape.head_dim), hidden)
         self.inner = new(rows, weights.layers[0].down.shape[1])
         self.logits = None if weights.head is None else new(rows, weights.head.shape[0], dtype=torch.float32)
         self.everybody = torch.arange(rows, dtype=torch.int32, device=device)
@@ -248,6 +249,8 @@ class Step:
             rows, a.heads, shape.kv_heads, shape.head_dim, weights.embedding.device
         )
         self._shared = stream_workspace(rows, weights.embedding.shape[1], weights.embedding.device)
+        room = qkv_entries(rows, a.heads, shape.kv_heads, shape.head_dim)
+        self._entries = a.entries[:room] if room else None
         policy = weights.policies[0][0] if weights.policies and measure == "policy" else None
         splits = 1 if policy is None else policy_splits(rows, policy.shape[1], policy.shape[0])
         self._partial = torch.zeros(rows, splits, device=weights.embedding.device)
@@ -340,7 +343,7 @@ class Step:
         keys, values = cache.keys[number - 1], cache.values[number - 1]
         cos, sin = self.weights.cos, self.weights.sin
         qkv_rows_(query, keys, values, hidden, cache.states, w.qkv, w.input_norm, cos, sin, order, g.slots,
-                  g.positions, a.owed_slots, a.owed_positions, counts)  # fmt: skip
+                  g.positions, a.owed_slots, a.owed_positions, counts, entries=self._entries)  # fmt: skip
         decode_attention_(attended, query, keys, values, order, g.block_table, g.positions, counts,
                           self.weights.scale, cache.shape.block_size, self._attention)  # fmt: skip
         stream_rows_(hidden, attended.flatten(1), w.attention_output, order, counts, residual=hidden,
