@@ -25,9 +25,10 @@ from engine.bench.record import RESULTS, write_result
 from engine.console import show_table
 from engine.kernels.gpu_decode_attention import decode_attention_, decode_attention_workspace
 from engine.kernels.gpu_greedy import greedy_rows_
+from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_policy import policy_rows_, policy_splits
-from engine.kernels.gpu_qkv import qkv_rows_
-from engine.kernels.gpu_stream import stream_rows_
+from engine.kernels.gpu_qkv import qkv_entries, qkv_rows_
+from engine.kernels.gpu_stream import stream_rows_, stream_workspace
 from engine.kernels.step_rows import DECIDE, step_rows_, step_rows__ref
 
 LLAMA = Shape("llama-7b", 4096, 32, vocabulary=32000, neurons=128)
@@ -89,10 +90,11 @@ def stream_ops(m: _Maker) -> list[Op]:
         return F.silu(gate) * up
 
     def into_residual(t: dict[str, Any]) -> Tensor:
-        return run(t, t["out"], residual=t["residual"])
+        return run(t, t["out"], residual=t["residual"], workspace=t["shared"])
 
     def rows_of(n: int) -> dict[str, Callable]:
-        return {"residual": lambda: m.randn(m.rows, n), "out": lambda: m.randn(m.rows, n)}
+        made = {"residual": lambda: m.randn(m.rows, n), "out": lambda: m.randn(m.rows, n)}
+        return {**made, "shared": lambda: stream_workspace(m.rows, n, torch.device(m.device))}
 
     # One row has the norm in the product, more have it in a kernel of its own.
     gain = {"gain": lambda: m.randn(hidden)} if m.rows == 1 else {}
@@ -109,9 +111,13 @@ def stream_ops(m: _Maker) -> list[Op]:
 def qkv_ops(m: _Maker) -> list[Op]:
     hidden, heads, d = m.shape.hidden, m.shape.num_heads, m.head_dim
 
+    room = qkv_entries(m.rows, heads, heads, d)
+
     def make() -> dict[str, Any]:
         slots = 4 * m.rows
+        entries = m.randn(room, hidden) if room else None
         return {
+            "entries": entries,
             **m.lists(), "x": m.randn(m.rows, hidden), "w": m.randn(3 * hidden, hidden, scale=hidden**-0.5),
             "gain": m.randn(hidden), "states": m.randn(slots, hidden), "query": m.randn(m.rows, heads, d),
             "keys": m.randn(slots, heads, d), "values": m.randn(slots, heads, d), "cos": m.randn(64, d),
@@ -122,7 +128,8 @@ def qkv_ops(m: _Maker) -> list[Op]:
 
     def kernel(t: dict[str, Any]) -> tuple[Tensor, ...]:
         qkv_rows_(t["query"], t["keys"], t["values"], t["x"], t["states"], t["w"], (t["gain"], _EPS), t["cos"],
-                  t["sin"], t["order"], t["slots"], t["positions"], t["owed"], t["owed"], t["counts"])  # fmt: skip
+                  t["sin"], t["order"], t["slots"], t["positions"], t["owed"], t["owed"], t["counts"],
+                  entries=t["entries"])  # fmt: skip
         return t["query"], t["keys"], t["values"]
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -242,7 +249,51 @@ def exit_ops(m: _Maker) -> list[Op]:
     ]  # fmt: skip
 
 
-_GROUPS = (qkv_ops, attention_ops, stream_ops, exit_ops)
+def measure_ops(m: _Maker) -> list[Op]:
+    """CALM's measures, which stand where the policy does; softmax response without the head's product in front."""
+    hidden, words, item = m.shape.hidden, m.shape.vocabulary, m.dtype.itemsize
+
+    def tensors() -> dict[str, Any]:
+        made = {**m.lists(), "z": torch.zeros(m.rows, 1, device=m.device), "x": m.randn(m.rows, hidden)}
+        return {**made, "before": m.randn(m.rows, hidden), "w": m.randn(1, hidden, scale=hidden**-0.5)}
+
+    def wide() -> dict[str, Any]:
+        logits = torch.randn(m.rows, words, device=m.device)
+        return {**m.lists(), "z": torch.zeros(m.rows, 1, device=m.device), "logits": logits}
+
+    def saturation(t: dict[str, Any]) -> Tensor:
+        saturation_rows_(t["z"], t["before"], t["x"], t["order"], t["counts"])
+        return t["before"]
+
+    def plain_saturation(t: dict[str, Any]) -> Tensor:
+        t["z"][:, 0] = F.cosine_similarity(t["x"].float(), t["before"].float(), dim=-1).clamp(0, 1).logit()
+        return t["before"].copy_(t["x"])
+
+    def classifier(t: dict[str, Any]) -> Tensor:
+        classifier_rows_(t["z"], t["x"], t["w"], t["order"], t["counts"])
+        return t["z"]
+
+    def response(t: dict[str, Any]) -> Tensor:
+        response_rows_(t["z"], t["logits"], t["order"], t["counts"])
+        return t["z"]
+
+    def plain_response(t: dict[str, Any]) -> Tensor:
+        top = t["logits"].softmax(-1).topk(2, dim=-1).values
+        return (top[:, :1] - top[:, 1:]).logit()
+
+    ops = (
+        ("saturation", tensors, saturation, plain_saturation, 3 * m.rows * hidden * item),
+        ("early-exit classifier", tensors, classifier, lambda t: F.linear(t["x"], t["w"]).float(),
+         (m.rows + 1) * hidden * item),
+        ("softmax response", wide, response, plain_response, m.rows * words * 4),
+    )  # fmt: skip
+    return [
+        Op(f"CALM: {name}", "exit", make, {KERNEL: kernel, PLAIN: plain}, plain, 0.0, moved)
+        for name, make, kernel, plain, moved in ops
+    ]
+
+
+_GROUPS = (qkv_ops, attention_ops, stream_ops, exit_ops, measure_ops)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

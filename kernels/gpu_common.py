@@ -24,8 +24,9 @@ try:
     import triton
     import triton.language as tl
     import triton.language.extra.cuda  # noqa: F401  tl.extra.cuda, which ``begin`` names
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 __all__ = ["FLOATS", "INTERPRETED", "ROWS", "TOKENS", "UNALIGNED", "jit", "runs_kernel", "tl", "triton"]
 
@@ -71,6 +72,15 @@ def early(tensor: Tensor) -> dict[str, bool]:
     if tensor.is_cuda and early_launches(tensor.get_device()):
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}
+
+
+def copied_tiles(weight: Tensor, rows: int, columns: int):
+    """The tiles (rows, columns) of a 2-d weight for Hopper's copy engine (TMA), or None where a device has none or the
+    weight's rows do not begin at multiples of 16 bytes: tiles are then loaded by addresses."""
+    fits = weight.data_ptr() % 16 == 0 and weight.shape[1] * weight.element_size() % 16 == 0
+    if not fits or not (INTERPRETED or early(weight)["EARLY"]):
+        return None
+    return TensorDescriptor.from_tensor(weight, [rows, columns])
 
 
 def next_power_of_2(n: int) -> int:

@@ -9,7 +9,11 @@ A capacity of one row multiplies vectors: a program has all that it needs of the
 registers, ahead of ``begin``, and up to 8 owed entries meet it there one by one. More of them, and more rows than one,
 go through tl.dot: tiles of weight by tiles of rows, the weight on the side with 16 or more rows and the few tokens on
 the one that may be narrow.
-The norm costs no pass: its weight is multiplied into the tile of W, its mean square is summed beside the product.
+The norm costs no pass there: its weight is multiplied into the tile of W, its mean square is summed beside the product.
+
+A large weight and more rows than one: what is multiplied with every element of W costs more than a pass. A launch of
+its own writes the entries' norms side by side, as many as there is room for in ``entries``; W goes by the copy engine
+from memory into the tensor cores. Entries beyond take the way above, in the same launch.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from engine.kernels.gpu_common import (
     check_like,
     check_vector,
     check_weight,
+    copied_tiles,
     early,
     jit,
     next_power_of_2,
@@ -38,7 +43,7 @@ from engine.kernels.gpu_common import (
     tl,
 )
 
-__all__ = ["QkvConfig", "qkv_configs", "qkv_rows_", "qkv_rows__ref"]
+__all__ = ["QkvConfig", "entry_configs", "qkv_configs", "qkv_entries", "qkv_rows_", "qkv_rows__ref"]
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -88,6 +93,17 @@ _HALF = (
 _ONE_FLOAT = (QkvConfig(16, 16, 32, 4, 2, 2, 2048), QkvConfig(16, 16, 32, 4, 2, 1, 4096))
 _FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2), QkvConfig(16, 8, 32, 4, 2))
 
+# With entries: half a head of 128 or more a tile, and room beside the live rows for as many that are owed. One tile has
+# 128 rows where 64 may be live: W alone takes 38 us there, 41 with twice the rows, 80 if it is read twice.
+_ENTRIES = {
+    16: (QkvConfig(16, 64, 128, 4, 4), QkvConfig(16, 64, 128, 4, 3), QkvConfig(16, 64, 64, 4, 6)),
+    32: (QkvConfig(32, 64, 128, 4, 3), QkvConfig(32, 64, 64, 4, 6)),
+    64: (QkvConfig(64, 64, 128, 4, 3), QkvConfig(64, 64, 64, 4, 5)),
+    128: (QkvConfig(128, 64, 64, 8, 4), QkvConfig(128, 64, 64, 8, 3)),
+}
+_ENTRIES_FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2))
+_ENTRIES_PROGRAMS = 64  # of tiles so wide, below which a weight is no large one
+
 # Programs that keep an H100 (132 multiprocessors) busy.
 _PROGRAMS = 132
 
@@ -120,6 +136,21 @@ def qkv_configs(
     return default, *(c for c in table if c != default)
 
 
+def _entry_tile(rows: int) -> int:
+    return 16 if rows <= 4 else 32 if rows <= 16 else 64 if rows <= 32 else 128
+
+
+def qkv_entries(rows: int, num_heads: int, kv_heads: int, head_dim: int) -> int:
+    """Rows of ``entries`` that pay for a capacity of ``rows``; 0 where none do."""
+    programs = (num_heads + 2 * kv_heads) * cdiv(head_dim // 2, 64)
+    return 0 if rows <= 1 or head_dim < 128 or programs < _ENTRIES_PROGRAMS else 2 * _entry_tile(rows)
+
+
+def entry_configs(rows: int, dtype: torch.dtype) -> tuple[QkvConfig, ...]:
+    """``qkv_configs`` with ``entries``."""
+    return _ENTRIES_FLOAT if dtype == torch.float32 else _ENTRIES[_entry_tile(rows)]
+
+
 # --- torch twin ------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +177,7 @@ def qkv_rows__ref(
     owed_positions: Tensor,
     counts: Tensor,
     config: QkvConfig | None = None,
+    entries: Tensor | None = None,
 ) -> None:
     n, o = counts.tolist()
     rows, owed = order[:n].long(), owed_slots[:o].long()
@@ -216,11 +248,12 @@ def _put(
 @jit
 def _tiles(
     query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
-    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, eps, head, part,
+    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, begin_at, eps, head, part,
     A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of the weight with all entries, ROWS at a time: the live rows, and behind them what is owed."""
+    """One block of the weight with all entries from ``begin_at`` on, ROWS at a time: the live rows, and behind them
+    what is owed."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     # Norm weight times W is rounded to fp16, and may be very small there: 2^6 keeps it from fp16's lower end.
     SCALE: tl.constexpr = 64.0 if dtype == tl.float16 else 1.0
@@ -229,7 +262,7 @@ def _tiles(
     entries = live
     if head >= A:
         entries += owed
-    for start in range(0, entries, ROWS):
+    for start in range(begin_at, entries, ROWS):
         entry = start + tl.arange(0, ROWS)
         present = entry < entries
         newest = entry < live
@@ -290,9 +323,102 @@ def _rows_kernel(
     owed = tl.load(counts_ptr + 1)
     _tiles(
         query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
-        slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, eps, head, part,
+        slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, 0, eps, head, part,
         A, KV, HALF, H, ROWS, PAIRS, BLOCK_K,
     )  # fmt: skip
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _norms_kernel(
+    entries_ptr, hidden_ptr, states_ptr, norm_ptr, order_ptr, owed_slots_ptr, counts_ptr, eps,
+    H: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    entry = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    gain = tl.load(norm_ptr + column, mask=column < H, other=0.0)
+    begin(EARLY)
+    live = tl.load(counts_ptr)
+    owed = tl.load(counts_ptr + 1)
+    if entry >= live + owed:
+        return
+    newest = entry < live
+    row = tl.load(order_ptr + entry, mask=newest, other=0).to(tl.int64)
+    slot = tl.load(owed_slots_ptr + entry - live, mask=entry >= live, other=0).to(tl.int64)
+    from_ptr = tl.where(newest, hidden_ptr + row * H, states_ptr + slot * H)
+    x = tl.load(from_ptr + column, mask=column < H, other=0.0)
+    wide = x.to(tl.float32)
+    scaled = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)).to(x.dtype).to(tl.float32)
+    tl.store(entries_ptr + entry * H + column, (scaled * gain.to(tl.float32)).to(x.dtype), mask=column < H)
+
+
+@jit
+def _copied(tiles, ptrs, row, k, inner, H: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr):
+    if TILES:
+        return tiles.load([row, k])
+    if H % BLOCK_K == 0:
+        return tl.load(ptrs + k)
+    return tl.load(ptrs + k, mask=inner[None, :] < H - k, other=0.0)
+
+
+@jit(do_not_specialize_on_alignment=UNALIGNED)
+def _entries_kernel(
+    query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
+    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps, entries_ptr, weight_tiles,
+    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """W by the norms of ``_norms_kernel``; what these had no room for by ``_tiles``."""
+    BLOCKS: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
+    head, part = _place(tl.program_id(0), BLOCKS, A, KV)
+    pair = part * PAIRS + tl.arange(0, PAIRS)
+    top = head * (2 * HALF) + part * PAIRS
+    inner = tl.arange(0, BLOCK_K)
+    # Rows past the end of a half are somebody else's, and not stored.
+    low = head * (2 * HALF) + tl.minimum(pair, HALF - 1)
+    weights = weight_ptr + low.to(tl.int64)[:, None] * H + inner[None, :]
+    begin(EARLY)
+    live = tl.load(counts_ptr)
+    owed = tl.load(counts_ptr + 1)
+    entries = live
+    if head >= A:
+        entries += owed
+    held = tl.minimum(entries, ROOM)
+    for start in range(0, held, ROWS):
+        entry = start + tl.arange(0, ROWS)
+        present = entry < held
+        newest = entry < live
+        rows = tl.load(order_ptr + entry, mask=present & newest, other=0)
+        late = present & (entry >= live)
+        slots = tl.load(slots_ptr + rows, mask=present & newest, other=0)
+        slots += tl.load(owed_slots_ptr + entry - live, mask=late, other=0)
+        positions = tl.load(positions_ptr + rows, mask=present & newest, other=0)
+        positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
+        x_ptrs = entries_ptr + tl.minimum(entry, held - 1)[None, :] * H + inner[:, None]
+        first = tl.zeros((PAIRS, ROWS), dtype=tl.float32)
+        second = tl.zeros((PAIRS, ROWS), dtype=tl.float32)
+        for k in range(0, H, BLOCK_K):
+            if H % BLOCK_K == 0:
+                x = tl.load(x_ptrs + k)
+            else:
+                x = tl.load(x_ptrs + k, mask=inner[:, None] < H - k, other=0.0)
+            w = _copied(weight_tiles, weights, top, k, inner, H, BLOCK_K, TILES)
+            first = tl.dot(w, x, first, input_precision="ieee")
+            w = _copied(weight_tiles, weights + HALF * H, top + HALF, k, inner, H, BLOCK_K, TILES)
+            second = tl.dot(w, x, second, input_precision="ieee")
+        here = present[None, :] & (pair < HALF)[:, None]
+        cos, sin, cos_second, sin_second = _angles(
+            cos_ptr, sin_ptr, positions, here & (head < A + KV), pair[:, None], HALF
+        )
+        _put(
+            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here,
+            pair[:, None], head, A, KV, HALF,
+        )  # fmt: skip
+    if entries > ROOM:
+        _tiles(
+            query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
+            slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, ROOM, eps, head, part,
+            A, KV, HALF, H, 16, PAIRS, 32,
+        )  # fmt: skip
 
 
 @jit
@@ -399,7 +525,7 @@ def _one_row_kernel(
         if block < 2 * KV * WIDE:
             _tiles(
                 query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr,
-                order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, eps,
+                order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, 0, eps,
                 A + block // WIDE, block % WIDE, A, KV, HALF, H, ROWS, PAIRS, BLOCK_K,
             )  # fmt: skip
 
@@ -442,6 +568,7 @@ def qkv_rows_(
     owed_positions: Tensor,
     counts: Tensor,
     config: QkvConfig | None = None,
+    entries: Tensor | None = None,
 ) -> None:
     """Queries, keys and values of the n = counts[0] live rows, and keys and values of the o = counts[1] owed entries:
 
@@ -462,7 +589,9 @@ def qkv_rows_(
     slots, positions    (R,) int32 by row id: cache slot and position of the row's newest token
     owed_slots, owed_positions  (O,) int32: cache slot and position of the owed tokens in their first o entries
     counts              (2,) int32: n, o
-    config              a tile of ``qkv_configs``; None: the default
+    config              a tile of ``qkv_configs``, or with entries of ``entry_configs``; None: the default
+    entries             (``qkv_entries`` or any other number, H), dtype of hidden, contiguous, written: room for norms.
+                        A launch in front writes them. None: none. Not for a capacity of 1
     All int32 arguments and hidden may be the work of the kernel directly in front. Sums are in fp32. Nothing on the
     device checks an id, a slot or a position: no two of the n + o entries may have the same slot, and everything must
     be in range.
@@ -497,6 +626,12 @@ def qkv_rows_(
     check_vector("owed_positions", owed_positions, hidden, "hidden", torch.int32, owed_slots.shape[0])
     check_counts("counts", counts, hidden, "hidden")
     _check_apart(query=query, keys=keys, values=values, hidden=hidden, states=states, weight=weight)
+    if entries is not None:
+        _check_shape("entries", entries, hidden, None, width)
+        if capacity == 1 or entries.shape[0] < 1:
+            raise ValueError(f"entries are for a capacity of 2 or more, and at least 1, got {capacity} and "
+                             f"{entries.shape[0]}")  # fmt: skip
+        _check_apart(entries=entries, hidden=hidden, states=states)
     tensors = (query, keys, values, hidden, states, weight)
     indices = (order, slots, positions, owed_slots, owed_positions, counts)
     if not runs_kernel(hidden):
@@ -504,7 +639,9 @@ def qkv_rows_(
         return
     if capacity == 0:
         return
-    if config is None:
+    if config is None and entries is not None:
+        config = entry_configs(capacity, hidden.dtype)[0]
+    elif config is None:
         config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, early(hidden)["EARLY"])[0]
     half, heads = head_dim // 2, num_heads + 2 * kv_heads
     pairs = min(config.pairs, max(8, next_power_of_2(half)))
@@ -526,5 +663,15 @@ def qkv_rows_(
                 maxnreg=128 if options["EARLY"] else 168,
                 **options,
             )
+        elif entries is not None:
+            _norms_kernel[(entries.shape[0],)](
+                entries, hidden, states, gain, order, owed_slots, counts, eps, H=width, BLOCK=next_power_of_2(width),
+                num_warps=4 if width <= 1024 else 16, **early(hidden),
+            )  # fmt: skip
+            pairs = shape["PAIRS"] = min(config.pairs, max(16, next_power_of_2(half)))
+            tiles = copied_tiles(weight, pairs, config.block_k)
+            _entries_kernel[(heads * cdiv(half, pairs),)](
+                *arguments, entries, tiles, ROOM=entries.shape[0], TILES=tiles is not None, **shape, **early(hidden),
+            )  # fmt: skip
         else:
             _rows_kernel[(heads * cdiv(half, pairs),)](*arguments, **shape, **early(hidden))

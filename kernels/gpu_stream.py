@@ -27,6 +27,7 @@ from engine.kernels.gpu_common import (
     check_rows,
     check_vector,
     check_weight,
+    copied_tiles,
     early,
     jit,
     loaded_ahead,
@@ -35,14 +36,24 @@ from engine.kernels.gpu_common import (
     tl,
 )
 
-__all__ = ["ACTIVATIONS", "StreamConfig", "rms_norm_math", "stream_configs", "stream_rows_", "stream_rows__ref"]
+__all__ = [
+    "ACTIVATIONS",
+    "StreamConfig",
+    "StreamWorkspace",
+    "rms_norm_math",
+    "stream_configs",
+    "stream_rows_",
+    "stream_rows__ref",
+    "stream_workspace",
+]
 
 ACTIVATIONS = ("none", "swiglu")
 
 
 class StreamConfig(NamedTuple):
     """block_m: 1 multiplies one row in registers; else a tile of rows for the tensor cores, 16 or more. registers: the
-    most that a thread may have, with one row: how many programs a multiprocessor holds; 0 leaves it to ptxas."""
+    most that a thread may have, with one row: how many programs a multiprocessor holds; 0 leaves it to ptxas.
+    splits: programs that share a tile's columns of W, so that all multiprocessors load; they meet in the workspace."""
 
     block_m: int
     block_n: int
@@ -50,6 +61,14 @@ class StreamConfig(NamedTuple):
     num_warps: int
     num_stages: int = 1
     registers: int = 0
+    splits: int = 1
+
+
+class StreamWorkspace(NamedTuple):
+    """partial fp32 [splits, rows, features], arrived int32 [tiles], 0 between launches. See ``stream_workspace``."""
+
+    partial: Tensor
+    arrived: Tensor
 
 
 # Best first (H100, LLaMA-7B's products in us, output / gate and up / down: 11.8 / 57.5 / 29.6 with one row, 3.0 TB/s;
@@ -74,27 +93,46 @@ _ONE_OTHER = (
     StreamConfig(1, 2, 1024, 4),
 )
 _ONE_NARROW = (StreamConfig(1, 4, 1024, 4), StreamConfig(1, 2, 1024, 4), StreamConfig(1, 4, 512, 2))
-# Asking L2 for the first tiles ahead of ``begin`` gained nothing with more rows than one, and lost up to 12 us a layer.
-# What a product costs alone says little: behind one that ends in 64 programs, the next begins 10 us earlier.
+# More rows: W by the copy engine in tiles of 64 rows, and not in fewer than 100 programs. us at 8 / 32 / 64 rows alone:
+# output 14 / 13.7 / 14.3 (cuBLAS 13.9 / 14.4 / 14.5), gate and up 63 / 65 / 66 (66 / 68 / 71), down 33 / 33 / 34 (36 /
+# 36 / 38).
+# Asking L2 for the first tiles ahead of ``begin`` gained nothing, and lost up to 12 us a layer.
 _MORE = {
-    16: (StreamConfig(16, 64, 128, 4, 4), StreamConfig(16, 32, 128, 4, 5), StreamConfig(16, 32, 256, 4, 3)),
-    32: (StreamConfig(32, 32, 128, 4, 5), StreamConfig(32, 64, 128, 4, 4), StreamConfig(32, 32, 256, 4, 3)),
-    64: (StreamConfig(64, 32, 128, 4, 5), StreamConfig(64, 64, 128, 4, 4), StreamConfig(64, 32, 256, 4, 3)),
+    16: (StreamConfig(16, 64, 256, 4, 4), StreamConfig(16, 64, 128, 4, 6), StreamConfig(16, 64, 64, 4, 8)),
+    32: (StreamConfig(32, 64, 256, 4, 4), StreamConfig(32, 64, 128, 4, 6), StreamConfig(32, 64, 64, 4, 8)),
+    64: (StreamConfig(64, 64, 128, 4, 6), StreamConfig(64, 64, 256, 4, 3), StreamConfig(64, 64, 64, 4, 8)),
 }
-# Two products of a tile of more than 16 rows need the registers of 8 warps.
+_SHARED = {
+    16: (StreamConfig(16, 64, 128, 4, 4, splits=2), StreamConfig(16, 64, 64, 4, 8, splits=2)),
+    32: (StreamConfig(32, 64, 128, 4, 4, splits=2), StreamConfig(32, 64, 256, 4, 3, splits=2)),
+    64: (StreamConfig(64, 64, 128, 4, 4, splits=2), StreamConfig(64, 64, 128, 4, 6, splits=2)),
+}
 _PAIRED = {
-    16: (StreamConfig(16, 64, 128, 4, 3), StreamConfig(16, 32, 256, 4, 3), StreamConfig(16, 32, 128, 4, 4)),
-    32: (StreamConfig(32, 64, 128, 8, 3), StreamConfig(32, 32, 128, 8, 4)),
-    64: (StreamConfig(64, 32, 128, 8, 4), StreamConfig(64, 64, 128, 8, 3), StreamConfig(64, 32, 256, 8, 3)),
+    16: (StreamConfig(16, 64, 128, 4, 4), StreamConfig(16, 64, 128, 4, 6), StreamConfig(16, 64, 64, 4, 3)),
+    32: (StreamConfig(32, 64, 128, 4, 4), StreamConfig(32, 64, 64, 4, 3)),
+    64: (StreamConfig(64, 64, 128, 4, 4), StreamConfig(64, 64, 64, 4, 3)),
 }
 _FLOAT = (StreamConfig(16, 32, 64, 4, 2),)
 
 
+# Programs below which more of them load faster: there are 132 multiprocessors on an H100.
+_PROGRAMS = 100
+
+
 def stream_configs(
-    rows: int, dtype: torch.dtype, in_features: int = 2048, act: str = "none", norm: bool = False
+    rows: int,
+    dtype: torch.dtype,
+    in_features: int = 2048,
+    act: str = "none",
+    norm: bool = False,
+    out_features: int = 16384,
+    workspace: bool = False,
+    hopper: bool = True,
 ) -> tuple[StreamConfig, ...]:
     """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count, so a row's
-    sum is taken in one order whoever else is in the step."""
+    sum is taken in one order whoever else is in the step.
+
+    workspace  whether programs may share a tile; hopper: whether a multiprocessor has Hopper's shared memory"""
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     if rows < 1:
@@ -109,11 +147,30 @@ def stream_configs(
     if dtype == torch.float32:
         return _FLOAT
     tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if act == "none":
-        return _MORE[tile]
-    if norm and tile > 16:  # gains and squares of deeper tiles would be spilled
+    if norm:  # gains and squares of deeper tiles would be spilled
         return (StreamConfig(tile, 64, 64, 8, 4),)
-    return _PAIRED[tile]
+    table = _MORE[tile]
+    if act == "swiglu":
+        table = _PAIRED[tile]
+    elif workspace and cdiv(out_features, 64) < _PROGRAMS:
+        table = _SHARED[tile] + table
+
+    def shared_bytes(config: StreamConfig) -> int:
+        weights = config.block_n * (2 if act == "swiglu" else 1)
+        return 2 * (config.block_m + weights) * config.block_k * config.num_stages
+
+    return tuple(c for c in table if hopper or shared_bytes(c) <= 150 * 1024)
+
+
+def stream_workspace(rows: int, features: int, device: torch.device) -> StreamWorkspace:
+    """What programs that share a tile of ``stream_rows_`` for up to ``rows`` rows and ``features`` columns need. Of one
+    launch at a time; launches behind each other may have the same."""
+    if min(rows, features) < 1:
+        raise ValueError(f"rows and features must be at least 1, got {rows}, {features}")
+    tiles = cdiv(rows, 16) * cdiv(features, 64)
+    return StreamWorkspace(
+        torch.zeros(2, rows, features, device=device), torch.zeros(tiles, dtype=torch.int32, device=device)
+    )
 
 
 # --- torch twin ------------------------------------------------------------------------------------------------------
@@ -135,6 +192,7 @@ def stream_rows__ref(
     residual: Tensor | None = None,
     act: str = "none",
     config: StreamConfig | None = None,
+    workspace: StreamWorkspace | None = None,
 ) -> None:
     rows = order[: int(counts[0])].long()
     read = x[rows] if norm is None else rms_norm_math(x[rows], *norm)
@@ -232,76 +290,108 @@ def _one_row_kernel(
     tl.store(out_ptr + columns, y.to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
+@jit
+def _weight_tile(ptrs, tiles, row, k, inner, K: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr):
+    """A tile of W from column k on, 0 beyond the last: by the copy engine, where W is laid out for it. EXACT: no tile
+    has columns beyond."""
+    if TILES:
+        return tiles.load([row, k])
+    if EXACT:
+        return tl.load(ptrs + k)
+    return tl.load(ptrs + k, mask=inner[None, :] < K - k, other=0.0)
+
+
 @jit(do_not_specialize_on_alignment=UNALIGNED)
 def _rows_kernel(
     out_ptr,
     x_ptr,
     weight_ptr,
+    weight_tiles,
     norm_ptr,
     residual_ptr,
     order_ptr,
     counts_ptr,
+    partial_ptr,
+    arrived_ptr,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
+    R: tl.constexpr,
     SWIGLU: tl.constexpr,
     NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GROW: tl.constexpr,
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.minimum(columns, N - 1).to(tl.int64)
+    """Tiles of W on the side of the product that has 64 rows a warp group, where they go from shared memory into the
+    tensor cores and nowhere else; the few rows of x on the side that may be narrow."""
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    SHARE: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    EXACT: tl.constexpr = K % (SPLITS * BLOCK_K) == 0
+    first = block * BLOCK_N
+    columns = first + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     live = loaded_ahead(counts_ptr)
     begin(EARLY)
     for start in range(0, live, BLOCK_M):
         places = start + tl.arange(0, BLOCK_M)
         row = tl.load(order_ptr + tl.minimum(places, live - 1)).to(tl.int64)
-        x_ptrs = x_ptr + row[:, None] * K + inner[None, :]
-        weights = weight_ptr + column[None, :] * K + inner[:, None]
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        total_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        x_ptrs = x_ptr + row[None, :] * K + inner[:, None]
+        weights = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + inner[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        total_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            if K % BLOCK_K == 0:
-                x = tl.load(x_ptrs)
-                weight = tl.load(weights)
+        for step in range(0, SHARE, BLOCK_K):
+            k = part * SHARE + step
+            if EXACT:
+                x = tl.load(x_ptrs + k)
             else:
-                x = tl.load(x_ptrs, mask=inner[None, :] < K - k, other=0.0)
-                weight = tl.load(weights, mask=inner[:, None] < K - k, other=0.0)
+                x = tl.load(x_ptrs + k, mask=inner[:, None] < K - k, other=0.0)
+            weight = _weight_tile(weights, weight_tiles, first, k, inner, K, EXACT, TILES)
             if SWIGLU:
-                if K % BLOCK_K == 0:
-                    up = tl.load(weights + N * K)
-                else:
-                    up = tl.load(weights + N * K, mask=inner[:, None] < K - k, other=0.0)
+                up = _weight_tile(weights + N * K, weight_tiles, N + first, k, inner, K, EXACT, TILES)
             if NORM:
                 wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)
-                if K % BLOCK_K == 0:
+                squares += tl.sum(wide * wide, 0)
+                if EXACT:
                     gain = tl.load(norm_ptr + k + inner).to(tl.float32)
                 else:
                     gain = tl.load(norm_ptr + k + inner, mask=inner < K - k, other=0.0).to(tl.float32)
-                gain = (gain * GROW)[:, None]
+                gain = (gain * GROW)[None, :]
                 weight = (weight.to(tl.float32) * gain).to(x.dtype)
                 if SWIGLU:
                     up = (up.to(tl.float32) * gain).to(x.dtype)
-            total = tl.dot(x, weight, total, input_precision="ieee")
+            total = tl.dot(weight, x, total, input_precision="ieee")
             if SWIGLU:
-                total_up = tl.dot(x, up, total_up, input_precision="ieee")
-            x_ptrs += BLOCK_K
-            weights += BLOCK_K
+                total_up = tl.dot(up, x, total_up, input_precision="ieee")
         if NORM:
             factor = tl.rsqrt(squares / K + eps) / GROW
-            total *= factor[:, None]
-            total_up *= factor[:, None]
+            total *= factor[None, :]
+            total_up *= factor[None, :]
         if SWIGLU:
             total = _silu(total) * total_up
-        places_out = row[:, None] * N + columns[None, :]
-        mask = (places < live)[:, None] & (columns < N)[None, :]
+        places_out = row[None, :] * N + columns[:, None]
+        mask = (places < live)[None, :] & (columns < N)[:, None]
+        if SPLITS > 1:
+            # Who comes last adds up what all have left, in one order, and leaves the count as it was.
+            tl.store(partial_ptr + part * (R * N) + places_out, total, mask=mask)
+            tl.debug_barrier()  # the count speaks for all threads
+            counter = arrived_ptr + start // BLOCK_M * tl.num_programs(0) + block
+            last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+            mask = mask & last
+            total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for other in tl.static_range(SPLITS):
+                total += tl.load(
+                    partial_ptr + other * (R * N) + places_out, mask=mask, other=0.0, cache_modifier=".cg"
+                )
+            if last:
+                tl.store(counter, 0)
         if RESIDUAL:
             total += tl.load(residual_ptr + places_out, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + places_out, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -320,6 +410,7 @@ def stream_rows_(
     residual: Tensor | None = None,
     act: str = "none",
     config: StreamConfig | None = None,
+    workspace: StreamWorkspace | None = None,
 ) -> None:
     """``out[r] = act(f(x[r]) W^T) + residual[r]`` for r = order[i], i < counts[0]; other rows of out are left alone.
 
@@ -330,6 +421,8 @@ def stream_rows_(
     norm      (weight (K,), eps) of an RMSNorm f in front of the product; None: f(x) = x
     residual  (R, N), dtype of x, contiguous
     config    one of ``stream_configs``; None: the first
+    workspace  of ``stream_workspace``, for as many rows and columns of out at least: a product of few columns is then
+              shared by more programs; None: a tile has one program
     Moves the bytes of W once for one tile of rows. Sums in fp32; fp32 products are exact (no TF32).
     """
     check_float("x", x)
@@ -362,19 +455,31 @@ def stream_rows_(
                 check_apart(out, "residual", residual)
             except ValueError as error:
                 raise ValueError(f"residual must be out itself or apart from it: {error}") from None
+    if workspace is not None:
+        partial, arrived = workspace
+        if partial.device != x.device or partial.dim() != 3 or partial[0].numel() < rows * features:
+            raise ValueError(f"workspace must be of stream_workspace for {rows} rows and {features} columns or more on "
+                             f"{x.device}, got one of {list(partial.shape[1:])} on {partial.device}")  # fmt: skip
     if not runs_kernel(x):
         stream_rows__ref(out, x, weight, order, counts, norm, residual, act)
         return
     if rows == 0 or features == 0:
         return
-    config = stream_configs(rows, x.dtype, width, act, norm is not None)[0] if config is None else config
+    if config is None:
+        form = (width, act, norm is not None, features, workspace is not None, early(x)["EARLY"])
+        config = stream_configs(rows, x.dtype, *form)[0]
+    if config.splits > 1 and (act != "none" or norm is not None or workspace is None):
+        raise ValueError("programs can share the tiles of a plain product with a workspace alone: choose splits 1")
+    if config.splits > 1:
+        tiles = cdiv(rows, config.block_m) * cdiv(features, config.block_n)
+        if config.splits * rows * features > workspace.partial.numel() or tiles > workspace.arrived.numel():
+            raise ValueError(f"workspace has too little room for {config}: choose fewer splits, or larger tiles")
     weight_of_norm, eps = (None, 0.0) if norm is None else norm
-    given = (out, x, weight, weight_of_norm, residual, order, counts, eps)
     options = dict(
         N=features, K=width, SWIGLU=act == "swiglu", NORM=norm is not None, RESIDUAL=residual is not None,
         BLOCK_N=config.block_n, num_warps=config.num_warps, **early(x),
     )  # fmt: skip
-    grid = (cdiv(features, config.block_n),)
+    grid = (cdiv(features, config.block_n), config.splits)
     with on_device(x):
         if config.block_m == 1:
             if rows != 1:
@@ -388,7 +493,10 @@ def stream_rows_(
             # The gain goes to the weights, not to x, whose numbers may be so large or small that fp16 cannot hold x w;
             # weights times gains may be small, and a power of two costs nothing.
             grow = 2.0**6 if x.dtype == torch.float16 else 1.0
+            tiles = copied_tiles(weight, config.block_n, config.block_k)
+            shared = workspace if config.splits > 1 else (None, None)
             _rows_kernel[grid](
-                *given, GROW=grow, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
+                out, x, weight, tiles, weight_of_norm, residual, order, counts, *shared, eps, R=rows, GROW=grow,
+                TILES=tiles is not None, SPLITS=config.splits, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
                 num_stages=config.num_stages, **options,
             )  # fmt: skip

@@ -29,7 +29,6 @@ from engine.kernels.gpu_common import triton
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
 from engine.models.decoder import MultiExitDecoder
 
-_CRITERIA = ("policy", "scripted")  # what ``step_rows_`` decides by
 _MAX_ROWS = 64
 # A conditional node stands behind exits at multiples of this layer. A node costs 6.5 us where it is taken, an empty
 # layer 6 kernels of about 1 us.
@@ -46,7 +45,7 @@ def graph_problem(model: MultiExitDecoder) -> str | None:
 
 
 class GraphDecoder(PackedDecoder):
-    """A PackedDecoder whose steps are programs; prompts, and criteria that no kernel knows, go through the modules.
+    """A PackedDecoder whose steps are programs; prompts, and rows of several criteria together, go through the modules.
 
     A step may be launched behind one whose results nobody has seen yet: ids and watermarks are on the device, places
     and limits are known ahead, so while the host reads what one step came to, the device is at the next.
@@ -58,7 +57,7 @@ class GraphDecoder(PackedDecoder):
         self._step_weights = WatchedWeights(model, watching, step_weights)
         self._current: StepWeights | None = None
         self._arena: StepArena | None = None
-        self._programs: dict[tuple[int, bool], _Program] = {}
+        self._programs: dict[tuple[int, str | None], _Program] = {}
         self._under_way: list[_Launched] = []  # steps whose results have not been read, in their order
         self._lock = threading.RLock()
 
@@ -100,7 +99,10 @@ class GraphDecoder(PackedDecoder):
     @torch.inference_mode()
     def launch(self, batch: list[tuple[Generating, Pages]]) -> LaunchedStep:
         requests = [sequence.request for sequence, _ in batch]
-        if len(batch) > _MAX_ROWS or any(r.criterion not in _CRITERIA for r in requests):
+        measures = {"policy" if r.criterion == "scripted" else r.criterion for r in requests}
+        # Where the modules are the head, nobody else knows how sure an exit is.
+        without_head = "softmax" in measures and self._arena.logits is None
+        if len(batch) > _MAX_ROWS or len(measures) > 1 or without_head:
             with self._lock:
                 self._wait()
             return Done(super().step(batch))
@@ -110,13 +112,13 @@ class GraphDecoder(PackedDecoder):
             r.min_depth >= layers and r.script is None and pages.watermarks[-1] == len(sequence) - 1
             for r, (sequence, pages) in zip(requests, batch, strict=True)
         )
-        rows = 1 << (len(batch) - 1).bit_length()
+        rows, measure = 1 << (len(batch) - 1).bit_length(), None if stays else measures.pop()
         with self._lock:
             self._wait()
-            program = self._programs.get((rows, not stays))
+            program = self._programs.get((rows, measure))
             if program is None:
-                program = self._programs[rows, not stays] = _Program(
-                    self.model, self._current, self._arena, self.cache, rows, not stays
+                program = self._programs[rows, measure] = _Program(
+                    self.model, self._current, self._arena, self.cache, rows, measure
                 )
             self._under_way = [_Launched(self, program, batch, ahead=0)]
             return self._under_way[0]
@@ -191,7 +193,7 @@ class _Program:
         arena: StepArena,
         cache: PagedCache,
         rows: int,
-        exits: bool,
+        measure: str | None,
     ):
         self._model, self._arena, self._cache, self._layers = model, arena, cache, len(weights.layers)
         blocks = cache.blocks_for(model.config.max_length)
@@ -210,8 +212,8 @@ class _Program:
 
         self._device_given = torch.zeros(total, dtype=torch.int32, device=device)
         self._known = starts["watermarks"]  # from there on, a step leaves behind what the next one needs
-        self._step = Step(weights, arena, cache, Given(**fields(self._device_given)), exits, _STAGE)
-        self._exits, self.tells_tokens = exits, arena.logits is not None
+        self._step = Step(weights, arena, cache, Given(**fields(self._device_given)), measure, _STAGE)
+        self._exits, self.tells_tokens = measure is not None, arena.logits is not None
         self._hosts = []
         for _ in range(2):
             given = torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu)

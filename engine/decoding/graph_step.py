@@ -20,9 +20,10 @@ from engine.decoding.cache import PagedCache
 from engine.executors.weights import effective_linear
 from engine.kernels.gpu_decode_attention import decode_attention_, decode_attention_workspace
 from engine.kernels.gpu_greedy import TOLD, greedy_rows_
+from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_policy import delta_rows_, policy_rows_, policy_splits
-from engine.kernels.gpu_qkv import qkv_rows_
-from engine.kernels.gpu_stream import stream_rows_
+from engine.kernels.gpu_qkv import qkv_entries, qkv_rows_
+from engine.kernels.gpu_stream import stream_rows_, stream_workspace
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
 from engine.models.decoder import MultiExitDecoder
 
@@ -48,6 +49,7 @@ class StepWeights:
     policies   of every exit but the last: w1, b1, w2, b2
     deltas     a [E, K, H] and b [E, H, K] of heads on the hidden side, or None
     head       [V, H], or None where an exit's head is more than that: the modules then serve
+    classifier CALM's early-exit classifier: weight [1, H] and bias [1], or None
     """
 
     embedding: Tensor
@@ -60,6 +62,7 @@ class StepWeights:
     policies: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...]
     deltas: tuple[Tensor, Tensor] | None
     head: Tensor | None
+    classifier: tuple[Tensor, Tensor] | None
 
 
 def step_problem(model: MultiExitDecoder) -> str | None:
@@ -127,7 +130,7 @@ def step_weights(model: MultiExitDecoder) -> StepWeights:
             )
         )
     cos, sin = model.rope(torch.arange(config.max_length, device=model.device))
-    shared, deltas = config.head == "shared", None
+    shared, deltas, classifier = config.head == "shared", None, exits.early_exit_classifier
     if config.head == "lora" and config.head_side == "hidden":
         shared = True
         deltas = torch.stack([d.a.weight for d in exits.deltas]), torch.stack([d.b.weight for d in exits.deltas])
@@ -145,6 +148,7 @@ def step_weights(model: MultiExitDecoder) -> StepWeights:
         ),
         deltas=deltas,
         head=effective_linear(model.language_model.lm_head)[0].detach() if shared else None,
+        classifier=None if classifier is None else (classifier.weight.detach(), classifier.bias.detach()),
     )
 
 
@@ -195,6 +199,7 @@ class StepArena:
         self.rows, self.heads = rows, heads
         self.hidden, self.normed, self.read = (new(rows, hidden) for _ in range(3))
         self.query, self.attended = (new(rows, heads, shape.head_dim) for _ in range(2))
+        self.entries = new(qkv_entries(rows, heads, shape.kv_heads, shape.head_dim), hidden)
         self.inner = new(rows, weights.layers[0].down.shape[1])
         self.logits = None if weights.head is None else new(rows, weights.head.shape[0], dtype=torch.float32)
         self.everybody = torch.arange(rows, dtype=torch.int32, device=device)
@@ -202,6 +207,10 @@ class StepArena:
         self.owed_slots, self.owed_positions = (ints(rows * positions) for _ in range(2))
         self.exit_layers, self.exit_index = ints(rows), ints(rows)
         self.exit_probs = new(rows, dtype=torch.float32)
+        self.before = new(rows, hidden)  # hidden behind the layer in front, for saturation
+        self.no_bias = new(1, dtype=torch.float32)
+        exits = torch.arange(len(weights.exit_layers), dtype=torch.int32, device=device)
+        self.all_through = exits[:, None].repeat(1, rows)  # exit index of every row where all are asked at one exit
         # exit index of a layer, for heads that differ
         index = torch.zeros(len(weights.layers) + 1, dtype=torch.int32)
         index[list(weights.exit_layers)] = torch.arange(len(weights.exit_layers), dtype=torch.int32)
@@ -210,27 +219,39 @@ class StepArena:
 
 # --- the step --------------------------------------------------------------------------------------------------------
 
+# What an exit goes by, so named as the criteria: the policy's z, also where a script says who leaves; or CALM's.
+MEASURES = ("policy", "softmax", "saturation", "classifier")
 When = Callable[[Tensor], AbstractContextManager[None]]
 
 
 class Step:
     """The kernels of a step for up to ``rows`` rows, in buffers that never move.
 
-    exits  False: nobody may leave, and nothing is owed: no policy is computed, no list is kept
+    measure  what an exit compares with the threshold, one of ``MEASURES``. None: nobody may leave, and nothing is owed;
+           nothing is measured, no list is kept
     told   int32 [rows, 3] of ``greedy_rows_``: what the host wants to know, where the step has a head
     """
 
     def __init__(
-        self, weights: StepWeights, arena: StepArena, cache: PagedCache, given: Given, exits: bool, stage: int
+        self,
+        weights: StepWeights,
+        arena: StepArena,
+        cache: PagedCache,
+        given: Given,
+        measure: str | None,
+        stage: int,
     ):
         self.weights, self.arena, self.cache, self.given = weights, arena, cache, given
-        self.exits, self._stage = exits, stage
+        self.measure, self._stage = measure, stage
         rows = self._rows = given.ids.shape[0]
         a, shape = arena, cache.shape
         self._attention = decode_attention_workspace(
             rows, a.heads, shape.kv_heads, shape.head_dim, weights.embedding.device
         )
-        policy = weights.policies[0][0] if weights.policies else None
+        self._shared = stream_workspace(rows, weights.embedding.shape[1], weights.embedding.device)
+        room = qkv_entries(rows, a.heads, shape.kv_heads, shape.head_dim)
+        self._entries = a.entries[:room] if room else None
+        policy = weights.policies[0][0] if weights.policies and measure == "policy" else None
         splits = 1 if policy is None else policy_splits(rows, policy.shape[1], policy.shape[0])
         self._partial = torch.zeros(rows, splits, device=weights.embedding.device)
         self.told = torch.zeros(rows, len(TOLD), dtype=torch.int32, device=weights.embedding.device)
@@ -240,26 +261,50 @@ class Step:
         w, a, g, rows = self.weights, self.arena, self.given, self._rows
         order, counts = a.everybody[:rows], g.counts
         torch.index_select(w.embedding, 0, g.ids, out=a.hidden[:rows])
-        policies = dict(zip(w.exit_layers, w.policies, strict=False))  # the last exit has none
+        if self.measure == "saturation":
+            a.before[:rows].copy_(a.hidden[:rows])
+        exits = {layer: index for index, layer in enumerate(w.exit_layers[:-1])}  # at the last everybody leaves
         with ExitStack() as skipped:
-            if self.exits:
+            if self.measure is not None:
                 order, counts = self._next(order, counts, 0, STAY, 1)
             for number, layer in enumerate(w.layers, start=1):
                 self._layer(number, layer, order, counts)
                 last = number == len(w.layers)
-                if not self.exits and not last:
+                if self.measure is None and not last:
                     continue
-                kind = LEAVE if last else DECIDE if number in policies else STAY
-                *policy, bias = policies.get(number, (None,))
+                kind = LEAVE if last else DECIDE if number in exits else STAY
+                policy, bias = None, None
+                if kind == DECIDE and self.measure == "policy":
+                    *policy, bias = w.policies[exits[number]]
                 if kind != STAY:
                     policy_rows_(
                         self._partial, a.normed[:rows], None if last else self.cache.states, a.hidden[:rows],
-                        w.final_norm, policy or None, order, g.slots, counts,
+                        w.final_norm, policy, order, g.slots, counts,
                     )  # fmt: skip
+                if self.measure == "saturation" and not last:  # behind every layer: the next one compares with it
+                    saturation_rows_(self._partial, a.before[:rows], a.hidden[:rows], order, counts)
+                if kind == DECIDE and self.measure != "policy":
+                    bias = self._measured(exits[number], order, counts)
                 order, counts = self._next(order, counts, number, kind, 0 if last else number + 1, bias)
                 if kind == DECIDE and number % self._stage == 0:
                     skipped.enter_context(when(counts[:1]))
         self._head()
+
+    def _measured(self, exit_index: int, order: Tensor, counts: Tensor) -> Tensor:
+        """CALM's measure of the live rows at one exit, but for the bias that this returns."""
+        w, a, rows = self.weights, self.arena, self._rows
+        if self.measure == "classifier":
+            weight, bias = w.classifier
+            classifier_rows_(self._partial, a.normed[:rows], weight, order, counts)
+            return bias
+        if self.measure == "softmax":
+            read = a.normed[:rows]
+            if w.deltas is not None:
+                read = a.read[:rows]
+                delta_rows_(read, a.normed[:rows], *w.deltas, a.all_through[exit_index, :rows], order, counts)
+            stream_rows_(a.logits[:rows], read, w.head, order, counts)
+            response_rows_(self._partial, a.logits[:rows], order, counts)
+        return a.no_bias
 
     def _next(
         self, order: Tensor, counts: Tensor, layer: int, kind: int, next_layer: int, bias: Tensor | None = None
@@ -298,17 +343,18 @@ class Step:
         keys, values = cache.keys[number - 1], cache.values[number - 1]
         cos, sin = self.weights.cos, self.weights.sin
         qkv_rows_(query, keys, values, hidden, cache.states, w.qkv, w.input_norm, cos, sin, order, g.slots,
-                  g.positions, a.owed_slots, a.owed_positions, counts)  # fmt: skip
+                  g.positions, a.owed_slots, a.owed_positions, counts, entries=self._entries)  # fmt: skip
         decode_attention_(attended, query, keys, values, order, g.block_table, g.positions, counts,
                           self.weights.scale, cache.shape.block_size, self._attention)  # fmt: skip
-        stream_rows_(hidden, attended.flatten(1), w.attention_output, order, counts, residual=hidden)
+        stream_rows_(hidden, attended.flatten(1), w.attention_output, order, counts, residual=hidden,
+                     workspace=self._shared)  # fmt: skip
         if rows == 1:
             stream_rows_(inner, hidden, w.gate_up, order, counts, norm=w.mlp_norm, act="swiglu")
         else:  # a norm of its own costs less than the gain that tiles of weights are multiplied with
             read = a.read[:rows]
             policy_rows_(self._partial, read, None, hidden, w.mlp_norm, None, order, g.slots, counts)
             stream_rows_(inner, read, w.gate_up, order, counts, act="swiglu")
-        stream_rows_(hidden, inner, w.down, order, counts, residual=hidden)
+        stream_rows_(hidden, inner, w.down, order, counts, residual=hidden, workspace=self._shared)
 
     def _head(self) -> None:
         """All rows of the step, each through the head of the exit it left through."""

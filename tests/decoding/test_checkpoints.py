@@ -136,7 +136,7 @@ def test_tensors_that_are_wrong(checkpoint, file, change, message):
 def test_warmup(checkpoint):
     """Programs of a capacity, with and without exits, are there before anybody asks; nothing elsewhere."""
     lm = engine.load(checkpoint[0], executor="graph", device="cpu", warmup=[(3, 10), (1, 5)])
-    assert set(lm._decoder._programs) == {(4, True), (4, False), (1, True), (1, False)}
+    assert set(lm._decoder._programs) == {(4, "policy"), (4, None), (1, "policy"), (1, None)}
     engine.load(checkpoint[0], executor="packed", warmup=[(1, 10)])
     for wrong in ((0, 5), (3, 2), (1, 1000)):
         with pytest.raises(ValueError, match=f"{wrong[0]} prompts have .* got {wrong[1]}"):

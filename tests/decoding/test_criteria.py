@@ -15,8 +15,8 @@ from tests.decoding.test_steps import assert_same, by_reference, by_steps
 from tests.decoding.tiny import LAYERS, random_requests, tiny_decoder
 
 
-def with_classifier(seed):
-    model = tiny_decoder(seed=seed, early_exit_classifier=True)
+def with_classifier(seed, **options):
+    model = tiny_decoder(seed=seed, early_exit_classifier=True, **options)
     with torch.no_grad():
         model.exits.early_exit_classifier.weight.normal_(std=0.5)
     return model

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import engine
+from engine.decoding import graph_step
 from engine.decoding.cache import PagedCache
 from engine.decoding.generate import begin, generate_packed
 from engine.decoding.graph import GraphDecoder
 from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.generation import DecoderEngine
 from engine.loading import save_checkpoint
+from tests.decoding.test_criteria import with_classifier
 from tests.decoding.test_steps import EVERY, assert_same, by_reference, by_steps, tokens
 from tests.decoding.tiny import LAYERS, random_requests, tiny_decoder
 
@@ -48,6 +50,15 @@ def test_scripted_exits_and_forced_tokens(place, exits, kv_heads, head, seed):
     assert decoder.settled == packed.settled > 0
 
 
+def test_what_only_large_models_have(place, monkeypatch):
+    """Norms of their own in front of the products, with room for some of the entries."""
+    monkeypatch.setattr(graph_step, "qkv_entries", lambda rows, *_: 0 if rows == 1 else rows + 1)
+    model = tiny_decoder(seed=3).to(place)
+    requests = random_requests(8, seed=11, new=30)
+    got, decoder = by_programs(model, requests, max_rows=8)
+    assert tokens(got) == tokens(by_reference(model, requests)) and decoder.settled > 0
+
+
 @pytest.mark.parametrize("max_rows", [1, 3, 8])
 def test_free_running_greedy(place, max_rows):
     """Every token decides for itself, in any company."""
@@ -73,7 +84,7 @@ def test_nobody_may_leave(place):
     whole = random_requests(3, seed=8, min_depth=LAYERS)
     got, decoder = by_programs(model, whole)
     assert tokens(got) == tokens(by_reference(model, whole))
-    assert {exits for _, exits in decoder._programs} == {False}
+    assert {measure for _, measure in decoder._programs} == {None}
     some = whole + random_requests(3, seed=9)
     got, decoder = by_programs(model, some, max_rows=6)
     assert tokens(got) == tokens(by_reference(model, some))
@@ -84,6 +95,31 @@ def test_limits_of_depth(place):
     requests = [*random_requests(3, seed=1, max_depth=3), *random_requests(3, seed=2, min_depth=2, threshold=0.2)]
     got, _ = by_programs(model, requests)
     assert tokens(got) == tokens(by_reference(model, requests))
+
+
+@pytest.mark.parametrize("criterion, threshold", [("softmax", 0.05), ("saturation", 0.6), ("classifier", 0.6)])
+@pytest.mark.parametrize("exits, head", [(EVERY, "lora"), ((2, 5), "shared"), ((1, 3, 4, 5), "own")])
+def test_measures_of_calm(place, criterion, threshold, exits, head):
+    """As the modules measure; heads that only these know are left to them."""
+    model = with_classifier(4, exit_layers=exits, head=head).to(place)
+    options = dict(criterion=criterion, threshold=threshold, decay=True)
+    requests = [replace(r, **options) for r in random_requests(6, seed=7, new=15)]
+    want = by_reference(model, requests)
+    assert len({t.exit_layer for s in want for t in s.new[1:]}) > 1, "all leave alike"
+    got, decoder = by_programs(model, requests)
+    assert_same(got, want, **CLOSE[torch.float32])
+    measures = {measure for _, measure in decoder._programs}
+    assert measures == (set() if criterion == "softmax" and head == "own" else {criterion})
+    ahead, _ = by_programs(model, [replace(r, keep_logits=False) for r in requests])
+    assert tokens(ahead) == tokens(got)
+
+
+def test_criteria_of_one_batch_may_differ(place):
+    model = with_classifier(4).to(place)
+    kinds = ["policy", "softmax", "saturation", "classifier", "policy"]
+    requests = [replace(r, criterion=kind) for r, kind in zip(random_requests(5, seed=3, new=12), kinds, strict=True)]
+    got, _ = by_programs(model, requests)
+    assert_same(got, by_reference(model, requests), rtol=1e-3, atol=2e-4)
 
 
 def test_new_weights_are_seen(place):

@@ -61,7 +61,12 @@ class _Recorder:
 
 
 def record(monkeypatch, name: str, call: Callable[[], None]) -> Launch:
-    """What ``call`` would launch, its CPU tensors standing for the device's."""
+    """The one launch that ``call`` would make, its CPU tensors standing for the device's."""
+    (launch,) = record_all(monkeypatch, name, call)
+    return launch
+
+
+def record_all(monkeypatch, name: str, call: Callable[[], None]) -> list[Launch]:
     launches: list[tuple] = []
     with monkeypatch.context() as patch:
         for module in MODULES:
@@ -70,8 +75,7 @@ def record(monkeypatch, name: str, call: Callable[[], None]) -> Launch:
                 if attribute.endswith("_kernel") and hasattr(kernel, "arg_names"):
                     patch.setattr(module, attribute, _Recorder(kernel, launches))
         call()
-    (launch,) = launches
-    return Launch(name, *launch)
+    return [Launch(name, *launch) for launch in launches]
 
 
 def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -> Iterator[tuple[str, Callable]]:

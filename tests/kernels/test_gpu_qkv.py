@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import gpu_qkv
-from engine.kernels.gpu_qkv import QkvConfig, qkv_configs, qkv_rows_, qkv_rows__ref
+from engine.kernels import gpu_common, gpu_qkv
+from engine.kernels.gpu_qkv import QkvConfig, entry_configs, qkv_configs, qkv_entries, qkv_rows_, qkv_rows__ref
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
 
@@ -132,6 +132,51 @@ def test_rows_and_owed_entries(way, dtype, shape, capacity, live, owed):
     check(c)
 
 
+def entries_for(c, room):
+    return torch.full((room, c.hidden.shape[1]), NAN, dtype=c.hidden.dtype, device=c.hidden.device)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
+@pytest.mark.parametrize("shape", [GQA, ODD, (80, 2, 1, 256)], ids=["gqa", "odd", "two blocks a half"])
+@pytest.mark.parametrize(
+    "capacity, live, owed, room",
+    [(5, 3, 0, 1), (5, 0, 0, 16), (5, 0, 6, 16), (20, 17, 3, 20), (20, 20, 45, 16), (20, 20, 45, 70)],
+)
+def test_norms_of_their_own(way, dtype, shape, capacity, live, owed, room):
+    """Room for one of the entries, for some, for all."""
+    way.skip_wrong(dtype)
+    c = case(capacity, live, owed, shape, dtype, way.device)
+    way(qkv_rows_, qkv_rows__ref)(*c.arguments(), entries=entries_for(c, room))
+    check(c)
+
+
+def test_entries_and_the_order_of_sums(way):
+    """Wherever an entry stands."""
+    if way.name == "twin":
+        pytest.skip("a torch product may choose its order by the number of rows")
+    c = case(20, 20, 30, GQA, HALF, way.device)
+    found = []
+    for counts in ((20, 30), (3, 0)):
+        c.counts[:] = torch.tensor(counts)
+        qkv_rows_(*c.arguments(), entries=entries_for(c, 64))
+        rows = c.order[:3].long()
+        found.append([x.clone() for x in (c.query[rows], c.keys[c.slots[rows].long()])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_who_has_entries():
+    assert [qkv_entries(rows, 32, 32, 128) for rows in (1, 2, 8, 32, 64)] == [0, 32, 64, 128, 256]
+    assert qkv_entries(64, 9, 3, 64) == 0
+    c = case(1, 1, 0, PLAIN, HALF, "cpu")
+    with pytest.raises(ValueError, match="entries are for a capacity of 2 or more, and at least 1, got 1 and 8"):
+        qkv_rows_(*c.arguments(), entries=entries_for(c, 8))
+    c = case(4, 1, 0, PLAIN, HALF, "cpu")
+    with pytest.raises(ValueError, match="entries must not overlap hidden"):
+        qkv_rows_(*c.arguments(), entries=c.hidden)
+    with pytest.raises(ValueError, match=r"entries must have shape \[any, 64\], got \[8, 63\]"):
+        qkv_rows_(*c.arguments(), entries=entries_for(c, 8)[:, 1:].contiguous())
+
+
 @pytest.mark.parametrize("capacity, owed", [(1, 0), (1, 2), (5, 0), (5, 2)])
 def test_nobody_is_live(way, capacity, owed):
     c = case(capacity, 0, owed, GQA, HALF, way.device)
@@ -225,6 +270,13 @@ def test_real_shapes(gpu, dtype, shape, capacity, live, owed):
     c = case(capacity, live, owed, shape, dtype, "cuda", room=200)
     qkv_rows_(*c.arguments())
     check(c)
+    most = qkv_entries(capacity, *shape[1:])
+    for room in {most, most // 4} - {0}:
+        for config in (None, *entry_configs(capacity, dtype)):
+            for written in (c.query, c.keys, c.values):
+                written.fill_(POISON)
+            qkv_rows_(*c.arguments(), config, entries=entries_for(c, room))
+            check(c)
 
 
 def test_the_table_of_tiles():
@@ -324,6 +376,23 @@ class TestCompile:
         for shape in SHAPES.values():
             for config in qkv_configs(capacity, *shape[1:], HALF):
                 compiled(monkeypatch, capacity, shape, HALF, 90, config)
+
+    @pytest.mark.parametrize("arch", [80, 90])
+    @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
+    @pytest.mark.parametrize("capacity", [2, 8, 32, 64])
+    def test_entries(self, monkeypatch, capacity, dtype, arch):
+        c = compiled_case(capacity, SHAPES["7b"], dtype)
+        for module in (gpu_qkv, gpu_common):
+            monkeypatch.setattr(module, "early", lambda x: {"EARLY": arch >= 90})
+        monkeypatch.setattr(gpu_cases, "MODULES", (gpu_qkv,))
+        for config in entry_configs(capacity, dtype):
+            call = functools.partial(qkv_rows_, *c.arguments(), config, entries_for(c, 2 * config.rows))
+            for launch in gpu_cases.record_all(monkeypatch, "qkv", call):
+                usage = gpu_cases.compile_launch(launch, arch)
+                assert usage.stack_bytes == 0, f"{config}: registers are spilled"
+                assert usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
+            if arch == 90 and dtype != SINGLE:
+                assert "wgmma" in usage.ptx and "cp.async.bulk.tensor" in usage.ptx
 
     def test_loads_ahead(self, monkeypatch):
         """One row: the weight is on its way to registers before the kernel in front has ended."""

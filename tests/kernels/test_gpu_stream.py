@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import gpu_stream
-from engine.kernels.gpu_stream import StreamConfig, rms_norm_math, stream_configs, stream_rows_, stream_rows__ref
+from engine.kernels import gpu_common, gpu_stream
+from engine.kernels.gpu_stream import (
+    StreamConfig,
+    rms_norm_math,
+    stream_configs,
+    stream_rows_,
+    stream_rows__ref,
+    stream_workspace,
+)
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
 
@@ -148,13 +155,16 @@ def test_compiles(monkeypatch, form, capacity, dtype, arch):
 
     order, counts = new(capacity, dtype=torch.int32), new(2, dtype=torch.int32)
     norm = (new(4096), 1e-5) if capacity == 1 else None
+    shared = dict(workspace=stream_workspace(capacity, 4096, torch.device("cpu")))
+    monkeypatch.setattr(gpu_stream, "early", lambda x: {"EARLY": arch >= 90})
+    monkeypatch.setattr(gpu_common, "early", lambda x: {"EARLY": arch >= 90})
     calls = {
         "output": lambda: stream_rows_(new(capacity, 4096), new(capacity, 4096), new(4096, 4096), order, counts,
-                                       residual=new(capacity, 4096)),
+                                       residual=new(capacity, 4096), **shared),
         "gate up": lambda: stream_rows_(new(capacity, 11008), new(capacity, 4096), new(22016, 4096), order, counts,
                                         norm=norm, act="swiglu"),
         "down": lambda: stream_rows_(new(capacity, 4096), new(capacity, 11008), new(4096, 11008), order, counts,
-                                     residual=new(capacity, 4096)),
+                                     residual=new(capacity, 4096), **shared),
         "head": lambda: stream_rows_(new(capacity, 32000, dtype=SINGLE), new(capacity, 4096), new(32000, 4096), order,
                                      counts),
     }  # fmt: skip

@@ -6,7 +6,14 @@ from torch.nn import functional as F
 
 from engine.kernels import gpu_stream
 from engine.kernels.gpu_common import INTERPRETED, triton
-from engine.kernels.gpu_stream import StreamConfig, rms_norm_math, stream_configs, stream_rows_, stream_rows__ref
+from engine.kernels.gpu_stream import (
+    StreamConfig,
+    rms_norm_math,
+    stream_configs,
+    stream_rows_,
+    stream_rows__ref,
+    stream_workspace,
+)
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
 
@@ -69,8 +76,9 @@ class Case:
             if residual == "in place":
                 self.out = self.residual
 
-    def run(self, op, config=None):
-        op(self.out, self.x, self.weight, self.order, self.counts, self.norm, self.residual, self.act, config=config)
+    def run(self, op, config=None, workspace=None):
+        op(self.out, self.x, self.weight, self.order, self.counts, self.norm, self.residual, self.act, config=config,
+           workspace=workspace)  # fmt: skip
 
     def check(self):
         """The live rows against fp64, every other untouched."""
@@ -175,6 +183,34 @@ def test_all_configs_compute_the_same(way, dtype, form, capacity):
         case = Case(capacity, capacity, 37, 72, dtype, way.device, form)
         case.run(stream_rows_, config)
         case.check()
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("form", ["output", "head"])
+@pytest.mark.parametrize("features, width", [(24, 72), (130, 400), (3, 37)])
+@pytest.mark.parametrize("capacity, live", [(2, 1), (5, 0), (37, 20), (64, 64), (100, 90)])
+def test_programs_that_share_a_tile(way, dtype, form, capacity, live, features, width):
+    """Also with parts that have no columns of their own, and again with the same workspace."""
+    if way.name == "twin":
+        pytest.skip("the twin has no programs")
+    workspace = stream_workspace(capacity, features + 50, way.device)
+    for config in (None, StreamConfig(16, 64, 32, 4, 2, splits=2), StreamConfig(32, 64, 128, 4, 2, splits=2)):
+        case = Case(capacity, live, features, width, dtype, way.device, form)
+        case.run(stream_rows_, config, workspace)
+        case.check()
+        assert not bool(workspace.arrived.any())
+
+
+def test_what_a_shared_tile_needs(way):
+    if way.name == "twin":
+        pytest.skip("the twin has no programs")
+    case, config = Case(5, 5, 70, 64, HALF, way.device, "output"), StreamConfig(16, 64, 32, 4, 2, splits=2)
+    with pytest.raises(ValueError, match="with a workspace alone: choose splits 1"):
+        case.run(stream_rows_, config)
+    with pytest.raises(ValueError, match="workspace must be of stream_workspace for 5 rows and 70 columns"):
+        case.run(stream_rows_, config, stream_workspace(4, 70, way.device))
+    with pytest.raises(ValueError, match="too little room for .* choose fewer splits"):
+        case.run(stream_rows_, config._replace(splits=4), stream_workspace(5, 70, way.device))
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
