@@ -1,14 +1,16 @@
 """Decoder on a GPU at LLaMA's shapes: what exits cost and save, against full depth, eager copying and Hugging Face.
 
     python -m engine.bench.decoder_h100 [--shape 7b] [--batches 1 8 32 64]
+    python -m engine.bench.decoder_h100 --batches 1 --gpt-fast FOLDER
     python -m engine.bench.decoder_h100 --checkpoint checkpoints/dolly-smollm2 --output FILE
     python -m engine.bench.decoder_h100 --merge FILE ...
 
 writes ``bench/results/decoder_h100.json``. Weights are random: time does not depend on them. Exits stand at every layer
 and are scripted, each exit's policy is computed all the same. Prompts of 128 tokens, 256 new ones; competitors take
 turns in one run, a time is that of decoding, draws included, the prompts' own pass left out (of Hugging Face's calls:
-the time of a call for fewer tokens taken off). With ``--checkpoint`` weights are real and its policies decide, on
-prompts of random tokens. ``--merge`` puts the rows of several files into one; each says of which commit it is.
+the time of a call for fewer tokens taken off). ``--gpt-fast`` adds gpt-fast at batch 1, from a checkout of it; where it
+fails, its row says why. With ``--checkpoint`` weights are real and its policies decide, on prompts of random tokens.
+``--merge`` puts the rows of several files into one; each says of which commit it is.
 
 Ceiling of a step: the bytes of the layers that any of its rows visits, of keys and values of the rows that visit them
 and of the head, at the memory's bandwidth.
@@ -27,7 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.bench import gpt_fast
 from engine.bench.decoder_cpu import spread
+from engine.bench.encoder_competitors import one_line
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
 from engine.config import DecoderExitConfig
 from engine.decoding.packed import cache_shape
@@ -48,6 +52,7 @@ REMOVED, NOBODY, HALF = "exits removed", "nobody leaves", "spread, mean depth L/
 TRAINED, EAGER = "trained model's exits", "eager copying, mean depth L/2"
 DECIDED = "its policies decide"
 THEIRS = "Hugging Face, static cache, compiled"
+GPT_FAST = "gpt-fast"
 
 
 def random_decoder(shape: str, device: torch.device, dtype: torch.dtype, positions: int) -> MultiExitDecoder:
@@ -138,6 +143,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without", nargs="*", choices=(EAGER, THEIRS), default=[], help="competitors to leave out")
+    parser.add_argument("--gpt-fast", type=Path, metavar="FOLDER", help="a checkout of meta-pytorch/gpt-fast")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="combine results; nothing is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / "decoder_h100.json")
@@ -145,6 +151,8 @@ def main() -> None:
     if o.merge is not None:
         merge(o.merge, o.output)
         return
+    if o.gpt_fast is not None:
+        gpt_fast.check(o.gpt_fast)
 
     device = torch.device(o.device)
     on_gpu = device.type == "cuda"
@@ -181,11 +189,25 @@ def main() -> None:
             runs[EAGER] = ours(eager, prompts, few, **script)
         if batch == 1 and THEIRS not in o.without and on_gpu:
             runs[THEIRS] = hugging_face(model, torch.tensor(prompts, device=device), new)
+        notes = {}
+        if batch == 1 and o.gpt_fast is not None:
+            notes[GPT_FAST] = gpt_fast.described(o.gpt_fast, compiled=on_gpu)
+            ids = torch.tensor(prompts, device=device)
+            try:
+                runs[GPT_FAST] = gpt_fast.decoding(
+                    o.gpt_fast, model.language_model.config, ids, new, dtype, compiled=on_gpu
+                )
+            except Exception as error:
+                rows.append({"shape": shape, "batch": batch, "name": GPT_FAST, "note": notes[GPT_FAST],
+                             "error": one_line(error)})  # fmt: skip
+                print(json.dumps(rows[-1]), flush=True)
         seconds = interleaved(runs, o.rounds)
         for name, times in seconds.items():
             step_ms = 1e3 * median(times) / ((few if name == EAGER else new) - 1)
             row = {"shape": shape, "batch": batch, "name": name, "ms_a_step": step_ms, "decode_s": times,
                    "tokens_a_second": 1e3 * batch / step_ms}  # fmt: skip
+            if name in notes:
+                row["note"] = notes[name]
             taken = scripts.get(name)
             if name == REMOVED:
                 taken = [[layers] * new] * batch
@@ -210,7 +232,7 @@ def merge(files: Sequence[Path], output: Path) -> None:
     """Rows of all files, and the figures that follow from them. ValueError where they were not asked the same."""
     found = [json.loads(file.read_text()) for file in files]
     common = same_in_all(found, ("prompt", "new_tokens"))
-    rows, about = merged(files, ("shape", "batch", "name"))
+    rows, about = merged(files, ("shape", "batch", "name"), rank=lambda row: "error" not in row)
     memory = {shape: value for one in found for shape, value in one["memory"].items()}
     write_result(output, figures(rows), rows, **about, **common, memory=memory)
 
@@ -252,6 +274,9 @@ def _scripted(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, An
     value = ms(THEIRS) / ms(REMOVED) if THEIRS in found else None
     out.append(figure("batch 1, full depth, times faster than Hugging Face's compiled static cache", value, "ratio",
                       ">= 1.3", value is not None and value >= 1.3))  # fmt: skip
+    if "ms_a_step" in found.get(GPT_FAST, {}):
+        out.append(figure("batch 1, full depth, times faster than gpt-fast", ms(GPT_FAST) / ms(REMOVED), "ratio", "-",
+                          True, ms_a_token=ms(GPT_FAST), note=found[GPT_FAST]["note"]))  # fmt: skip
     value = ms(REMOVED) / ms(HALF)
     out.append(figure("batch 1, mean depth L/2, times faster than full depth", value, "ratio", ">= 1.8", value >= 1.8))
     value = ms(NOBODY) / ms(REMOVED)

@@ -102,9 +102,7 @@ def measure_points(
     return points
 
 
-def judge(
-    name: str, threshold: float | None, examples: Examples, result: Classification, timing: Timing
-) -> Point:
+def judge(name: str, threshold: float | None, examples: Examples, result: Classification, timing: Timing) -> Point:
     """The figures of one run whose rows have known labels."""
     two_classes = len(examples.labels) == 2
     return Point(
@@ -193,7 +191,11 @@ def _commit() -> str | None:
     """
     if stated := os.environ.get("CONSISTENTEE_COMMIT"):
         return stated
-    root = Path(engine.__file__).parent.parent
+    return commit_of(Path(engine.__file__).parent.parent)
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit of the checkout at ``root``, "+" for changes on top; None where it is none."""
     if not (root / ".git").exists():
         return None
     try:
