@@ -1,23 +1,26 @@
-"""Every compiled CUDA op once over awkward shapes, for a sanitizer to watch. Results are not compared: tests do that.
+"""Every kernel for CUDA over awkward shapes, for a sanitizer to watch. Results are not compared: tests do that.
 
     compute-sanitizer --tool memcheck  python -m engine.bench.sanitize
     compute-sanitizer --tool racecheck python -m engine.bench.sanitize
     compute-sanitizer --tool initcheck python -m engine.bench.sanitize
     compute-sanitizer --tool synccheck python -m engine.bench.sanitize
 
-torch's caching allocator hides overruns inside its blocks from memcheck: set PYTORCH_NO_CUDA_MEMORY_CACHING=1 there.
-Only what the ops define is read back, so that initcheck has nothing to say about spare capacity.
+torch's caching allocator hides overruns inside its blocks from memcheck, and from initcheck what an earlier owner of a
+block has written: set PYTORCH_NO_CUDA_MEMORY_CACHING=1 for both. Only what the ops define is read back, so that
+initcheck has nothing to say about spare capacity. ``--only`` runs one group; Triton's are in ``sanitize_triton``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from engine.bench import sanitize_triton
 from engine.kernels import attention, exits, extension, graphs, packing, products
+from engine.kernels.gpu_common import triton
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
 from engine.kernels.survivors import survivors_
 
@@ -193,14 +196,23 @@ RUNS: dict[str, Callable[[str], None]] = {
     "exits and norms": run_exits,
     "products": run_products,
     "graph": run_graph,
+    **sanitize_triton.RUNS,
 }
 
 
-def problems(device: str) -> Iterator[str]:
+def problem(name: str, device: str) -> str | None:
+    """Why a group cannot run here. On the CPU Triton's run in torch, and need neither Triton nor the extension."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if name in sanitize_triton.RUNS:
+        return "triton is not installed" if device == "cuda" and triton is None else None
     if not extension.available():
-        yield "the extension is not built"
-    elif device == "cuda" and not (torch.cuda.is_available() and extension.cuda_kernels()):
-        yield "no CUDA device that the extension can use"
+        return "the extension is not built"
+    if device == "cuda" and not extension.cuda_kernels():
+        return "the extension has no usable CUDA half"
+    if name == "graph":
+        return graphs.conditional_nodes_problem() if device == "cuda" else graphs.builder_problem()
+    return None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -208,18 +220,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: does this script run at all")
     parser.add_argument("--only", choices=tuple(RUNS), help="one group of ops")
     chosen = parser.parse_args(arguments)
-    for problem in problems(chosen.device):
-        raise SystemExit(f"nothing to sanitize: {problem}")
-    torch.manual_seed(0)
-    for name, run in RUNS.items():
-        if chosen.only not in (None, name):
+    problems = {name: problem(name, chosen.device) for name in RUNS if chosen.only in (None, name)}
+    if all(problems.values()):
+        raise SystemExit(f"nothing to sanitize: {next(iter(problems.values()))}")
+    for name, reason in problems.items():
+        if reason is not None:
+            print(f"{name}: left out, {reason}")
             continue
-        if name == "graph":
-            needed = graphs.conditional_nodes_problem if chosen.device == "cuda" else graphs.builder_problem
-            if (reason := needed()) is not None:
-                print(f"{name}: left out, {reason}")
-                continue
-        run(chosen.device)
+        torch.manual_seed(0)
+        RUNS[name](chosen.device)
         if chosen.device == "cuda":
             torch.cuda.synchronize()
         print(f"{name}: ran", flush=True)

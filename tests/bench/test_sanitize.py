@@ -1,17 +1,73 @@
 """The script for sanitizers must at least run: on the CPU it walks over the same shapes."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
-from engine.bench import sanitize
+from engine.bench import sanitize, sanitize_triton
+from engine.kernels import extension
+from engine.kernels.gpu_common import triton
 from tests.kernels.cases import needs_extension
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+def said(capsys) -> dict[str, str]:
+    lines = capsys.readouterr().out.splitlines()
+    return {name: what for name, _, what in (line.partition(": ") for line in lines)}
 
 
 @needs_extension
 def test_runs_on_the_cpu(capsys):
     sanitize.main(["--device", "cpu"])
-    said = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in said] == list(sanitize.RUNS)
+    assert list(said(capsys)) == list(sanitize.RUNS)
+
+
+@pytest.mark.parametrize("name", sanitize_triton.RUNS)
+def test_one_group(capsys, name):
+    sanitize.main(["--device", "cpu", "--only", name])
+    assert said(capsys) == {name: "ran"}
+
+
+def test_triton_needs_no_extension(capsys, monkeypatch):
+    monkeypatch.setattr(extension, "available", lambda: False)
+    sanitize.main(["--device", "cpu"])
+    for name, what in said(capsys).items():
+        assert what == ("ran" if name in sanitize_triton.RUNS else "left out, the extension is not built")
+    with pytest.raises(SystemExit, match="^nothing to sanitize: the extension is not built"):
+        sanitize.main(["--device", "cpu", "--only", "packing"])
+
+
+class Recorder:
+    def __init__(self, name: str, launches: list[tuple]):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        """What Triton compiles anew: other dtypes, other constants; but for the alignment of strides."""
+        return lambda *args, **kwargs: self.launches.append(
+            (self.name, *(getattr(x, "dtype", None) for x in args), *sorted(kwargs.items()))
+        )
+
+
+@pytest.mark.skipif(triton is None, reason="triton is not installed")
+def test_every_triton_kernel_in_few_forms(monkeypatch):
+    """A kernel that nobody watches would not be missed; forms, which all have to be compiled, would add up."""
+    names, launches = set(), []
+    for path in KERNELS.glob("gpu_*.py"):
+        module = importlib.import_module(f"engine.kernels.{path.stem}")
+        kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+        found = [name for name, value in kernels.items() if hasattr(value, "arg_names")]  # not runs_kernel
+        for name in found:
+            monkeypatch.setattr(module, name, Recorder(f"{path.stem}.{name}", launches))
+        if found:
+            monkeypatch.setattr(module, "runs_kernel", lambda tensor: True)
+        names.update(f"{path.stem}.{name}" for name in found)
+    for run in sanitize_triton.RUNS.values():
+        run("cpu")
+    assert {launch[0] for launch in launches} == names and len(names) >= 14
+    assert 50 <= len(set(launches)) <= 75
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
