@@ -20,10 +20,11 @@ from engine.kernels.gpu_decode_attention import decode_attention_
 from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_greedy import greedy_rows_
 from engine.kernels.gpu_linear import LinearConfig, linear_rows_
+from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_norms import add_layer_norm_compact_, add_layer_norm_rows_, embed_layer_norm_rows_
 from engine.kernels.gpu_policy import delta_rows_, policy_rows_, policy_splits
 from engine.kernels.gpu_qkv import QkvConfig, qkv_rows_
-from engine.kernels.gpu_stream import StreamConfig, stream_rows_
+from engine.kernels.gpu_stream import StreamConfig, stream_rows_, stream_workspace
 from engine.kernels.products import Partials
 
 __all__ = ["RUNS"]
@@ -298,28 +299,32 @@ def _run_compact_norms(device: str) -> None:
 
 
 def run_qkv(device: str) -> None:
-    """One row and several, with nothing owed, few entries and many; a weight in one part and in several."""
+    """One row and several, with nothing owed, few entries and many; a weight in one part and in several; norms of their
+    own, for all entries and for some."""
     small, cut = QkvConfig(16, 16, 32, 4, 2), QkvConfig(16, 16, 64, 4, 2, 1, 64)
     cases = (
-        (HALF, 1, 72, 4, 2, 12, HALF, None),
-        (HALF, 1, 128, 2, 2, 32, SINGLE, cut),
-        (BRAIN, 1, 200, 2, 1, 6, BRAIN, cut),
-        (SINGLE, 1, 33, 3, 3, 10, SINGLE, small),
-        (HALF, 20, 72, 4, 2, 12, HALF, None),
-        (BRAIN, 20, 64, 2, 2, 40, SINGLE, small),
-        (SINGLE, 5, 33, 3, 1, 10, SINGLE, small),
+        (HALF, 1, 72, 4, 2, 12, HALF, None, 0),
+        (HALF, 1, 128, 2, 2, 32, SINGLE, cut, 0),
+        (BRAIN, 1, 200, 2, 1, 6, BRAIN, cut, 0),
+        (SINGLE, 1, 33, 3, 3, 10, SINGLE, small, 0),
+        (HALF, 20, 72, 4, 2, 12, HALF, None, 0),
+        (BRAIN, 20, 64, 2, 2, 40, SINGLE, small, 0),
+        (SINGLE, 5, 33, 3, 1, 10, SINGLE, small, 0),
+        (HALF, 20, 200, 2, 1, 128, HALF, None, 60),
+        (BRAIN, 20, 72, 4, 2, 16, BRAIN, None, 18),
+        (SINGLE, 5, 33, 3, 1, 16, SINGLE, None, 4),
     )
-    for dtype, capacity, hidden, heads, kv_heads, d, tables, config in cases:
+    for dtype, capacity, hidden, heads, kv_heads, d, tables, config, room in cases:
         make = Maker(device, dtype)
         weight = make.full((heads + 2 * kv_heads) * d, hidden)
         norm = make.full(hidden, dtype=tables), EPS
         cos, sin = make.full(90, d, dtype=tables), make.full(90, d, dtype=tables)
         for live in _lives(capacity):
             for owed in (0, 3, 21):
-                _run_qkv(make, capacity, live, owed, (heads, kv_heads, d), weight, norm, cos, sin, config)
+                _run_qkv(make, capacity, live, owed, (heads, kv_heads, d), weight, norm, cos, sin, config, room)
 
 
-def _run_qkv(make: Maker, capacity: int, live: int, owed: int, heads, weight, norm, cos, sin, config) -> None:
+def _run_qkv(make: Maker, capacity: int, live: int, owed: int, heads, weight, norm, cos, sin, config, room) -> None:
     num_heads, kv_heads, d = heads
     hidden, cache = weight.shape[1], 50
     rows, slots = _picked(live, capacity), _picked(live + owed, cache)
@@ -329,27 +334,29 @@ def _run_qkv(make: Maker, capacity: int, live: int, owed: int, heads, weight, no
         make.at(slots[live:], cache, hidden), weight, norm, cos, sin, make.ints(rows, capacity),
         make.ints_at(rows, slots[:live], capacity), make.ints_at(rows, _some(live, 90), capacity),
         make.ints(slots[live:], owed + SPARE), make.ints(_some(owed, 90), owed + SPARE), make.ints([live, owed]),
-        config,
+        config, make.empty(room, hidden) if room else None,
     )  # fmt: skip
 
 
 def run_stream(device: str) -> None:
     """One row in one part and in several, tiles of rows; widths that are multiples of a tile and not; residuals apart
-    and in place, and sums that stay in fp32."""
+    and in place, and sums that stay in fp32; tiles that two programs share."""
     cases = (
         (HALF, 1, 37, 200, "none", False, True, StreamConfig(1, 4, 1024, 4)),
         (HALF, 1, 30, 600, "swiglu", True, False, StreamConfig(1, 4, 256, 4, registers=96)),
         (BRAIN, 1, 32, 512, "swiglu", False, True, StreamConfig(1, 4, 256, 4)),
         (SINGLE, 1, 33, 33, "none", True, False, None),
         (HALF, 20, 37, 72, "none", False, True, None),
-        (HALF, 5, 40, 256, "swiglu", True, False, StreamConfig(16, 32, 128, 4, 4)),
-        (BRAIN, 40, 70, 100, "swiglu", True, False, StreamConfig(32, 64, 64, 8, 3)),
-        (SINGLE, 5, 33, 64, "none", True, True, None),
+        (HALF, 20, 130, 400, "none", False, True, StreamConfig(16, 64, 128, 4, 3, splits=2)),
+        (HALF, 5, 40, 256, "swiglu", False, False, StreamConfig(16, 32, 128, 4, 4)),
+        (BRAIN, 40, 70, 100, "swiglu", False, False, StreamConfig(32, 64, 64, 8, 3)),
+        (SINGLE, 5, 33, 64, "none", False, True, StreamConfig(16, 64, 32, 4, 2, splits=2)),
     )
     for dtype, capacity, outputs, inputs, act, normed, added, config in cases:
         make = Maker(device, dtype)
         weight = make.full(outputs * (2 if act == "swiglu" else 1), inputs)
         norm = (make.full(inputs, dtype=SINGLE if act == "none" else dtype), EPS) if normed else None
+        shared = stream_workspace(capacity, outputs, torch.device(device))
         for live in _lives(capacity):
             rows = _picked(live, capacity)
             x, order, counts = make.at(rows, capacity, inputs), make.ints(rows, capacity), make.ints([live, FAR])
@@ -357,7 +364,7 @@ def run_stream(device: str) -> None:
             apart = make.empty(capacity, outputs, dtype=dtype if added else SINGLE)
             for out in (apart, residual):
                 if out is not None:
-                    stream_rows_(out, x, weight, order, counts, norm, residual, act, config)
+                    stream_rows_(out, x, weight, order, counts, norm, residual, act, config, shared)
 
 
 def run_decode_attention(device: str) -> None:
@@ -400,12 +407,17 @@ def _run_decode_attention(make: Maker, rows, positions, heads, kv_heads, d, spli
 
 
 def run_decoder_exits(device: str) -> None:
-    """A step's policy, with states to keep and without, what an exit adds to the head, and the greedy token."""
+    """A step's policy, with states to keep and without, what an exit adds to the head, CALM's measures, and the greedy
+    token."""
     cases = ((HALF, 72, 5, 6, True), (BRAIN, 128, 32, 40, False), (SINGLE, 33, 9, 6, True), (HALF, 40, 0, 6, True))
     for dtype, hidden, neurons, capacity, kept in cases:
         make = Maker(device, dtype)
         for live in _lives(capacity):
             _run_policy(make, hidden, neurons, capacity, live, kept)
+            rows, z = _picked(live, capacity), make.empty(capacity, 1, dtype=SINGLE)
+            x, lists = make.at(rows, capacity, hidden), (make.ints(rows, capacity), make.ints([live, FAR]))
+            classifier_rows_(z, x, make.full(1, hidden), *lists)
+            saturation_rows_(z, make.at(rows, capacity, hidden), x, *lists)
             if neurons:
                 rows = _picked(live, capacity)
                 delta_rows_(
@@ -414,8 +426,12 @@ def run_decoder_exits(device: str) -> None:
                     make.ints(rows, capacity), make.ints([live, FAR]),
                 )  # fmt: skip
     make, ints = Maker(device, SINGLE), torch.int32
-    for words in (1, 37, 9000):
+    for words in (2, 37, 9000):
         for live in _lives(6):
+            rows = _picked(live, 6)
+            response_rows_(
+                make.empty(6, 1), make.at(rows, 6, words), make.ints(rows, 6), make.ints([live, FAR])
+            )  # fmt: skip
             greedy_rows_(
                 make.empty(6, 3, dtype=ints), make.empty(6, dtype=ints), make.head(live, 6, words),
                 make.ints(_some(live, 7), 6), make.head(live, 6), make.ints([live, FAR]),

@@ -43,7 +43,7 @@ from engine.kernels.gpu_common import (
     tl,
 )
 
-__all__ = ["QkvConfig", "entry_configs", "qkv_configs", "qkv_entries", "qkv_rows_", "qkv_rows__ref"]
+__all__ = ["EntriesConfig", "QkvConfig", "entries_configs", "qkv_configs", "qkv_entries", "qkv_rows_", "qkv_rows__ref"]
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -93,16 +93,19 @@ _HALF = (
 _ONE_FLOAT = (QkvConfig(16, 16, 32, 4, 2, 2, 2048), QkvConfig(16, 16, 32, 4, 2, 1, 4096))
 _FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2), QkvConfig(16, 8, 32, 4, 2))
 
-# With entries: half a head of 128 or more a tile, and room beside the live rows for as many that are owed. One tile has
-# 128 rows where 64 may be live: W alone takes 38 us there, 41 with twice the rows, 80 if it is read twice.
-_ENTRIES = {
-    16: (QkvConfig(16, 64, 128, 4, 4), QkvConfig(16, 64, 128, 4, 3), QkvConfig(16, 64, 64, 4, 6)),
-    32: (QkvConfig(32, 64, 128, 4, 3), QkvConfig(32, 64, 64, 4, 6)),
-    64: (QkvConfig(64, 64, 128, 4, 3), QkvConfig(64, 64, 64, 4, 5)),
-    128: (QkvConfig(128, 64, 64, 8, 4), QkvConfig(128, 64, 64, 8, 3)),
-}
-_ENTRIES_FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2))
-_ENTRIES_PROGRAMS = 64  # of tiles so wide, below which a weight is no large one
+class EntriesConfig(NamedTuple):
+    """One way to cut the products of norms in ``entries``: one head of W by ``rows`` of them."""
+
+    rows: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# There is room beside the live rows for as many that are owed, since a second tile would read W again: LLaMA-7B's alone
+# takes 37 / 38 / 39 / 41 us with tiles of 16 / 32 / 64 / 128.
+_ENTRIES = tuple(EntriesConfig(0, *c) for c in ((128, 8, 3), (64, 8, 4), (64, 8, 3)))
+_ENTRIES_FLOAT = (EntriesConfig(0, 32, 8, 2),)
 
 # Programs that keep an H100 (132 multiprocessors) busy.
 _PROGRAMS = 132
@@ -136,19 +139,20 @@ def qkv_configs(
     return default, *(c for c in table if c != default)
 
 
-def _entry_tile(rows: int) -> int:
-    return 16 if rows <= 4 else 32 if rows <= 16 else 64 if rows <= 32 else 128
-
-
 def qkv_entries(rows: int, num_heads: int, kv_heads: int, head_dim: int) -> int:
-    """Rows of ``entries`` that pay for a capacity of ``rows``; 0 where none do."""
-    programs = (num_heads + 2 * kv_heads) * cdiv(head_dim // 2, 64)
-    return 0 if rows <= 1 or head_dim < 128 or programs < _ENTRIES_PROGRAMS else 2 * _entry_tile(rows)
+    """Rows of ``entries`` that pay for a capacity of ``rows``; 0 where none do: a small weight, or one of other heads
+    than the tiles are for."""
+    if rows <= 1 or head_dim != 128 or num_heads + 2 * kv_heads < 64:
+        return 0
+    return 2 * entries_configs(rows, torch.float16)[0].rows
 
 
-def entry_configs(rows: int, dtype: torch.dtype) -> tuple[QkvConfig, ...]:
-    """``qkv_configs`` with ``entries``."""
-    return _ENTRIES_FLOAT if dtype == torch.float32 else _ENTRIES[_entry_tile(rows)]
+def entries_configs(rows: int, dtype: torch.dtype, hopper: bool = True) -> tuple[EntriesConfig, ...]:
+    """``qkv_configs`` with ``entries``. hopper: whether a multiprocessor has Hopper's shared memory"""
+    if dtype == torch.float32:
+        return tuple(c._replace(rows=16) for c in _ENTRIES_FLOAT)
+    tile = 16 if rows <= 4 else 32 if rows <= 16 else 64 if rows <= 32 else 128
+    return tuple(c._replace(rows=tile) for c in (_ENTRIES if hopper else _ENTRIES[1:]))
 
 
 # --- torch twin ------------------------------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ def qkv_rows__ref(
     owed_slots: Tensor,
     owed_positions: Tensor,
     counts: Tensor,
-    config: QkvConfig | None = None,
+    config: QkvConfig | EntriesConfig | None = None,
     entries: Tensor | None = None,
 ) -> None:
     n, o = counts.tolist()
@@ -365,17 +369,14 @@ def _entries_kernel(
     query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
     slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps, entries_ptr, weight_tiles,
     A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """W by the norms of ``_norms_kernel``; what these had no room for by ``_tiles``."""
-    BLOCKS: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
-    head, part = _place(tl.program_id(0), BLOCKS, A, KV)
-    pair = part * PAIRS + tl.arange(0, PAIRS)
-    top = head * (2 * HALF) + part * PAIRS
+    """One head of W by the norms of ``_norms_kernel``; what these had no room for by ``_tiles``."""
+    head, part = _place(tl.program_id(0), 1, A, KV)
+    features = tl.arange(0, 2 * HALF)
+    pair = tl.arange(0, HALF)[:, None]
     inner = tl.arange(0, BLOCK_K)
-    # Rows past the end of a half are somebody else's, and not stored.
-    low = head * (2 * HALF) + tl.minimum(pair, HALF - 1)
-    weights = weight_ptr + low.to(tl.int64)[:, None] * H + inner[None, :]
+    weights = weight_ptr + (head * (2 * HALF) + features).to(tl.int64)[:, None] * H + inner[None, :]
     begin(EARLY)
     live = tl.load(counts_ptr)
     owed = tl.load(counts_ptr + 1)
@@ -394,30 +395,31 @@ def _entries_kernel(
         positions = tl.load(positions_ptr + rows, mask=present & newest, other=0)
         positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
         x_ptrs = entries_ptr + tl.minimum(entry, held - 1)[None, :] * H + inner[:, None]
-        first = tl.zeros((PAIRS, ROWS), dtype=tl.float32)
-        second = tl.zeros((PAIRS, ROWS), dtype=tl.float32)
+        total = tl.zeros((2 * HALF, ROWS), dtype=tl.float32)
         for k in range(0, H, BLOCK_K):
             if H % BLOCK_K == 0:
                 x = tl.load(x_ptrs + k)
             else:
                 x = tl.load(x_ptrs + k, mask=inner[:, None] < H - k, other=0.0)
-            w = _copied(weight_tiles, weights, top, k, inner, H, BLOCK_K, TILES)
-            first = tl.dot(w, x, first, input_precision="ieee")
-            w = _copied(weight_tiles, weights + HALF * H, top + HALF, k, inner, H, BLOCK_K, TILES)
-            second = tl.dot(w, x, second, input_precision="ieee")
-        here = present[None, :] & (pair < HALF)[:, None]
-        cos, sin, cos_second, sin_second = _angles(
-            cos_ptr, sin_ptr, positions, here & (head < A + KV), pair[:, None], HALF
-        )
+            if TILES:
+                w = weight_tiles.load([head * (2 * HALF), k])
+            elif H % BLOCK_K == 0:
+                w = tl.load(weights + k)
+            else:
+                w = tl.load(weights + k, mask=inner[None, :] < H - k, other=0.0)
+            total = tl.dot(w, x, total, input_precision="ieee")
+        first, second = tl.split(tl.permute(tl.reshape(total, (2, HALF, ROWS)), (1, 2, 0)))
+        here = present[None, :] & (pair < HALF)
+        cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
         _put(
-            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here,
-            pair[:, None], head, A, KV, HALF,
+            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair,
+            head, A, KV, HALF,
         )  # fmt: skip
     if entries > ROOM:
         _tiles(
             query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
             slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, ROOM, eps, head, part,
-            A, KV, HALF, H, 16, PAIRS, 32,
+            A, KV, HALF, H, 16, HALF, 32,
         )  # fmt: skip
 
 
@@ -567,7 +569,7 @@ def qkv_rows_(
     owed_slots: Tensor,
     owed_positions: Tensor,
     counts: Tensor,
-    config: QkvConfig | None = None,
+    config: QkvConfig | EntriesConfig | None = None,
     entries: Tensor | None = None,
 ) -> None:
     """Queries, keys and values of the n = counts[0] live rows, and keys and values of the o = counts[1] owed entries:
@@ -589,9 +591,10 @@ def qkv_rows_(
     slots, positions    (R,) int32 by row id: cache slot and position of the row's newest token
     owed_slots, owed_positions  (O,) int32: cache slot and position of the owed tokens in their first o entries
     counts              (2,) int32: n, o
-    config              a tile of ``qkv_configs``, or with entries of ``entry_configs``; None: the default
+    config              a tile of ``qkv_configs``, or with entries of ``entries_configs``; None: the default
     entries             (``qkv_entries`` or any other number, H), dtype of hidden, contiguous, written: room for norms.
-                        A launch in front writes them. None: none. Not for a capacity of 1
+                        A launch in front writes them. None: none. Not for a capacity of 1; heads whose size is a
+                        power of 2, 16 to 128
     All int32 arguments and hidden may be the work of the kernel directly in front. Sums are in fp32. Nothing on the
     device checks an id, a slot or a position: no two of the n + o entries may have the same slot, and everything must
     be in range.
@@ -631,6 +634,8 @@ def qkv_rows_(
         if capacity == 1 or entries.shape[0] < 1:
             raise ValueError(f"entries are for a capacity of 2 or more, and at least 1, got {capacity} and "
                              f"{entries.shape[0]}")  # fmt: skip
+        if head_dim not in (16, 32, 64, 128):
+            raise ValueError(f"entries are for a head_dim of 16, 32, 64 or 128, got {head_dim}: leave them out")
         _check_apart(entries=entries, hidden=hidden, states=states)
     tensors = (query, keys, values, hidden, states, weight)
     indices = (order, slots, positions, owed_slots, owed_positions, counts)
@@ -639,19 +644,30 @@ def qkv_rows_(
         return
     if capacity == 0:
         return
-    if config is None and entries is not None:
-        config = entry_configs(capacity, hidden.dtype)[0]
-    elif config is None:
-        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, early(hidden)["EARLY"])[0]
     half, heads = head_dim // 2, num_heads + 2 * kv_heads
-    pairs = min(config.pairs, max(8, next_power_of_2(half)))
-    shape = {"A": num_heads, "KV": kv_heads, "HALF": half, "H": width, "ROWS": config.rows, "PAIRS": pairs}
-    shape |= {"BLOCK_K": config.block_k, "num_warps": config.num_warps, "num_stages": config.num_stages}
     arguments = (*tensors, gain, cos, sin, *indices, eps)
+    shape = {"A": num_heads, "KV": kv_heads, "HALF": half, "H": width, **early(hidden)}
+    if entries is not None:
+        config = entries_configs(capacity, hidden.dtype, shape["EARLY"])[0] if config is None else config
+        tiles = copied_tiles(weight, head_dim, config.block_k)
+        with on_device(hidden):
+            _norms_kernel[(entries.shape[0],)](
+                entries, hidden, states, gain, order, owed_slots, counts, eps, H=width, BLOCK=next_power_of_2(width),
+                num_warps=4 if width <= 1024 else 16, **early(hidden),
+            )  # fmt: skip
+            _entries_kernel[(heads,)](
+                *arguments, entries, tiles, ROOM=entries.shape[0], ROWS=config.rows, BLOCK_K=config.block_k,
+                TILES=tiles is not None, num_warps=config.num_warps, num_stages=config.num_stages, **shape,
+            )  # fmt: skip
+        return
+    if config is None:
+        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, shape["EARLY"])[0]
+    pairs = min(config.pairs, max(8, next_power_of_2(half)))
+    shape |= {"ROWS": config.rows, "PAIRS": pairs, "BLOCK_K": config.block_k}
+    shape |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     with on_device(hidden):
         if capacity == 1:
             vector_pairs = min(config.vector_pairs, next_power_of_2(half), pairs)
-            options = early(hidden)
             _one_row_kernel[(heads * cdiv(half, vector_pairs),)](
                 *arguments,
                 **shape,
@@ -660,18 +676,7 @@ def qkv_rows_(
                 FEW=config.few,
                 # Four programs of four warps have room on a multiprocessor. Left alone, ptxas takes more for nothing;
                 # where the weight is read again for owed entries it needs some more.
-                maxnreg=128 if options["EARLY"] else 168,
-                **options,
+                maxnreg=128 if shape["EARLY"] else 168,
             )
-        elif entries is not None:
-            _norms_kernel[(entries.shape[0],)](
-                entries, hidden, states, gain, order, owed_slots, counts, eps, H=width, BLOCK=next_power_of_2(width),
-                num_warps=4 if width <= 1024 else 16, **early(hidden),
-            )  # fmt: skip
-            pairs = shape["PAIRS"] = min(config.pairs, max(16, next_power_of_2(half)))
-            tiles = copied_tiles(weight, pairs, config.block_k)
-            _entries_kernel[(heads * cdiv(half, pairs),)](
-                *arguments, entries, tiles, ROOM=entries.shape[0], TILES=tiles is not None, **shape, **early(hidden),
-            )  # fmt: skip
         else:
-            _rows_kernel[(heads * cdiv(half, pairs),)](*arguments, **shape, **early(hidden))
+            _rows_kernel[(heads * cdiv(half, pairs),)](*arguments, **shape)

@@ -2,7 +2,7 @@
 
 Limited by the bytes of W at the few rows of a step (1 to 64): N K elements, read once, for 2 n N K operations. With
 room for one row a program multiplies some rows of W with the vector, in registers; for more rows tiles of W go through
-the tensor cores, and come from L2 for every further tile of rows. An RMSNorm in front needs no pass of its own: the sum
+the tensor cores, and come from L2 for every further tile of rows. One row's RMSNorm needs no pass of its own: the sum
 of x w W and that of x^2 are taken together.
 """
 
@@ -124,7 +124,6 @@ def stream_configs(
     dtype: torch.dtype,
     in_features: int = 2048,
     act: str = "none",
-    norm: bool = False,
     out_features: int = 16384,
     workspace: bool = False,
     hopper: bool = True,
@@ -147,8 +146,6 @@ def stream_configs(
     if dtype == torch.float32:
         return _FLOAT
     tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if norm:  # gains and squares of deeper tiles would be spilled
-        return (StreamConfig(tile, 64, 64, 8, 4),)
     table = _MORE[tile]
     if act == "swiglu":
         table = _PAIRED[tile]
@@ -307,20 +304,16 @@ def _rows_kernel(
     x_ptr,
     weight_ptr,
     weight_tiles,
-    norm_ptr,
     residual_ptr,
     order_ptr,
     counts_ptr,
     partial_ptr,
     arrived_ptr,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     SWIGLU: tl.constexpr,
-    NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    GROW: tl.constexpr,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -346,7 +339,6 @@ def _rows_kernel(
         weights = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + inner[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         total_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for step in range(0, SHARE, BLOCK_K):
             k = part * SHARE + step
             if EXACT:
@@ -356,24 +348,9 @@ def _rows_kernel(
             weight = _weight_tile(weights, weight_tiles, first, k, inner, K, EXACT, TILES)
             if SWIGLU:
                 up = _weight_tile(weights + N * K, weight_tiles, N + first, k, inner, K, EXACT, TILES)
-            if NORM:
-                wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, 0)
-                if EXACT:
-                    gain = tl.load(norm_ptr + k + inner).to(tl.float32)
-                else:
-                    gain = tl.load(norm_ptr + k + inner, mask=inner < K - k, other=0.0).to(tl.float32)
-                gain = (gain * GROW)[None, :]
-                weight = (weight.to(tl.float32) * gain).to(x.dtype)
-                if SWIGLU:
-                    up = (up.to(tl.float32) * gain).to(x.dtype)
             total = tl.dot(weight, x, total, input_precision="ieee")
             if SWIGLU:
                 total_up = tl.dot(up, x, total_up, input_precision="ieee")
-        if NORM:
-            factor = tl.rsqrt(squares / K + eps) / GROW
-            total *= factor[None, :]
-            total_up *= factor[None, :]
         if SWIGLU:
             total = _silu(total) * total_up
         places_out = row[None, :] * N + columns[:, None]
@@ -418,7 +395,7 @@ def stream_rows_(
     x         (R, K), fp16, bf16 or fp32, contiguous
     weight    (N, K), dtype of x, contiguous. With "swiglu" (2 N, K), gate first: out = silu(gate) * up (Shazeer 2020)
     order     int32 (R,): distinct rows; counts int32 (2,): counts[0] of them are live
-    norm      (weight (K,), eps) of an RMSNorm f in front of the product; None: f(x) = x
+    norm      (weight (K,), eps) of an RMSNorm f in front of the product, with room for one row; None: f(x) = x
     residual  (R, N), dtype of x, contiguous
     config    one of ``stream_configs``; None: the first
     workspace  of ``stream_workspace``, for as many rows and columns of out at least: a product of few columns is then
@@ -447,6 +424,9 @@ def stream_rows_(
     check_counts("counts", counts, x, "x")
     if norm is not None:
         check_weight("the norm's weight", norm[0], x, "x", width)
+        if rows > 1:
+            raise ValueError(f"norm is for one row, got room for {rows}: tiles would multiply every weight with it, a "
+                             "kernel in front (policy_rows_) every row")  # fmt: skip
     if residual is not None:
         check_like("residual", residual, x, "x")
         check_weight("residual", residual, x, "x", rows, features)
@@ -466,9 +446,13 @@ def stream_rows_(
     if rows == 0 or features == 0:
         return
     if config is None:
-        form = (width, act, norm is not None, features, workspace is not None, early(x)["EARLY"])
+        form = (width, act, features, workspace is not None, early(x)["EARLY"])
         config = stream_configs(rows, x.dtype, *form)[0]
-    if config.splits > 1 and (act != "none" or norm is not None or workspace is None):
+    if config.block_m == 1 and rows != 1:
+        raise ValueError(f"a config with block_m 1 is for one row, got room for {rows}")
+    if config.block_m > 1 and norm is not None:
+        raise ValueError("tiles take no norm: choose a config with block_m 1, or policy_rows_ in front")
+    if config.splits > 1 and (act != "none" or workspace is None):
         raise ValueError("programs can share the tiles of a plain product with a workspace alone: choose splits 1")
     if config.splits > 1:
         tiles = cdiv(rows, config.block_m) * cdiv(features, config.block_n)
@@ -476,27 +460,21 @@ def stream_rows_(
             raise ValueError(f"workspace has too little room for {config}: choose fewer splits, or larger tiles")
     weight_of_norm, eps = (None, 0.0) if norm is None else norm
     options = dict(
-        N=features, K=width, SWIGLU=act == "swiglu", NORM=norm is not None, RESIDUAL=residual is not None,
-        BLOCK_N=config.block_n, num_warps=config.num_warps, **early(x),
+        N=features, K=width, SWIGLU=act == "swiglu", RESIDUAL=residual is not None, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, num_warps=config.num_warps, **early(x),
     )  # fmt: skip
     grid = (cdiv(features, config.block_n), config.splits)
     with on_device(x):
         if config.block_m == 1:
-            if rows != 1:
-                raise ValueError(f"a config with block_m 1 is for one row, got room for {rows}")
             limit = {"maxnreg": config.registers} if config.registers else {}
             _one_row_kernel[grid](
-                out, x, weight, weight_of_norm, residual, counts, eps, BLOCK_K=config.block_k,
+                out, x, weight, weight_of_norm, residual, counts, eps, NORM=norm is not None,
                 PACK=16 // x.element_size(), **limit, **options,
             )  # fmt: skip
         else:
-            # The gain goes to the weights, not to x, whose numbers may be so large or small that fp16 cannot hold x w;
-            # weights times gains may be small, and a power of two costs nothing.
-            grow = 2.0**6 if x.dtype == torch.float16 else 1.0
             tiles = copied_tiles(weight, config.block_n, config.block_k)
             shared = workspace if config.splits > 1 else (None, None)
             _rows_kernel[grid](
-                out, x, weight, tiles, weight_of_norm, residual, order, counts, *shared, eps, R=rows, GROW=grow,
-                TILES=tiles is not None, SPLITS=config.splits, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-                num_stages=config.num_stages, **options,
+                out, x, weight, tiles, residual, order, counts, *shared, R=rows, TILES=tiles is not None,
+                SPLITS=config.splits, BLOCK_M=config.block_m, num_stages=config.num_stages, **options,
             )  # fmt: skip

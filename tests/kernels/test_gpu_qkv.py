@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import gpu_common, gpu_qkv
-from engine.kernels.gpu_qkv import QkvConfig, entry_configs, qkv_configs, qkv_entries, qkv_rows_, qkv_rows__ref
+from engine.kernels.gpu_qkv import QkvConfig, entries_configs, qkv_configs, qkv_entries, qkv_rows_, qkv_rows__ref
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
 
@@ -137,7 +137,7 @@ def entries_for(c, room):
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
-@pytest.mark.parametrize("shape", [GQA, ODD, (80, 2, 1, 256)], ids=["gqa", "odd", "two blocks a half"])
+@pytest.mark.parametrize("shape", [GQA, PLAIN, (40, 2, 1, 128)], ids=["gqa", "plain", "128"])
 @pytest.mark.parametrize(
     "capacity, live, owed, room",
     [(5, 3, 0, 1), (5, 0, 0, 16), (5, 0, 6, 16), (20, 17, 3, 20), (20, 20, 45, 16), (20, 20, 45, 70)],
@@ -171,6 +171,9 @@ def test_who_has_entries():
     with pytest.raises(ValueError, match="entries are for a capacity of 2 or more, and at least 1, got 1 and 8"):
         qkv_rows_(*c.arguments(), entries=entries_for(c, 8))
     c = case(4, 1, 0, PLAIN, HALF, "cpu")
+    odd = case(4, 1, 0, ODD, HALF, "cpu")
+    with pytest.raises(ValueError, match="entries are for a head_dim of 16, 32, 64 or 128, got 24: leave them out"):
+        qkv_rows_(*odd.arguments(), entries=entries_for(odd, 8))
     with pytest.raises(ValueError, match="entries must not overlap hidden"):
         qkv_rows_(*c.arguments(), entries=c.hidden)
     with pytest.raises(ValueError, match=r"entries must have shape \[any, 64\], got \[8, 63\]"):
@@ -272,7 +275,7 @@ def test_real_shapes(gpu, dtype, shape, capacity, live, owed):
     check(c)
     most = qkv_entries(capacity, *shape[1:])
     for room in {most, most // 4} - {0}:
-        for config in (None, *entry_configs(capacity, dtype)):
+        for config in (None, *entries_configs(capacity, dtype)):
             for written in (c.query, c.keys, c.values):
                 written.fill_(POISON)
             qkv_rows_(*c.arguments(), config, entries=entries_for(c, room))
@@ -385,7 +388,7 @@ class TestCompile:
         for module in (gpu_qkv, gpu_common):
             monkeypatch.setattr(module, "early", lambda x: {"EARLY": arch >= 90})
         monkeypatch.setattr(gpu_cases, "MODULES", (gpu_qkv,))
-        for config in entry_configs(capacity, dtype):
+        for config in entries_configs(capacity, dtype, arch == 90):
             call = functools.partial(qkv_rows_, *c.arguments(), config, entries_for(c, 2 * config.rows))
             for launch in gpu_cases.record_all(monkeypatch, "qkv", call):
                 usage = gpu_cases.compile_launch(launch, arch)
