@@ -439,6 +439,14 @@ def _vector_part(ptr, k, column, H: tl.constexpr, VECTOR_K: tl.constexpr):
 
 
 @jit
+def _prefetch(ptrs):
+    """Have L1 hold what stands there, soon; nothing waits."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
 def _opaque(halves):
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [halves], dtype=halves.dtype, is_pure=False, pack=2)
 
@@ -472,7 +480,13 @@ def _one_row_kernel(
         positions = tl.load(positions_ptr + only)
         pair = (part * VECTOR_PAIRS + tl.arange(0, VECTOR_PAIRS))[:, None]
         here = pair < HALF
-        # On their way while the weight is.
+        # On their way while the weight is; so is the first owed state, which has long gone from L2.
+        if EARLY and head >= A:
+            if owed > 0:
+                state = states_ptr + tl.load(owed_slots_ptr).to(tl.int64) * H
+                LINE: tl.constexpr = 1024 // states_ptr.dtype.element_ty.primitive_bitwidth
+                LINES: tl.constexpr = (VECTOR_K + LINE - 1) // LINE
+                _prefetch(state + tl.minimum(tl.arange(0, LINES) * LINE, H - 1))
         cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
         wide = x.to(tl.float32)
         scaled = wide * gain.to(tl.float32)

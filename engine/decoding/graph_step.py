@@ -259,14 +259,12 @@ class Step:
     def record(self, when: When) -> None:
         """Launch the kernels. when(flag): a context whose kernels are needed only where flag, one int32, is not 0."""
         w, a, g, rows = self.weights, self.arena, self.given, self._rows
-        order, counts = a.everybody[:rows], g.counts
+        order, counts = a.everybody[:rows], g.counts  # nothing is owed to the first layer: every token has been there
         torch.index_select(w.embedding, 0, g.ids, out=a.hidden[:rows])
         if self.measure == "saturation":
             a.before[:rows].copy_(a.hidden[:rows])
         exits = {layer: index for index, layer in enumerate(w.exit_layers[:-1])}  # at the last everybody leaves
         with ExitStack() as skipped:
-            if self.measure is not None:
-                order, counts = self._next(order, counts, 0, STAY, 1)
             for number, layer in enumerate(w.layers, start=1):
                 self._layer(number, layer, order, counts)
                 last = number == len(w.layers)
