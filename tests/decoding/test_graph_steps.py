@@ -54,7 +54,7 @@ def test_scripted_exits_and_forced_tokens(place, exits, kv_heads, head, seed):
 def test_what_only_large_models_have(place, monkeypatch):
     """Norms of their own in front of the products, with room for some of the entries."""
     monkeypatch.setattr(graph_step, "qkv_entries", lambda rows, *_: 0 if rows == 1 else rows + 1)
-    model = tiny_decoder(seed=3).to(place)
+    model = tiny_decoder(seed=3, hidden=64).to(place)
     requests = random_requests(8, seed=11, new=30)
     got, decoder = by_programs(model, requests, max_rows=8)
     assert tokens(got) == tokens(by_reference(model, requests)) and decoder.settled > 0

@@ -21,13 +21,14 @@ def tiny_decoder(
     seed=0,
     vocab=VOCAB,
     positions=128,
+    hidden=32,
     **options,
 ):
     """Weights large enough for exits to disagree about the next token; policies above and below zero."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=56,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
