@@ -394,13 +394,14 @@ def _entries_kernel(
         slots += tl.load(owed_slots_ptr + entry - live, mask=late, other=0)
         positions = tl.load(positions_ptr + rows, mask=present & newest, other=0)
         positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
-        x_ptrs = entries_ptr + tl.minimum(entry, held - 1)[None, :] * H + inner[:, None]
+        # Entries that are not there are not read either: any in their place is one address for all programs at once.
+        x_ptrs = entries_ptr + entry[None, :] * H + inner[:, None]
         total = tl.zeros((2 * HALF, ROWS), dtype=tl.float32)
         for k in range(0, H, BLOCK_K):
             if H % BLOCK_K == 0:
-                x = tl.load(x_ptrs + k)
+                x = tl.load(x_ptrs + k, mask=present[None, :], other=0.0)
             else:
-                x = tl.load(x_ptrs + k, mask=inner[:, None] < H - k, other=0.0)
+                x = tl.load(x_ptrs + k, mask=present[None, :] & (inner[:, None] < H - k), other=0.0)
             if TILES:
                 w = weight_tiles.load([head * (2 * HALF), k])
             elif H % BLOCK_K == 0:

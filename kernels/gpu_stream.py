@@ -334,7 +334,9 @@ def _rows_kernel(
     begin(EARLY)
     for start in range(0, live, BLOCK_M):
         places = start + tl.arange(0, BLOCK_M)
-        row = tl.load(order_ptr + tl.minimum(places, live - 1)).to(tl.int64)
+        # Rows that are not there are not read either: any row in their place is one address for all programs at once.
+        present = (places < live)[None, :]
+        row = tl.load(order_ptr + places, mask=places < live, other=0).to(tl.int64)
         x_ptrs = x_ptr + row[None, :] * K + inner[:, None]
         weights = weight_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + inner[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -342,9 +344,9 @@ def _rows_kernel(
         for step in range(0, SHARE, BLOCK_K):
             k = part * SHARE + step
             if EXACT:
-                x = tl.load(x_ptrs + k)
+                x = tl.load(x_ptrs + k, mask=present, other=0.0)
             else:
-                x = tl.load(x_ptrs + k, mask=inner[:, None] < K - k, other=0.0)
+                x = tl.load(x_ptrs + k, mask=present & (inner[:, None] < K - k), other=0.0)
             weight = _weight_tile(weights, weight_tiles, first, k, inner, K, EXACT, TILES)
             if SWIGLU:
                 up = _weight_tile(weights + N * K, weight_tiles, N + first, k, inner, K, EXACT, TILES)
@@ -354,7 +356,7 @@ def _rows_kernel(
         if SWIGLU:
             total = _silu(total) * total_up
         places_out = row[None, :] * N + columns[:, None]
-        mask = (places < live)[None, :] & (columns < N)[:, None]
+        mask = present & (columns < N)[:, None]
         if SPLITS > 1:
             # Who comes last adds up what all have left, in one order, and leaves the count as it was.
             tl.store(partial_ptr + part * (R * N) + places_out, total, mask=mask)
