@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import gpu_stream
+from engine.kernels import gpu_common, gpu_stream
 from engine.kernels.gpu_common import INTERPRETED, triton
 from engine.kernels.gpu_stream import (
     StreamConfig,
@@ -433,15 +433,17 @@ def given(capacity, product, dtype):
     return (
         empty(capacity, features, dtype=SINGLE if single else dtype), empty(capacity, width),
         empty(features * (2 if act == "swiglu" else 1), width), empty(capacity, dtype=torch.int32),
-        empty(2, dtype=torch.int32), (empty(width), EPS) if norm else None,
+        empty(2, dtype=torch.int32), (empty(width), EPS) if norm and capacity == 1 else None,
         empty(capacity, features) if residual else None, act,
     )  # fmt: skip
 
 
 def compiled(monkeypatch, capacity, product, dtype, arch, config=None):
     monkeypatch.setattr(gpu_cases, "MODULES", (gpu_stream,))
-    arguments = given(capacity, product, dtype)
-    launch = gpu_cases.record(monkeypatch, product, lambda: stream_rows_(*arguments, config=config))
+    for module in (gpu_stream, gpu_common):
+        monkeypatch.setattr(module, "early", lambda x: {"EARLY": arch >= 90})
+    arguments, shared = given(capacity, product, dtype), stream_workspace(capacity, 32000, torch.device("cpu"))
+    launch = gpu_cases.record(monkeypatch, product, lambda: stream_rows_(*arguments, config=config, workspace=shared))
     usage = gpu_cases.compile_launch(launch, arch)
     assert usage.stack_bytes == 0, f"{config}: registers are spilled"
     assert usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
@@ -452,24 +454,12 @@ def compiled(monkeypatch, capacity, product, dtype, arch, config=None):
 class TestCompile:
     pytestmark = needs_compiler
 
-    @pytest.mark.parametrize("arch", [80, 90])
-    @pytest.mark.parametrize("product", LLAMA)
-    @pytest.mark.parametrize("capacity", [1, 8, 32, 64])
-    def test_defaults(self, monkeypatch, capacity, product, arch):
-        compiled(monkeypatch, capacity, product, HALF, arch)
-
-    @pytest.mark.parametrize("arch", [80, 90])
-    @pytest.mark.parametrize("dtype", [BRAIN, SINGLE], ids=str)
-    @pytest.mark.parametrize("product", ["gate up", "down"])
-    @pytest.mark.parametrize("capacity", [1, 64])
-    def test_dtypes(self, monkeypatch, capacity, product, dtype, arch):
-        compiled(monkeypatch, capacity, product, dtype, arch)
-
     @pytest.mark.parametrize("product", ["output", "gate up", "gate up after a norm", "down"])
     @pytest.mark.parametrize("capacity", [1, 8, 32, 64])
     def test_every_config(self, monkeypatch, capacity, product):
-        _, width, form = LLAMA[product]
-        for config in stream_configs(capacity, HALF, width, FORMS[form][2], FORMS[form][0]):
+        """The defaults and other dtypes are compiled in test_gpu_stream.py."""
+        features, width, form = LLAMA[product]
+        for config in stream_configs(capacity, HALF, width, FORMS[form][2], features, workspace=True):
             compiled(monkeypatch, capacity, product, HALF, 90, config)
 
     @pytest.mark.parametrize("product", ["output", "gate up", "down", "head"])
