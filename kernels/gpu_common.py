@@ -114,6 +114,17 @@ def loaded_ahead(ptr, mask=None, other=None):
 
 
 @jit
+def weight_tile(ptrs, tiles, row, k, inner, K: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr):
+    """A tile of a weight from column k on, 0 beyond the last: with TILES by the copy engine from ``copied_tiles``, else
+    from ptrs, its addresses at column 0. EXACT: no tile has columns beyond."""
+    if TILES:
+        return tiles.load([row, k])
+    if EXACT:
+        return tl.load(ptrs + k)
+    return tl.load(ptrs + k, mask=inner[None, :] < K - k, other=0.0)
+
+
+@jit
 def shares_of(live, four, two):
     """``Partials.shares``: partial sums of a row that a product has left."""
     return tl.where(live <= four, 4, tl.where(live <= two, 2, 0))

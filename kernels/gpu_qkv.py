@@ -41,6 +41,7 @@ from engine.kernels.gpu_common import (
     on_device,
     runs_kernel,
     tl,
+    weight_tile,
 )
 
 __all__ = ["EntriesConfig", "QkvConfig", "entries_configs", "qkv_configs", "qkv_entries", "qkv_rows_", "qkv_rows__ref"]
@@ -402,12 +403,7 @@ def _entries_kernel(
                 x = tl.load(x_ptrs + k, mask=present[None, :], other=0.0)
             else:
                 x = tl.load(x_ptrs + k, mask=present[None, :] & (inner[:, None] < H - k), other=0.0)
-            if TILES:
-                w = weight_tiles.load([head * (2 * HALF), k])
-            elif H % BLOCK_K == 0:
-                w = tl.load(weights + k)
-            else:
-                w = tl.load(weights + k, mask=inner[None, :] < H - k, other=0.0)
+            w = weight_tile(weights, weight_tiles, head * (2 * HALF), k, inner, H, H % BLOCK_K == 0, TILES)
             total = tl.dot(w, x, total, input_precision="ieee")
         first, second = tl.split(tl.permute(tl.reshape(total, (2, HALF, ROWS)), (1, 2, 0)))
         here = present[None, :] & (pair < HALF)

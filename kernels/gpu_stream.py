@@ -34,6 +34,7 @@ from engine.kernels.gpu_common import (
     on_device,
     runs_kernel,
     tl,
+    weight_tile,
 )
 
 __all__ = [
@@ -287,17 +288,6 @@ def _one_row_kernel(
     tl.store(out_ptr + columns, y.to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
-@jit
-def _weight_tile(ptrs, tiles, row, k, inner, K: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr):
-    """A tile of W from column k on, 0 beyond the last: by the copy engine, where W is laid out for it. EXACT: no tile
-    has columns beyond."""
-    if TILES:
-        return tiles.load([row, k])
-    if EXACT:
-        return tl.load(ptrs + k)
-    return tl.load(ptrs + k, mask=inner[None, :] < K - k, other=0.0)
-
-
 @jit(do_not_specialize_on_alignment=UNALIGNED)
 def _rows_kernel(
     out_ptr,
@@ -347,9 +337,9 @@ def _rows_kernel(
                 x = tl.load(x_ptrs + k, mask=present, other=0.0)
             else:
                 x = tl.load(x_ptrs + k, mask=present & (inner[:, None] < K - k), other=0.0)
-            weight = _weight_tile(weights, weight_tiles, first, k, inner, K, EXACT, TILES)
+            weight = weight_tile(weights, weight_tiles, first, k, inner, K, EXACT, TILES)
             if SWIGLU:
-                up = _weight_tile(weights + N * K, weight_tiles, N + first, k, inner, K, EXACT, TILES)
+                up = weight_tile(weights + N * K, weight_tiles, N + first, k, inner, K, EXACT, TILES)
             total = tl.dot(weight, x, total, input_precision="ieee")
             if SWIGLU:
                 total_up = tl.dot(up, x, total_up, input_precision="ieee")
