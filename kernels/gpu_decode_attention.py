@@ -72,6 +72,25 @@ def _put_part(parts_ptr, out_ptr, to, at, column, mine, most, total, weighted, D
         tl.store(parts_ptr + to + D + 1, total, mine)
 
 
+@jit
+def _tile(
+    keys_ptr, values_ptr, block, p, end, kv, column, KV: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Keys and values [positions, D] of a head at positions p, which stand in these blocks; which of them are in the
+    part."""
+    seen = p < end
+    slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
+    at = slot[:, None] * (KV * D) + kv * D + column[None, :]
+    mask = seen[:, None] & (column < D)[None, :]
+    return tl.load(keys_ptr + at, mask=mask, other=0.0), tl.load(values_ptr + at, mask=mask, other=0.0), seen
+
+
+@jit
+def _blocks(table_ptr, p, end, BLOCK_SIZE: tl.constexpr):
+    """The blocks of a row's positions p: on their way while the tile in front is met."""
+    return tl.load(table_ptr + p // BLOCK_SIZE, mask=p < end, other=0)
+
+
 @jit(do_not_specialize_on_alignment=UNALIGNED, do_not_specialize=["blocks"])
 def _part_kernel(
     out_ptr,
@@ -93,7 +112,6 @@ def _part_kernel(
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     kv = tl.program_id(0)
@@ -130,16 +148,10 @@ def _part_kernel(
         most = tl.full((BLOCK_C,), -1e30, dtype=tl.float32)  # finite: a place may never see a position
         total = tl.zeros((BLOCK_C,), dtype=tl.float32)
         weighted = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
-        for first in tl.range(start, end, BLOCK_C, num_stages=STAGES):
+        for first in tl.range(start, end, BLOCK_C, num_stages=3):
             p = first + inner
-            seen = p < end
-            slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
-            at = slot[:, None] * (KV * D) + kv * D + column[None, :]
-            mask = seen[:, None] & (column < D)[None, :]
-            k = tl.load(keys_ptr + at, mask=mask, other=0.0)
-            v = tl.load(values_ptr + at, mask=mask, other=0.0)
-            after = p + BLOCK_C
-            block = tl.load(table_ptr + row * blocks + after // BLOCK_SIZE, mask=after < end, other=0)
+            k, v, seen = _tile(keys_ptr, values_ptr, block, p, end, kv, column, KV, D, BLOCK_SIZE)
+            block = _blocks(table_ptr + row * blocks, p + BLOCK_C, end, BLOCK_SIZE)
             scores = tl.where(seen, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
             higher = tl.maximum(most, scores)
             kept = tl.exp2(most - higher)
@@ -160,14 +172,9 @@ def _part_kernel(
         weighted = tl.zeros((GROUP, BLOCK_D), dtype=tl.float32)
         for first in range(start, end, BLOCK_C):
             p = first + inner
-            seen = p < end
-            slot = block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE
-            at = slot[:, None] * (KV * D) + kv * D + column[None, :]
-            mask = seen[:, None] & (column < D)[None, :]
-            k = tl.load(keys_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(values_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            after = p + BLOCK_C
-            block = tl.load(table_ptr + row * blocks + after // BLOCK_SIZE, mask=after < end, other=0)
+            k, v, seen = _tile(keys_ptr, values_ptr, block, p, end, kv, column, KV, D, BLOCK_SIZE)
+            k, v = k.to(tl.float32), v.to(tl.float32)
+            block = _blocks(table_ptr + row * blocks, p + BLOCK_C, end, BLOCK_SIZE)
             scores = tl.sum(q[:, None, :] * k[None, :, :], 2)
             scores = tl.where(seen[None, :], scores, float("-inf"))
             higher = tl.maximum(most, tl.max(scores, 1))
@@ -286,7 +293,7 @@ def decode_attention_(
         _part_kernel[(kv_heads, rows, splits)](
             out, query, keys, values, order, block_table, positions, counts, workspace, scale, block_table.shape[1],
             A=heads, KV=kv_heads, D=d, BLOCK_SIZE=block_size, SPLITS=splits, GROUP=group, BLOCK_D=block_d,
-            BLOCK_C=min(block_c, 32), STAGES=3, num_warps=4, **early(query),
+            BLOCK_C=min(block_c, 32), num_warps=4, **early(query),
         )  # fmt: skip
         if splits > 1:
             _whole_kernel[(rows, heads)](
