@@ -228,8 +228,8 @@ class Step:
     """The kernels of a step for up to ``rows`` rows, in buffers that never move.
 
     measure  what an exit compares with the threshold, one of ``MEASURES``. None: nobody may leave, and nothing is owed;
-           nothing is measured, no list is kept
-    told   int32 [rows, 3] of ``greedy_rows_``: what the host wants to know, where the step has a head
+             nothing is measured, no list is kept
+    told     int32 [rows, 3] of ``greedy_rows_``: what the host wants to know, where the step has a head
     """
 
     def __init__(
