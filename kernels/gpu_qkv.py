@@ -356,15 +356,6 @@ def _norms_kernel(
     tl.store(entries_ptr + entry * H + column, (scaled * gain.to(tl.float32)).to(x.dtype), mask=column < H)
 
 
-@jit
-def _copied(tiles, ptrs, row, k, inner, H: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr):
-    if TILES:
-        return tiles.load([row, k])
-    if H % BLOCK_K == 0:
-        return tl.load(ptrs + k)
-    return tl.load(ptrs + k, mask=inner[None, :] < H - k, other=0.0)
-
-
 @jit(do_not_specialize_on_alignment=UNALIGNED)
 def _entries_kernel(
     query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,

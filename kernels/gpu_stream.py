@@ -72,8 +72,8 @@ class StreamWorkspace(NamedTuple):
     arrived: Tensor
 
 
-# Best first (H100, LLaMA-7B's products in us, output / gate and up / down: 11.8 / 57.5 / 29.6 with one row, 3.0 TB/s;
-# 15.6 / 65 / 39.6 with 8, 15.3 / 71.5 / 38.9 with 32). One row: widths that are multiples of 2048 and not, and narrow.
+# Best first (H100, LLaMA-7B's products of one row in us, output / gate and up / down: 11.8 / 57.5 / 29.6, 3.0 TB/s):
+# widths that are multiples of 2048 and not, and narrow.
 _ONE = (
     StreamConfig(1, 4, 2048, 8),
     StreamConfig(1, 4, 1024, 4, registers=128),
