@@ -251,6 +251,19 @@ def _put(
 
 
 @jit
+def _whose(order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, entry, present, live):
+    """Of the entries that are present: ids of the newest tokens' rows, which those are, cache slots, positions."""
+    newest = present & (entry < live)
+    late = present & (entry >= live)
+    rows = tl.load(order_ptr + entry, mask=newest, other=0)
+    slots = tl.load(slots_ptr + rows, mask=newest, other=0)
+    slots += tl.load(owed_slots_ptr + entry - live, mask=late, other=0)
+    positions = tl.load(positions_ptr + rows, mask=newest, other=0)
+    positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
+    return rows, newest, slots, positions
+
+
+@jit
 def _tiles(
     query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
     slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, begin_at, eps, head, part,
@@ -270,13 +283,9 @@ def _tiles(
     for start in range(begin_at, entries, ROWS):
         entry = start + tl.arange(0, ROWS)
         present = entry < entries
-        newest = entry < live
-        rows = tl.load(order_ptr + entry, mask=newest, other=0)
-        late = present & (entry >= live)
-        slots = tl.load(slots_ptr + rows, mask=newest, other=0)
-        slots += tl.load(owed_slots_ptr + entry - live, mask=late, other=0)
-        positions = tl.load(positions_ptr + rows, mask=newest, other=0)
-        positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
+        rows, newest, slots, positions = _whose(
+            order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, entry, present, live
+        )
         x_rows = tl.where(newest, hidden_ptr + rows.to(tl.int64) * H, states_ptr + slots.to(tl.int64) * H)
         total = tl.zeros((2 * PAIRS, ROWS), dtype=tl.float32)
         squares = tl.zeros((ROWS,), dtype=tl.float32)
@@ -379,13 +388,9 @@ def _entries_kernel(
     for start in range(0, held, ROWS):
         entry = start + tl.arange(0, ROWS)
         present = entry < held
-        newest = entry < live
-        rows = tl.load(order_ptr + entry, mask=present & newest, other=0)
-        late = present & (entry >= live)
-        slots = tl.load(slots_ptr + rows, mask=present & newest, other=0)
-        slots += tl.load(owed_slots_ptr + entry - live, mask=late, other=0)
-        positions = tl.load(positions_ptr + rows, mask=present & newest, other=0)
-        positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
+        rows, newest, slots, positions = _whose(
+            order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, entry, present, live
+        )
         # Entries that are not there are not read either: any in their place is one address for all programs at once.
         x_ptrs = entries_ptr + entry[None, :] * H + inner[:, None]
         total = tl.zeros((2 * HALF, ROWS), dtype=tl.float32)
