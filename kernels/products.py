@@ -29,8 +29,9 @@ __all__ = [
     "whole_rows",
 ]
 
-# Tiles of the kernel: rows x outputs. Without partial sums, that of 64 rows alone is shared among programs.
-PATHS = ((128, 192), (128, 96), (64, 48), (128, 48))
+# Tiles of the kernel: rows x outputs; the last is the first's size, and warpgroups take tiles in turn. Without partial
+# sums, that of 64 rows alone is shared among programs.
+PATHS = ((128, 192), (128, 96), (64, 48), (128, 48), (128, 192))
 
 _HALVES = (torch.float16, torch.bfloat16)
 

@@ -7,6 +7,7 @@
 //   path 1   128 x 96, the same                        fewer rows: twice the tiles
 //   path 2   64 x 48, warpgroups take turns along K    few rows; programs that would idle share a tile along K
 //   path 3   128 x 48, as path 0                       about 1 000 rows and few outputs: again twice the tiles
+//   path 4   128 x 192, warpgroups take tiles in turn  three rounds and more: one multiplies while the other stores
 //
 // A tile that is shared along K leaves partial sums for the reader of the result (product.h), on all paths; without one
 // who adds them up, path 2 alone is shared, and the program that comes last does it. Always in the order of the shares,
@@ -20,13 +21,14 @@
 // has to clear, and a kernel holds few more tiles than its capacity can ask for (2 % at 128 tokens).
 //
 // Tried and left out: storing one tile while the next is multiplied, with two sets of sums a thread (the product
-// takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it) or by way of shared memory
-// and the copy engine (8 % more for a pass of 4 096 tokens). Pairs of programs (clusters) that bring x for each
-// other: 2 us more for a launch, and a pair waits for its slower half at every tile. Putting the sums of shared tiles of
-// path 1 together here: that takes what it saves. A tile of 128 x 144: 1 us less for QKV of 1 024 rows, and its code
-// costs all others as much. The next product's weights brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more
-// from 1 024 on. A product's own weights brought while the kernel in front still runs: to L2, no gain; into the ring,
-// 3 to 9 % slower at 128 to 1 024 tokens, and the count read that early gains nothing.
+// takes the register file's bandwidth, and GELU ran at a quarter of its speed beside it; in turn it is spread over
+// all of the next product) or by way of shared memory and the copy engine (8 % more for a pass of 4 096 tokens).
+// Pairs of programs (clusters) that bring x for each other: 2 us more for a launch, and a pair waits for its slower
+// half at every tile. Putting the sums of shared tiles of path 1 together here: that takes what it saves. A tile of
+// 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs all others as much. The next product's weights
+// brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more from 1 024 on. A product's own weights brought while
+// the kernel in front still runs: to L2, no gain; into the ring, 3 to 9 % slower at 128 to 1 024 tokens, and the
+// count read that early gains nothing.
 #include <cuda.h>
 
 #include <type_traits>
@@ -61,18 +63,19 @@ struct ProductArgs {
   float* partials;
   int64_t out_stride;
   int32_t inputs, outputs, bias_fp32;
-  uint8_t choice[kChoices];  // by the live count in steps of kChoiceRows: the path, and 4 times log2 of the shares
+  uint8_t choice[kChoices];  // by the live count in steps of kChoiceRows: the path, and 8 times log2 of the shares
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define EE_HOPPER 1
 #endif
 
-// kSplit: both warpgroups work on the same 64 rows, one on even, one on odd steps of K.
-template <int kRows, int kColumns, int kStages, bool kSplit>
+// kSplit: both warpgroups work on the same 64 rows, one on even, one on odd steps of K. kTurns: each on a tile of its
+// own.
+template <int kRows, int kColumns, int kStages, bool kSplit, bool kTurns = false>
 struct Tile {
   static constexpr int rows = kRows, columns = kColumns, stages = kStages;
-  static constexpr bool split = kSplit;
+  static constexpr bool split = kSplit, turns = kTurns;
   static constexpr int x_bytes = kRows * kStep * 2, bytes = x_bytes + kColumns * kStep * 2;
   static_assert(kStages * bytes <= kRing && kStages <= 16 && bytes % 1024 == 0, "the ring must fit");
 };
@@ -80,6 +83,7 @@ using Tile0 = Tile<128, 192, 5, false>;
 using Tile1 = Tile<128, 96, 7, false>;
 using Tile2 = Tile<64, 48, 14, true>;
 using Tile3 = Tile<128, 48, 9, false>;
+using Tile4 = Tile<128, 192, 5, false, true>;
 
 // How the work of a launch is cut: items, each a tile and a share of its K.
 struct Plan {
@@ -154,6 +158,10 @@ __device__ inline void warpgroup_wait() {
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The half of it that does not wait.
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Calls f with the tile of a path. kTiles: the paths that there are, a bit each, path 2 among them.
 template <int kTiles, class F>
@@ -167,6 +175,9 @@ __device__ inline void with_tile(int32_t path, F&& f) {
   }
   if constexpr (kTiles & 8) {
     if (path == 3) return f(Tile3{});
+  }
+  if constexpr (kTiles & 16) {
+    if (path == 4) return f(Tile4{});
   }
   f(Tile2{});
 }
@@ -481,6 +492,71 @@ __device__ void consume(const ProductArgs& args, const Plan& plan, const Ring& r
   }
 }
 
+// Tiles in turn: while one warpgroup stores its tile, the other multiplies the next. Who is to multiply waits until the
+// other has seen all steps of its tile arrive: a stage tells this round from the one before, and no further back.
+// `biases`: twice 192 for each warpgroup.
+template <class T, bool kBfloat16, bool kGelu>
+__device__ void consume_in_turn(const ProductArgs& args, const Plan& plan, const Ring& ring, float* biases) {
+  const int group = threadIdx.x / kWarpgroup - 1, thread = threadIdx.x % kWarpgroup;
+  const bool signals = threadIdx.x % 16 == 0;  // 8 arrivals a stage, all of them this warpgroup's
+  biases += group * 2 * T::columns;
+  bool turned = false;
+  const uint32_t steps = plan.steps;
+  uint32_t base = group * steps;
+#pragma unroll 1
+  for (uint32_t item = blockIdx.x + group * gridDim.x; item < plan.items; item += 2 * gridDim.x) {
+    int32_t m, n;
+    plan.place(item, m, n);
+    float upper[T::columns / 2], lower[T::columns / 2];  // rows 0 to 63, and 64 to 127
+    const int32_t column = n * T::columns + thread;
+    const bool twice = thread < T::columns - kWarpgroup;  // it fetches the bias of two columns
+    const float bias = bias_at<kBfloat16>(args, column);
+    const float more_bias = twice ? bias_at<kBfloat16>(args, column + kWarpgroup) : 0.f;
+    int32_t held = -1;
+    int stage = static_cast<int>(base % T::stages);
+    uint32_t phase = base / T::stages & 1;
+    if (base > 0) named_barrier(4 + group, 2 * kWarpgroup);
+#pragma unroll 1
+    for (uint32_t k = 0; k < steps; ++k) {
+      barrier_wait(ring.full + stage, phase);
+      const char* const tile = ring.data + stage * T::bytes;
+      const uint64_t x = tile_descriptor(tile), more_x = tile_descriptor(tile + kBoxRows * kStep * 2);
+      const uint64_t weight = tile_descriptor(tile + T::x_bytes);
+      warpgroup_arrive();
+#pragma unroll
+      for (int i = 0; i < kStep / 16; ++i) {
+        multiply<T::columns, kBfloat16>(upper, x + 2 * i, weight + 2 * i, i > 0 || held >= 0);
+        multiply<T::columns, kBfloat16>(lower, more_x + 2 * i, weight + 2 * i, i > 0 || held >= 0);
+      }
+      warpgroup_commit();
+      warpgroup_wait<1>();
+      if (held >= 0 && signals) barrier_arrive(ring.empty + held);
+      held = stage;
+      if (++stage == T::stages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+    if (item + gridDim.x < plan.items) named_barrier_arrive(5 - group, 2 * kWarpgroup);
+    warpgroup_wait<0>();
+    if (signals) barrier_arrive(ring.empty + held);
+    base += 2 * steps;
+    biases[thread] = bias;
+    if (twice) biases[kWarpgroup + thread] = more_bias;
+    // One barrier is enough: these biases are written again two of this warpgroup's tiles later.
+    named_barrier(1 + group, kWarpgroup);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int32_t row = m * T::rows + half * kBoxRows;
+      store_rows<T::columns, kBfloat16, kGelu>(args, upper, biases, row, plan.live, n * T::columns);
+#pragma unroll
+      for (int i = 0; i < T::columns / 2; ++i) upper[i] = lower[i];
+    }
+    biases += turned ? -T::columns : T::columns;
+    turned = !turned;
+  }
+}
+
 #endif  // EE_HOPPER
 
 template <bool kBfloat16, bool kGelu, bool kPartials, int kTiles>
@@ -512,10 +588,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int32_t live = *args.count;
   if (live <= 0) return;
-  const int32_t choice = args.choice[min((live - 1) / kChoiceRows, kChoices - 1)], path = choice & 3;
-  const uint32_t shares = 1u << (choice >> 2);
+  const int32_t choice = args.choice[min((live - 1) / kChoiceRows, kChoices - 1)], path = choice & 7;
+  const uint32_t shares = 1u << (choice >> 3);
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
+    // A tile of 128 x 192 in the registers of one warpgroup.
+    if constexpr (kTiles & 16) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x != 0) return;
     with_tile<kTiles>(path, [&](auto tile) {
       using T = decltype(tile);
@@ -525,10 +603,15 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     return;
   }
+  if constexpr (kTiles & 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   with_tile<kTiles>(path, [&](auto tile) {
     using T = decltype(tile);
     const Plan plan = plan_of<T>(live, args.inputs, args.outputs, shares);
-    consume<T, kBfloat16, kGelu, kPartials>(args, plan, ring, second, biases, last);
+    if constexpr (T::turns) {
+      consume_in_turn<T, kBfloat16, kGelu>(args, plan, ring, second);
+    } else {
+      consume<T, kBfloat16, kGelu, kPartials>(args, plan, ring, second, biases, last);
+    }
   });
 #endif
 }
@@ -582,11 +665,14 @@ void consider(Choice& best, const ProductCall& call, uint32_t path, uint32_t liv
   const auto inputs = static_cast<uint32_t>(call.inputs), outputs = static_cast<uint32_t>(call.outputs);
   const bool leaves = call.partials != nullptr;
   if (!leaves) most = call.workspace != nullptr && T::split ? 3 : 0;
+  if (T::turns) most = 0;
   for (uint32_t doublings = 0; doublings <= most; ++doublings) {
     const Plan plan = plan_of<T>(live, inputs, outputs, 1u << doublings);
     if (doublings > 0 && (plan.items > programs || 2 * plan.shares >= plan.steps)) break;
     const uint32_t rounds = (plan.items + programs - 1) / programs;
-    uint32_t cost = rounds * (plan.steps / plan.shares * (T::bytes / 84) + kTile);
+    const uint32_t product = plan.steps / plan.shares * (T::bytes / 84);
+    // In turn, the last tile alone is stored while nothing is multiplied, by one warpgroup where else there are two.
+    uint32_t cost = T::turns ? rounds * product + 2 * kTile : rounds * (product + kTile);
     if (doublings > 0) cost += leaves ? kPartial + live * outputs / 1375 * (2 * plan.shares - 1) : rounds * kJoin;
     if (cost < best.cost) best = {path, doublings, cost};
   }
@@ -599,16 +685,19 @@ Choice choose(const ProductCall& call, uint32_t live, uint32_t programs, uint32_
   // Many outputs have tiles enough: there path 3 gains too little to be worth its code.
   if (call.path == 3 || (may(3) && call.outputs <= 1024)) consider<Tile3>(best, call, 3, live, programs, most);
   if (may(2)) consider<Tile2>(best, call, 2, live, programs, most);
+  if (may(4)) consider<Tile4>(best, call, 4, live, programs, most);
   return best;
 }
 
 // For every count of the table. Partial sums become fewer with more rows and never more again, so that two limits tell
-// a reader how many there are. The last entry, which stands for all greater counts, has none: their memory has an end.
+// a reader how many there are. The last entry, which stands for all greater counts, has none: their memory has an end;
+// it is chosen for four times its count, where many rounds decide.
 void choose_all(const ProductCall& call, uint32_t programs, Choice (&choices)[kChoices]) {
   uint32_t most = 2;
   for (uint32_t i = 0; i < kChoices; ++i) {
     if (i == kChoices - 1) most = 0;
-    choices[i] = choose(call, (i + 1) * kChoiceRows, programs, most);
+    const uint32_t live = (i == kChoices - 1 ? 4 * kChoices : i + 1) * kChoiceRows;
+    choices[i] = choose(call, live, programs, most);
     most = choices[i].doublings;
   }
 }
@@ -629,7 +718,8 @@ const char* launch(const ProductArgs& args, unsigned programs, int used, void* s
   const auto kernel = within(0b0100)   ? product_kernel<kBfloat16, kGelu, kPartials, 0b0100>
                       : within(0b1100) ? product_kernel<kBfloat16, kGelu, kPartials, 0b1100>
                       : within(0b0111) ? product_kernel<kBfloat16, kGelu, kPartials, 0b0111>
-                                       : product_kernel<kBfloat16, kGelu, kPartials, 0b1111>;
+                      : within(0b1111) ? product_kernel<kBfloat16, kGelu, kPartials, 0b1111>
+                                       : product_kernel<kBfloat16, kGelu, kPartials, 0b11111>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error_text(error);
   return launch_early(kernel, programs, kProductThreads, kShared, stream, args);
@@ -692,9 +782,9 @@ const char* consistentee_product(const ProductCall* call) {
   choose_all(*call, programs, choices);
   int used = 0;
   for (int i = 0; i < kChoices; ++i) {
-    args.choice[i] = static_cast<uint8_t>(choices[i].path | choices[i].doublings << 2);
+    args.choice[i] = static_cast<uint8_t>(choices[i].path | choices[i].doublings << 3);
     // The last entry stands for all greater counts.
-    if (static_cast<int64_t>(i) * kChoiceRows < call->capacity) used |= 1 << (args.choice[i] & 3);
+    if (static_cast<int64_t>(i) * kChoiceRows < call->capacity) used |= 1 << (args.choice[i] & 7);
   }
   const auto launch_for = [&](auto brain) {
     constexpr bool kBrain = decltype(brain)::value;

@@ -127,7 +127,8 @@ def hopper(gpu):
 @pytest.mark.parametrize(
     "capacity, live, features, width",
     [(1, 1, 768, 768), (70, 37, 384, 384), (128, 128, 768, 3072), (257, 200, 120, 72), (64, 64, 8, 16),
-     (2100, 2000, 2304, 768), (130, 129, 200, 1000)],
+     (2100, 2000, 2304, 768), (130, 129, 200, 1000), (4200, 4099, 2304, 768), (6000, 5900, 1536, 64),
+     (9000, 8500, 3072, 136)],
 )  # fmt: skip
 def test_hopper_products(hopper, capacity, live, features, width, dtype, path, shared):
     workspace = product_workspace("cuda") if shared else None
