@@ -230,9 +230,11 @@ def _span(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def check_apart(out: Tensor, name: str, x: Tensor) -> None:
+def check_apart(out: Tensor, name: str, x: Tensor, out_name: str = "out") -> None:
     """Programs write rows of out while others still read x: the two must not overlap."""
     if out.numel() and x.numel() and out.device == x.device:
         (start, end), (x_start, x_end) = _span(out), _span(x)
         if start < x_end and x_start < end:
-            raise ValueError(f"out must not overlap {name} in memory, rows of it are still read: give another buffer")
+            raise ValueError(
+                f"{out_name} must not overlap {name} in memory, rows of it are still read: give another buffer"
+            )
