@@ -551,10 +551,11 @@ def _check_shape(name: str, x: Tensor, like: Tensor, *shape: int | None) -> None
     check_contiguous(**{name: x})
 
 
-def _check_apart(**tensors: Tensor) -> None:
-    """No written tensor (the first three) shares memory with any other: programs still read and write those."""
+def _check_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """No written tensor shares memory with any other: programs still read and write those. All are contiguous."""
+    tensors = {**written, **read}
     spans = [(name, x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for name, x in tensors.items()]
-    for i, (name, start, end) in enumerate(spans[:3]):
+    for i, (name, start, end) in enumerate(spans[: len(written)]):
         for other, from_, to in spans[i + 1 :]:
             if start < to and from_ < end and start < end and from_ < to:
                 raise ValueError(f"{name} must not overlap {other} in memory: give another buffer")
@@ -602,6 +603,7 @@ def qkv_rows_(
     entries             (``qkv_entries`` or any other number, H), dtype of hidden, contiguous, written: room for norms.
                         A launch in front writes them. None: none. Not for a capacity of 1; heads whose size is a
                         power of 2, 16 to 128
+    What is written shares no memory with anything else here; what is only read may overlap.
     All int32 arguments and hidden may be the work of the kernel directly in front. Sums are in fp32. Nothing on the
     device checks an id, a slot or a position: no two of the n + o entries may have the same slot, and everything must
     be in range.
@@ -635,15 +637,28 @@ def qkv_rows_(
     check_vector("owed_slots", owed_slots, hidden, "hidden", torch.int32, 0)
     check_vector("owed_positions", owed_positions, hidden, "hidden", torch.int32, owed_slots.shape[0])
     check_counts("counts", counts, hidden, "hidden")
-    _check_apart(query=query, keys=keys, values=values, hidden=hidden, states=states, weight=weight)
+    written = {"query": query, "keys": keys, "values": values}
     if entries is not None:
         _check_shape("entries", entries, hidden, None, width)
-        if capacity == 1 or entries.shape[0] < 1:
-            raise ValueError(f"entries are for a capacity of 2 or more, and at least 1, got {capacity} and "
-                             f"{entries.shape[0]}")  # fmt: skip
+        if capacity == 1:
+            raise ValueError("entries are for a capacity of 2 or more, got 1: leave them out")
+        if entries.shape[0] < 1:
+            raise ValueError("entries must have room for at least 1, got 0: leave them out")
         if head_dim not in (16, 32, 64, 128):
             raise ValueError(f"entries are for a head_dim of 16, 32, 64 or 128, got {head_dim}: leave them out")
-        _check_apart(entries=entries, hidden=hidden, states=states)
+        written["entries"] = entries
+    wanted = QkvConfig if entries is None else EntriesConfig
+    if config is not None and not isinstance(config, wanted):
+        place = "without" if entries is None else "with"
+        raise ValueError(f"config must be a tile of type {wanted.__name__} {place} entries, got {config!r}")
+    _check_apart(
+        written,
+        {
+            "hidden": hidden, "states": states, "weight": weight, "norm": gain, "cos": cos, "sin": sin, "order": order,
+            "slots": slots, "positions": positions, "owed_slots": owed_slots, "owed_positions": owed_positions,
+            "counts": counts,
+        },
+    )  # fmt: skip
     tensors = (query, keys, values, hidden, states, weight)
     indices = (order, slots, positions, owed_slots, owed_positions, counts)
     if not runs_kernel(hidden):

@@ -168,14 +168,14 @@ def test_who_has_entries():
     assert [qkv_entries(rows, 32, 32, 128) for rows in (1, 2, 8, 32, 64)] == [0, 32, 64, 128, 256]
     assert qkv_entries(64, 9, 3, 64) == 0
     c = case(1, 1, 0, PLAIN, HALF, "cpu")
-    with pytest.raises(ValueError, match="entries are for a capacity of 2 or more, and at least 1, got 1 and 8"):
+    with pytest.raises(ValueError, match="entries are for a capacity of 2 or more, got 1: leave them out"):
         qkv_rows_(*c.arguments(), entries=entries_for(c, 8))
     c = case(4, 1, 0, PLAIN, HALF, "cpu")
     odd = case(4, 1, 0, ODD, HALF, "cpu")
     with pytest.raises(ValueError, match="entries are for a head_dim of 16, 32, 64 or 128, got 24: leave them out"):
         qkv_rows_(*odd.arguments(), entries=entries_for(odd, 8))
-    with pytest.raises(ValueError, match="entries must not overlap hidden"):
-        qkv_rows_(*c.arguments(), entries=c.hidden)
+    with pytest.raises(ValueError, match="entries must have room for at least 1, got 0: leave them out"):
+        qkv_rows_(*c.arguments(), entries=entries_for(c, 0))
     with pytest.raises(ValueError, match=r"entries must have shape \[any, 64\], got \[8, 63\]"):
         qkv_rows_(*c.arguments(), entries=entries_for(c, 8)[:, 1:].contiguous())
 
@@ -337,6 +337,42 @@ def test_written_buffers_are_apart():
     arguments[2] = arguments[1]
     with pytest.raises(ValueError, match="keys must not overlap values in memory: give another buffer"):
         qkv_rows_(*arguments)
+
+
+@pytest.mark.parametrize("name", ["query", "keys", "values", "hidden", "states", "weight", "norm", "cos", "sin"])
+def test_entries_are_apart_from_everything(name):
+    c = case(4, 2, 3, PLAIN, SINGLE, "cpu")
+    other = c.norm[0] if name == "norm" else getattr(c, name)
+    first, second = (name, "entries") if name in ("query", "keys", "values") else ("entries", name)
+    with pytest.raises(ValueError, match=f"{first} must not overlap {second} in memory: give another buffer"):
+        qkv_rows_(*c.arguments(), entries=other.view(-1)[-64:].view(1, 64))
+
+
+def test_lists_are_apart_from_what_is_written():
+    c = case(4, 2, 3, PLAIN, SINGLE, "cpu")
+    c.order = c.query.view(-1)[:4].view(torch.int32)
+    with pytest.raises(ValueError, match="query must not overlap order in memory: give another buffer"):
+        qkv_rows_(*c.arguments())
+
+
+def test_what_is_only_read_may_overlap():
+    """The states of a cache may be the rows' own hidden states."""
+    c = case(4, 4, 3, PLAIN, SINGLE, "cpu", room=8)
+    memory = torch.randn(8, 64)
+    c.hidden, c.states = memory[:4], memory
+    for entries in (None, entries_for(c, 8)):
+        for written in (c.query, c.keys, c.values):
+            written.fill_(POISON)
+        qkv_rows_(*c.arguments(), entries=entries)
+        check(c)
+
+
+def test_tiles_are_of_the_kind_that_is_asked():
+    c = case(4, 2, 3, PLAIN, SINGLE, "cpu")
+    with pytest.raises(ValueError, match=r"type QkvConfig without entries, got EntriesConfig\(rows=16"):
+        qkv_rows_(*c.arguments(), entries_configs(4, SINGLE)[0])
+    with pytest.raises(ValueError, match=r"type EntriesConfig with entries, got QkvConfig\(rows="):
+        qkv_rows_(*c.arguments(), qkv_configs(4, 4, 4, 32, SINGLE)[0], entries_for(c, 8))
 
 
 # --- compiled without a device ---------------------------------------------------------------------------------------
