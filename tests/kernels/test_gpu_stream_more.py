@@ -402,6 +402,48 @@ def test_messages(arguments, message):
         stream_rows_(*arguments)
 
 
+def taken(x, dtype, *shape):
+    """The first numbers of x as something else."""
+    numbers = torch.Size(shape).numel()
+    return x.view(-1)[:numbers].view(dtype).view(shape)
+
+
+ROOM = stream_workspace(4, 6, torch.device("cpu"))
+PARTIAL, ARRIVED = ROOM
+WORKSPACES = [
+    (ROOM._replace(partial=PARTIAL.half()), "workspace.partial must be float32, got float16"),
+    (ROOM._replace(partial=PARTIAL[0]), r"for 4 rows and 6 columns or more, got a partial of \[4, 6\]"),
+    (ROOM._replace(partial=PARTIAL[:0]), r"for 4 rows and 6 columns or more, got a partial of \[0, 4, 6\]"),
+    (ROOM._replace(partial=PARTIAL[:, :3]), r"for 4 rows and 6 columns or more, got a partial of \[2, 3, 6\]"),
+    (ROOM._replace(partial=PARTIAL.transpose(1, 2)), "workspace.partial must be contiguous, got strides"),
+    (ROOM._replace(partial=PARTIAL.to("meta")), r"workspace.partial must be on the device of x \(cpu\), got meta"),
+    (ROOM._replace(arrived=ARRIVED.long()), "workspace.arrived must be int32, got int64"),
+    (ROOM._replace(arrived=ARRIVED[None]), r"workspace.arrived must have shape \[0 or more\], got \[1, 1\]"),
+    (ROOM._replace(arrived=ARRIVED.to("meta")), r"workspace.arrived must be on the device of x \(cpu\), got meta"),
+    (ROOM._replace(arrived=torch.zeros(6, dtype=torch.int32)[::2]), "workspace.arrived must be contiguous"),
+    (ROOM._replace(arrived=taken(PARTIAL, torch.int32, 1)), "workspace.arrived must not overlap workspace.partial"),
+    (ROOM._replace(arrived=ORDER), "workspace.arrived must not overlap order in memory"),
+    (ROOM._replace(arrived=N), "workspace.arrived must not overlap counts in memory"),
+    (ROOM._replace(partial=W.view(2, 4, 6)), "workspace.partial must not overlap weight in memory"),
+    (ROOM._replace(partial=OUT[None]), "workspace.partial must not overlap out in memory"),
+    (ROOM._replace(partial=REST[None]), "workspace.partial must not overlap residual in memory"),
+]
+
+
+@pytest.mark.parametrize("workspace, message", WORKSPACES, ids=[m for _, m in WORKSPACES])
+def test_messages_about_workspaces(workspace, message):
+    with pytest.raises(ValueError, match=message):
+        stream_rows_(OUT, X, W, ORDER, N, residual=REST, workspace=workspace)
+
+
+def test_a_workspace_is_apart_from_the_norm():
+    gain = torch.zeros(24)
+    with pytest.raises(ValueError, match="workspace.partial must not overlap norm in memory"):
+        stream_rows_(
+            OUT[:1], X[:1], W, ORDER, N, (gain[:8], EPS), workspace=ROOM._replace(partial=gain.view(1, 4, 6))
+        )
+
+
 def test_messages_about_overlaps_and_empty_rows():
     memory = torch.zeros(5, 6)
     with pytest.raises(ValueError, match="residual must be out itself or apart from it"):
