@@ -37,9 +37,14 @@ def live_rows(capacity, live, device):
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
-@pytest.mark.parametrize("form", ["plain", "norm", "residual", "in place", "swiglu", "norm swiglu", "fp32 out"])
 @pytest.mark.parametrize(
-    "capacity, live, features, width", [(1, 1, 20, 40), (1, 0, 8, 16), (5, 3, 33, 72), (37, 20, 48, 136)]
+    "form, capacity, live, features, width",
+    [
+        (form, *size)
+        for size in ((1, 1, 20, 40), (1, 0, 8, 16), (5, 3, 33, 72), (37, 20, 48, 136))
+        for form in ("plain", "norm", "residual", "in place", "swiglu", "norm swiglu", "fp32 out")
+        if size[0] == 1 or "norm" not in form
+    ],
 )
 def test_products(way, dtype, form, capacity, live, features, width):
     way.skip_wrong(dtype)
@@ -51,7 +56,7 @@ def test_products(way, dtype, form, capacity, live, features, width):
     dead[rows.cpu()] = False
     x[dead] = float("nan")  # nobody may look
     x = x.to(dtype).to(way.device)
-    norm = ((1 + 0.2 * torch.randn(width)).to(dtype).to(way.device), 1e-5) if "norm" in form and capacity == 1 else None
+    norm = ((1 + 0.2 * torch.randn(width)).to(dtype).to(way.device), 1e-5) if "norm" in form else None
     residual = torch.randn(capacity, features).to(dtype).to(way.device) if form in ("residual", "in place") else None
     out = torch.full((capacity, features), POISON, dtype=SINGLE if form == "fp32 out" else dtype, device=way.device)
     if form == "in place":
