@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,46 @@ def early(tensor: Tensor) -> dict[str, bool]:
     if tensor.is_cuda and early_launches(tensor.get_device()):
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}
+
+
+class TileLimits(NamedTuple):
+    """What tiles are chosen by.
+
+    hopper        whether 64 rows of a tile are multiplied from shared memory: capability 9
+    shared_bytes  the most shared memory that a program may have
+    """
+
+    hopper: bool
+    shared_bytes: int
+
+
+HOPPER, AMPERE = TileLimits(True, 227 * 1024), TileLimits(False, 163 * 1024)  # H100, A100
+# Of shared memory, what is left for other things than tiles.
+_BESIDE_TILES = 8 * 1024
+
+
+@lru_cache
+def _tile_limits(index: int) -> TileLimits:
+    properties = torch.cuda.get_device_properties(index)
+    most = properties.shared_memory_per_block_optin
+    # Nobody has measured tiles for more memory than an A100's on anything but a Hopper.
+    return TileLimits(True, most) if properties.major == 9 else TileLimits(False, min(most, AMPERE.shared_bytes))
+
+
+def tile_limits(tensor: Tensor) -> TileLimits:
+    """Of the device the tensor is on."""
+    return _tile_limits(tensor.get_device()) if tensor.is_cuda else AMPERE
+
+
+def fitting_tiles(configs: tuple, stage_bytes: Callable, limits: TileLimits) -> tuple:
+    """Of configs those for whose tiles there is room, in their order; where there are none, the smallest with fewer
+    stages. stage_bytes(config): what one of its num_stages takes."""
+    most = limits.shared_bytes - _BESIDE_TILES
+    found = tuple(config for config in configs if stage_bytes(config) * config.num_stages <= most)
+    if found:
+        return found
+    least = min(configs, key=stage_bytes)
+    return (least._replace(num_stages=max(1, most // stage_bytes(least))),)
 
 
 def copied_tiles(weight: Tensor, rows: int, columns: int):

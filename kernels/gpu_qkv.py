@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.gpu_common import (
+    HOPPER,
     UNALIGNED,
+    TileLimits,
     begin,
     cdiv,
     check_contiguous,
@@ -36,10 +38,12 @@ from engine.kernels.gpu_common import (
     check_weight,
     copied_tiles,
     early,
+    fitting_tiles,
     jit,
     next_power_of_2,
     on_device,
     runs_kernel,
+    tile_limits,
     tl,
     weight_tile,
 )
@@ -113,11 +117,11 @@ _PROGRAMS = 132
 
 
 def qkv_configs(
-    rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, hopper: bool = True
+    rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, limits: TileLimits = HOPPER
 ) -> tuple[QkvConfig, ...]:
     """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count.
 
-    hopper  whether tiles of 64 rows of W are multiplied from shared memory; elsewhere the widest would be spilled
+    limits  of the device, ``tile_limits``: where W is not multiplied from shared memory, the widest would be spilled
 
     A tile has room for owed entries beside the live rows where it can: a second tile reads the weight again, and a
     weight larger than L2 then comes from memory twice."""
@@ -125,8 +129,9 @@ def qkv_configs(
     if rows <= 1:
         return _ONE_HALF if half else _ONE_FLOAT
     table = _HALF if half else _FLOAT
-    if not hopper:
+    if not limits.hopper:
         table = tuple(c for c in table if c.rows * c.pairs * c.block_k < 64 * 32 * 128)
+    table = fitting_tiles(table, lambda c: dtype.itemsize * (c.rows + 2 * c.pairs) * c.block_k, limits)
     size = 16 if not half else 32 if rows <= 16 else 64
 
     def programs(config: QkvConfig) -> int:
@@ -148,12 +153,13 @@ def qkv_entries(rows: int, num_heads: int, kv_heads: int, head_dim: int) -> int:
     return 2 * entries_configs(rows, torch.float16)[0].rows
 
 
-def entries_configs(rows: int, dtype: torch.dtype, hopper: bool = True) -> tuple[EntriesConfig, ...]:
-    """``qkv_configs`` with ``entries``. hopper: whether a multiprocessor has Hopper's shared memory"""
+def entries_configs(rows: int, dtype: torch.dtype, limits: TileLimits = HOPPER) -> tuple[EntriesConfig, ...]:
+    """``qkv_configs`` with ``entries``."""
     if dtype == torch.float32:
         return tuple(c._replace(rows=16) for c in _ENTRIES_FLOAT)
     tile = 16 if rows <= 4 else 32 if rows <= 16 else 64 if rows <= 32 else 128
-    return tuple(c._replace(rows=tile) for c in (_ENTRIES if hopper else _ENTRIES[1:]))
+    table = tuple(c._replace(rows=tile) for c in (_ENTRIES if limits.hopper else _ENTRIES[1:]))
+    return fitting_tiles(table, lambda c: 2 * (c.rows + 128) * c.block_k, limits)
 
 
 # --- torch twin ------------------------------------------------------------------------------------------------------
@@ -670,7 +676,7 @@ def qkv_rows_(
     arguments = (*tensors, gain, cos, sin, *indices, eps)
     shape = {"A": num_heads, "KV": kv_heads, "HALF": half, "H": width, **early(hidden)}
     if entries is not None:
-        config = entries_configs(capacity, hidden.dtype, shape["EARLY"])[0] if config is None else config
+        config = entries_configs(capacity, hidden.dtype, tile_limits(hidden))[0] if config is None else config
         tiles = copied_tiles(weight, head_dim, config.block_k)
         with on_device(hidden):
             _norms_kernel[(entries.shape[0],)](
@@ -683,7 +689,7 @@ def qkv_rows_(
             )  # fmt: skip
         return
     if config is None:
-        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, shape["EARLY"])[0]
+        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, tile_limits(hidden))[0]
     pairs = min(config.pairs, max(8, next_power_of_2(half)))
     shape |= {"ROWS": config.rows, "PAIRS": pairs, "BLOCK_K": config.block_k}
     shape |= {"num_warps": config.num_warps, "num_stages": config.num_stages}

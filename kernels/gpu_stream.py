@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from engine.kernels.gpu_common import (
     FLOATS,
+    HOPPER,
     UNALIGNED,
+    TileLimits,
     begin,
     cdiv,
     check_apart,
@@ -30,10 +32,12 @@ from engine.kernels.gpu_common import (
     check_weight,
     copied_tiles,
     early,
+    fitting_tiles,
     jit,
     loaded_ahead,
     on_device,
     runs_kernel,
+    tile_limits,
     tl,
     weight_tile,
 )
@@ -128,12 +132,12 @@ def stream_configs(
     act: str = "none",
     out_features: int = 16384,
     workspace: bool = False,
-    hopper: bool = True,
+    limits: TileLimits = HOPPER,
 ) -> tuple[StreamConfig, ...]:
     """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count, so a row's
     sum is taken in one order whoever else is in the step.
 
-    workspace  whether programs may share a tile; hopper: whether a multiprocessor has Hopper's shared memory"""
+    workspace  whether programs may share a tile; limits: of the device, ``tile_limits``"""
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     if rows < 1:
@@ -154,11 +158,11 @@ def stream_configs(
     elif workspace and cdiv(out_features, 64) < _PROGRAMS:
         table = _SHARED[tile] + table
 
-    def shared_bytes(config: StreamConfig) -> int:
+    def stage_bytes(config: StreamConfig) -> int:
         weights = config.block_n * (2 if act == "swiglu" else 1)
-        return 2 * (config.block_m + weights) * config.block_k * config.num_stages
+        return 2 * (config.block_m + weights) * config.block_k
 
-    return tuple(c for c in table if hopper or shared_bytes(c) <= 150 * 1024)
+    return fitting_tiles(table, stage_bytes, limits)
 
 
 def stream_workspace(rows: int, features: int, device: torch.device) -> StreamWorkspace:
@@ -456,7 +460,7 @@ def stream_rows_(
     if rows == 0 or features == 0:
         return
     if config is None:
-        form = (width, act, features, workspace is not None, early(x)["EARLY"])
+        form = (width, act, features, workspace is not None, tile_limits(x))
         config = stream_configs(rows, x.dtype, *form)[0]
     if config.block_m == 1 and rows != 1:
         raise ValueError(f"a config with block_m 1 is for one row, got room for {rows}")

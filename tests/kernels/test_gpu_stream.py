@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import gpu_common, gpu_stream
+from engine.kernels import gpu_stream
 from engine.kernels.gpu_stream import (
     StreamConfig,
     rms_norm_math,
@@ -161,8 +161,7 @@ def test_compiles(monkeypatch, form, capacity, dtype, arch):
     order, counts = new(capacity, dtype=torch.int32), new(2, dtype=torch.int32)
     norm = (new(4096), 1e-5) if capacity == 1 else None
     shared = dict(workspace=stream_workspace(capacity, 4096, torch.device("cpu")))
-    monkeypatch.setattr(gpu_stream, "early", lambda x: {"EARLY": arch >= 90})
-    monkeypatch.setattr(gpu_common, "early", lambda x: {"EARLY": arch >= 90})
+    gpu_cases.on_device_like(monkeypatch, arch, gpu_stream)
     calls = {
         "output": lambda: stream_rows_(new(capacity, 4096), new(capacity, 4096), new(4096, 4096), order, counts,
                                        residual=new(capacity, 4096), **shared),

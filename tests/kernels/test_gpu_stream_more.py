@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import gpu_common, gpu_stream
-from engine.kernels.gpu_common import INTERPRETED, triton
+from engine.kernels import gpu_stream
+from engine.kernels.gpu_common import AMPERE, HOPPER, INTERPRETED, TileLimits, triton
 from engine.kernels.gpu_stream import (
     StreamConfig,
     rms_norm_math,
@@ -393,6 +393,40 @@ def test_the_table_of_configs():
                     assert all(c.block_m <= 16 or c.block_m < 2 * rows for c in configs)
 
 
+@pytest.mark.parametrize(
+    "rows, form, first",
+    [
+        # Few columns are shared by two programs where there is a workspace; many never, nor are gate and up.
+        (8, dict(out_features=4096, workspace=True), StreamConfig(16, 64, 128, 4, 4, splits=2)),
+        (32, dict(out_features=4096, workspace=True), StreamConfig(32, 64, 128, 4, 4, splits=2)),
+        (64, dict(out_features=4096, workspace=True), StreamConfig(64, 64, 128, 4, 4, splits=2)),
+        (8, dict(out_features=4096), StreamConfig(16, 64, 256, 4, 4)),
+        (8, dict(out_features=32000, workspace=True), StreamConfig(16, 64, 256, 4, 4)),
+        (8, dict(out_features=6336, workspace=True), StreamConfig(16, 64, 128, 4, 4, splits=2)),
+        (8, dict(out_features=6337, workspace=True), StreamConfig(16, 64, 256, 4, 4)),
+        (8, dict(out_features=4096, workspace=True, act="swiglu"), StreamConfig(16, 64, 128, 4, 4)),
+        (1, dict(out_features=4096, workspace=True), StreamConfig(1, 4, 2048, 8)),
+        # Less shared memory than an H100's: the widest tiles are left out, of what remains fewer stages.
+        (8, dict(out_features=32000, limits=AMPERE), StreamConfig(16, 64, 128, 4, 6)),
+        (64, dict(out_features=32000, limits=AMPERE), StreamConfig(64, 64, 64, 4, 8)),
+        (64, dict(out_features=4096, workspace=True, limits=AMPERE), StreamConfig(64, 64, 128, 4, 4, splits=2)),
+        (8, dict(act="swiglu", limits=AMPERE), StreamConfig(16, 64, 128, 4, 4)),
+        (32, dict(act="swiglu", limits=AMPERE), StreamConfig(32, 64, 64, 4, 3)),
+        (8, dict(out_features=32000, limits=gpu_cases.SMALL), StreamConfig(16, 64, 64, 4, 8)),
+        (32, dict(out_features=32000, limits=gpu_cases.SMALL), StreamConfig(32, 64, 64, 4, 7)),
+        (64, dict(out_features=4096, workspace=True, limits=gpu_cases.SMALL), StreamConfig(64, 64, 64, 4, 5)),
+        (64, dict(out_features=32000, limits=TileLimits(True, 64 * 1024)), StreamConfig(64, 64, 64, 4, 3)),
+        (1, dict(limits=TileLimits(False, 48 * 1024)), StreamConfig(1, 4, 2048, 8)),
+    ],
+)
+def test_what_the_table_goes_by(rows, form, first):
+    configs = stream_configs(rows, HALF, 4096, **form)
+    assert configs[0] == first
+    assert len(set(configs)) == len(configs)
+    if form.get("limits", HOPPER) == HOPPER:
+        assert configs == stream_configs(rows, HALF, 4096, **{**form, "limits": HOPPER})
+
+
 OUT, X, W = torch.zeros(4, 6), torch.zeros(4, 8), torch.zeros(6, 8)
 ORDER, N = torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
 GAIN, REST = torch.zeros(8), torch.zeros(4, 6)
@@ -505,10 +539,9 @@ def given(capacity, product, dtype):
     )  # fmt: skip
 
 
-def compiled(monkeypatch, capacity, product, dtype, arch, config=None):
+def compiled(monkeypatch, capacity, product, dtype, arch, config=None, limits=None):
     monkeypatch.setattr(gpu_cases, "MODULES", (gpu_stream,))
-    for module in (gpu_stream, gpu_common):
-        monkeypatch.setattr(module, "early", lambda x: {"EARLY": arch >= 90})
+    gpu_cases.on_device_like(monkeypatch, arch, gpu_stream, limits=limits)
     arguments, shared = given(capacity, product, dtype), stream_workspace(capacity, 32000, torch.device("cpu"))
     launch = gpu_cases.record(monkeypatch, product, lambda: stream_rows_(*arguments, config=config, workspace=shared))
     usage = gpu_cases.compile_launch(launch, arch)
@@ -530,6 +563,13 @@ class TestCompile:
         features, width, form = LLAMA[product]
         for config in stream_configs(capacity, HALF, width, FORMS[form][2], features, workspace=True):
             compiled(monkeypatch, capacity, product, HALF, 90, config)
+
+    @pytest.mark.parametrize("product", ["output", "gate up after a norm", "head"])
+    @pytest.mark.parametrize("capacity", [8, 32, 64])
+    def test_little_shared_memory(self, monkeypatch, capacity, product):
+        small = gpu_cases.SMALL
+        usage = compiled(monkeypatch, capacity, product, HALF, 80, limits=small)
+        assert usage.shared_bytes <= small.shared_bytes
 
     @pytest.mark.parametrize("product", ["output", "gate up", "down", "head"])
     def test_one_row_streams(self, monkeypatch, product):
