@@ -224,6 +224,70 @@ def test_what_a_shared_tile_needs(way):
         case.run(stream_rows_, config._replace(splits=4), stream_workspace(5, 70, way.device))
 
 
+SHARED = StreamConfig(16, 64, 32, 4, 2, splits=2)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("capacity, live", [(5, 5), (37, 20)])
+def test_products_behind_each_other_share_a_workspace(way, dtype, capacity, live):
+    """The second reads what the first has written, and has other columns."""
+    if way.name == "twin":
+        pytest.skip("the twin has no programs")
+    workspace = stream_workspace(capacity, 130, way.device)
+    a = Case(capacity, live, 130, 72, dtype, way.device, "output")
+    b = Case(capacity, live, 70, 130, dtype, way.device, "output")
+    b.x, b.order, b.rows, b.counts = a.out, a.order, a.rows, a.counts
+    b.given.fill_(NAN)
+    b.given[b.rows] = torch.randn(live, 70, device=way.device).to(dtype)
+    b.residual.copy_(b.given)
+    a.run(stream_rows_, SHARED, workspace)
+    b.run(stream_rows_, SHARED, workspace)
+    a.check()
+    b.check()
+    assert not bool(workspace.arrived.any())
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_a_row_of_a_shared_tile_does_not_depend_on_the_others(way, dtype):
+    """On their number, their values, and its place in the order; bit for bit."""
+    if way.name == "twin":
+        pytest.skip("a torch product may choose its order by the number of rows")
+    case, workspace = Case(37, 37, 100, 136, dtype, way.device), stream_workspace(37, 100, way.device)
+    row = int(case.order[0])
+    found = []
+    for order, factor in ((range(37), 1.0), ([0], 1.0), ([1, 2, 0], 1.0), (range(37), -30.0)):
+        picked = case.order[list(order)]
+        rest = torch.full((37 - len(picked),), FAR, dtype=torch.int32, device=way.device)
+        counts = torch.tensor([len(picked), 0], dtype=torch.int32, device=way.device)
+        x = case.x * factor
+        x[row] = case.x[row]
+        out = torch.full_like(case.out, POISON)
+        stream_rows_(out, x, case.weight, torch.cat([picked, rest]), counts, config=SHARED, workspace=workspace)
+        found.append(out[row].clone())
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def counts_change(case, live):
+    """Other live rows of a case in which all were."""
+    case.out.fill_(POISON)
+    case.rows = torch.randperm(len(case.out), device=case.out.device)[:live]
+    case.order.fill_(FAR)
+    case.order[:live] = case.rows
+    case.counts[0] = live
+
+
+def test_launches_of_changing_counts_share_a_workspace(way):
+    """More tiles of rows, fewer, none, and again."""
+    if way.name == "twin":
+        pytest.skip("the twin has no programs")
+    case, workspace = Case(37, 37, 130, 72, HALF, way.device, "head"), stream_workspace(37, 130, way.device)
+    for live in (37, 1, 0, 17, 16, 37):
+        counts_change(case, live)
+        case.run(stream_rows_, SHARED, workspace)
+        case.check()
+        assert not bool(workspace.arrived.any())
+
+
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("form", ["output", "swiglu"])
 def test_a_row_does_not_depend_on_the_others(way, dtype, form):
@@ -308,13 +372,34 @@ def test_a_graph_reads_the_count_and_the_order_at_every_replay(gpu, form, capaci
     with torch.cuda.graph(graph):
         case.run(stream_rows_)
     for live in (capacity, 1, 0):
-        case.out.fill_(POISON)
-        case.rows = torch.randperm(capacity, device="cuda")[:live]
-        case.order.fill_(FAR)
-        case.order[:live] = case.rows
-        case.counts[0] = live
+        counts_change(case, live)
         graph.replay()
         case.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [8, 40])
+def test_a_graph_of_shared_tiles_reads_the_count_at_every_replay(gpu, capacity):
+    """Two products in a row on one workspace, as a layer has them."""
+    workspace = stream_workspace(capacity, 520, "cuda")
+    cases = [Case(capacity, capacity, features, 264, HALF, "cuda", "head") for features in (520, 200)]
+
+    def run():
+        for case in cases:
+            case.run(stream_rows_, SHARED, workspace)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for live in (capacity, 1, 0, capacity - 3, capacity):
+        for case in cases:
+            counts_change(case, live)
+        graph.replay()
+        for case in cases:
+            case.check()
+        assert not bool(workspace.arrived.any())
 
 
 @pytest.mark.gpu
