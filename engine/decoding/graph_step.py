@@ -160,7 +160,7 @@ class Given(NamedTuple):
 
     counts [2]: rows, 0; positions, slots [R]; threshold_logit [R], the bits of fp32; script, min_depth, max_depth [R];
     block_table [R, blocks]; and what a step leaves behind as the next one of the same rows needs it, so that the host
-    need not: watermarks [R, L] and ids [R]
+    need not: ids [R], and watermarks [R, L] but for the first layer's, which no step reads or moves: nothing is owed it
     """
 
     counts: Tensor

@@ -123,6 +123,20 @@ def test_criteria_of_one_batch_may_differ(place):
     assert_same(got, by_reference(model, requests), rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("head, kinds", [
+    ("lora", ["policy", "softmax", "saturation", "classifier"]), ("own", ["softmax", "softmax", "policy"]),
+])  # fmt: skip
+def test_criteria_do_not_matter_where_nobody_may_leave(place, monkeypatch, head, kinds):
+    """One program serves them all, heads of the modules' own included; no step goes through the modules."""
+    model = with_classifier(4, head=head).to(place)
+    requests = random_requests(len(kinds), seed=3, new=12, min_depth=LAYERS)
+    requests = [replace(r, criterion=kind) for r, kind in zip(requests, kinds, strict=True)]
+    monkeypatch.setattr(PackedDecoder, "step", None)
+    got, decoder = by_programs(model, requests)
+    assert {measure for _, measure in decoder._programs} == {None}
+    assert_same(got, by_reference(model, requests), rtol=1e-3, atol=2e-4)
+
+
 def test_new_weights_are_seen(place):
     model = tiny_decoder(seed=1).to(place)
     cache = PagedCache(cache_shape(model, 4), 100, model.device, model.dtype)
