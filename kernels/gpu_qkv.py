@@ -1,9 +1,9 @@
 """RMSNorm, the Q, K and V products of a decode step, and RoPE, straight into the queries and the cache.
 
-One launch a layer serves the newest token of every live row and, for keys and values alone, the positions that this
-layer still owes: tokens that have left further below, by the hidden state they left with. Bytes at least: the weight,
-(A + 2 KV) d H elements, once while n + o is at most one tile; beside it the rows are nothing. So the product is to
-stream the weight as fast as memory goes, from before the kernel in front has ended (``begin``).
+One call a layer, a launch or two, serves the newest token of every live row and, for keys and values alone, the
+positions that this layer still owes: tokens that have left further below, by the hidden state they left with. Bytes at
+least: the weight, (A + 2 KV) d H elements, once while n + o is at most one tile; beside it the rows are nothing. So the
+product is to stream the weight as fast as memory goes, with one row from before the kernel in front has ended.
 
 A capacity of one row multiplies vectors: a program has all that it needs of the weight on its way at once, in
 registers, ahead of ``begin``, and up to 8 owed entries meet it there one by one. More of them, and more rows than one,

@@ -289,8 +289,10 @@ class _Program:
         for (_, pages), position in zip(batch, positions, strict=True):
             # No kernel lists what the first layer is owed: every token in front has been there, or is on its way.
             if pages.watermarks[0] != position - ahead:
-                raise ValueError(f"the first layer must have {position - ahead} positions in front of a step at position "
-                                 f"{position}, {ahead} ahead, got {pages.watermarks[0]}")  # fmt: skip
+                raise ValueError(
+                    f"the first layer must have {position - ahead} positions in front of a step at position {position}, "
+                    f"{ahead} ahead, got {pages.watermarks[0]}"
+                )
         h["positions"][:n] = positions
         h["slots"][:n] = [
             pages.blocks[p // size] * size + p % size for (_, pages), p in zip(batch, positions, strict=True)
