@@ -290,8 +290,8 @@ class _Program:
             # No kernel lists what the first layer is owed: every token in front has been there, or is on its way.
             if pages.watermarks[0] != position - ahead:
                 raise ValueError(
-                    f"the first layer must have {position - ahead} positions in front of a step at position {position}, "
-                    f"{ahead} ahead, got {pages.watermarks[0]}"
+                    f"the first layer must have {position - ahead} positions in front of a step at position "
+                    f"{position}, {ahead} ahead, got {pages.watermarks[0]}"
                 )
         h["positions"][:n] = positions
         h["slots"][:n] = [
