@@ -7,7 +7,8 @@ from torch import Tensor
 
 from engine.kernels import gpu_qkv
 from engine.kernels.gpu_common import AMPERE, HOPPER, TileLimits
-from engine.kernels.gpu_qkv import QkvConfig, entries_configs, qkv_configs, qkv_entries, qkv_rows_, qkv_rows__ref
+from engine.kernels.gpu_qkv import QkvConfig, qkv_configs, qkv_rows_, qkv_rows__ref
+from engine.kernels.gpu_qkv_entries import entries_configs, qkv_entries
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
 
