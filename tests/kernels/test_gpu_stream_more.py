@@ -444,7 +444,6 @@ SMOL = {
 REAL = {**{f"7b {name}": product for name, product in LLAMA.items()}, **SMOL}
 
 
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "capacity, live, product",
