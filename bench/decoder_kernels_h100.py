@@ -27,7 +27,8 @@ from engine.kernels.gpu_decode_attention import decode_attention_, decode_attent
 from engine.kernels.gpu_greedy import greedy_rows_
 from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_policy import policy_rows_, policy_splits
-from engine.kernels.gpu_qkv import qkv_entries, qkv_rows_
+from engine.kernels.gpu_qkv import qkv_rows_
+from engine.kernels.gpu_qkv_entries import qkv_entries
 from engine.kernels.gpu_stream import stream_rows_, stream_workspace
 from engine.kernels.step_rows import DECIDE, step_rows_, step_rows__ref
 

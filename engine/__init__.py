@@ -51,8 +51,8 @@ def load(
     executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass; of a
               decoder, a step)
     warmup    batches to be ready for, as (rows, tokens in all; of a decoder, of its prompts), each good for half to all
-              of its size: compiled and captured now, not by the first call that needs them. For the graph executor;
-              nothing elsewhere
+              of its size: compiled and captured now, not by the first call that needs them; of a decoder, for the
+              model's own criterion alone. For the graph executor; nothing elsewhere
     Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
     ValueError that names the file, tensor or key that is wrong.
     """

@@ -198,8 +198,11 @@ class DecoderEngine:
         )
 
     def warm_up(self, rows: int, tokens: int) -> None:
-        """Be ready for prompts of ``tokens`` tokens in all, and for steps of half to all of ``rows`` rows, with and
-        without exits: the graph executor compiles and captures now. Nothing to do for the others.
+        """Be ready for prompts of ``tokens`` tokens in all, and for steps of half to all of ``rows`` rows, with exits
+        and without: the graph executor compiles and captures now. Nothing to do for the others.
+
+        With exits by the model's own criterion: what steps by another one need (a ``criterion`` of ``run``, such as
+        CALM's three) is compiled and captured by the first of them.
 
         ValueError where no batch has that size.
         """

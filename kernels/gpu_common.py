@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,46 @@ def early(tensor: Tensor) -> dict[str, bool]:
     if tensor.is_cuda and early_launches(tensor.get_device()):
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}
+
+
+class TileLimits(NamedTuple):
+    """What tiles are chosen by.
+
+    hopper        whether 64 rows of a tile are multiplied from shared memory: capability 9
+    shared_bytes  the most shared memory that a program may have
+    """
+
+    hopper: bool
+    shared_bytes: int
+
+
+HOPPER, AMPERE = TileLimits(True, 227 * 1024), TileLimits(False, 163 * 1024)  # H100, A100
+# Of shared memory, what is left for other things than tiles.
+_BESIDE_TILES = 8 * 1024
+
+
+@lru_cache
+def _tile_limits(index: int) -> TileLimits:
+    properties = torch.cuda.get_device_properties(index)
+    most = properties.shared_memory_per_block_optin
+    # Nobody has measured tiles for more memory than an A100's on anything but a Hopper.
+    return TileLimits(True, most) if properties.major == 9 else TileLimits(False, min(most, AMPERE.shared_bytes))
+
+
+def tile_limits(tensor: Tensor) -> TileLimits:
+    """Of the device the tensor is on."""
+    return _tile_limits(tensor.get_device()) if tensor.is_cuda else AMPERE
+
+
+def fitting_tiles(configs: tuple, stage_bytes: Callable, limits: TileLimits) -> tuple:
+    """Of configs those for whose tiles there is room, in their order; where there are none, the smallest with fewer
+    stages. stage_bytes(config): what one of its num_stages takes."""
+    most = limits.shared_bytes - _BESIDE_TILES
+    found = tuple(config for config in configs if stage_bytes(config) * config.num_stages <= most)
+    if found:
+        return found
+    least = min(configs, key=stage_bytes)
+    return (least._replace(num_stages=max(1, most // stage_bytes(least))),)
 
 
 def copied_tiles(weight: Tensor, rows: int, columns: int):
@@ -230,9 +271,11 @@ def _span(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def check_apart(out: Tensor, name: str, x: Tensor) -> None:
+def check_apart(out: Tensor, name: str, x: Tensor, out_name: str = "out") -> None:
     """Programs write rows of out while others still read x: the two must not overlap."""
     if out.numel() and x.numel() and out.device == x.device:
         (start, end), (x_start, x_end) = _span(out), _span(x)
         if start < x_end and x_start < end:
-            raise ValueError(f"out must not overlap {name} in memory, rows of it are still read: give another buffer")
+            raise ValueError(
+                f"{out_name} must not overlap {name} in memory, rows of it are still read: give another buffer"
+            )

@@ -597,7 +597,7 @@ def exit_rows_(
     """
     _check(out, limits, state, counts, layer, criterion, policy, classifier)
     check_rows("state", state, state, "state", state.shape[1], limits.row_ids.shape[0])
-    check_apart(out.logits, "state", state)
+    check_apart(out.logits, "state", state, "logits")
     if not runs_kernel(state):
         exit_rows__ref(out, limits, state, counts, layer, criterion, policy, classifier)
         return
@@ -676,12 +676,12 @@ def exit_add_norm_rows_(
     hidden = x.shape[1]
     if state is not None:
         check_rows("state", state, x, "x", hidden, limits.row_ids.shape[0])
-        check_apart(normed, "state", state)
+        check_apart(normed, "state", state, "normed")
     _check_norm(limits, x, residual, norm, index, partials)
     check_rows("normed", normed, x, "x", hidden)
     for name, rows in (("x", x), ("residual", residual)):
         check_rows(name, rows, x, "x", hidden, normed.shape[0])
-        check_apart(normed, name, rows)
+        check_apart(normed, name, rows, "normed")
     if not runs_kernel(x):
         exit_add_norm_rows__ref(
             out, limits, normed, x, residual, norm, counts, layer, criterion, policy, classifier, index, state, partials

@@ -101,8 +101,8 @@ def greedy_rows_(
         )
     if told.device != logits.device:
         raise ValueError(f"told must be on {logits.device} as logits, got {told.device}")
-    check_apart(told, "logits", logits)
-    check_apart(ids, "logits", logits)
+    check_apart(told, "logits", logits, "told")
+    check_apart(ids, "logits", logits, "ids")
     if not runs_kernel(logits):
         greedy_rows__ref(told, ids, logits, exit_layers, exit_probs, counts)
         return

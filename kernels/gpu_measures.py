@@ -157,7 +157,7 @@ def _check(z: Tensor, x: Tensor, name: str, order: Tensor, counts: Tensor) -> in
         raise ValueError(f"z must be fp32 of shape [{rows} or more, 1], got {z.dtype} {list(z.shape)}")
     if z.device != x.device:
         raise ValueError(f"z must be on {x.device} as {name}, got {z.device}")
-    check_apart(z, name, x)
+    check_apart(z, name, x, "z")
     check_vector("order", order, x, name, torch.int32, rows)
     check_counts("counts", counts, x, name)
     return rows
@@ -180,7 +180,7 @@ def saturation_rows_(z: Tensor, before: Tensor, hidden: Tensor, order: Tensor, c
     rows = _check(z, hidden, "hidden", order, counts)
     check_rows("before", before, hidden, "hidden", hidden.shape[1], rows)
     check_contiguous(before=before)
-    check_apart(before, "hidden", hidden)
+    check_apart(before, "hidden", hidden, "before")
     if not runs_kernel(hidden):
         saturation_rows__ref(z, before, hidden, order, counts)
         return
@@ -198,7 +198,7 @@ def classifier_rows_(z: Tensor, normed: Tensor, weight: Tensor, order: Tensor, c
     """Early-exit classifier: z[r] = weight . normed[r] for r = order[i], i < counts[0]; its bias is ``step_rows_``'s.
 
     z        fp32 (R, 1), contiguous, written
-    normed   (R, H), fp16, bf16 or fp32, contiguous; weight (1, H), dtype of normed
+    normed   (R, H), fp16, bf16 or fp32, contiguous; weight (1, H), fp32 or the dtype of normed
     order    int32 (R,): distinct rows; counts int32 (2,): counts[0] of them are live
     One program a row, 2 H numbers; limited by latency.
     """

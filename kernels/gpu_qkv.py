@@ -1,19 +1,13 @@
 """RMSNorm, the Q, K and V products of a decode step, and RoPE, straight into the queries and the cache.
 
-One launch a layer serves the newest token of every live row and, for keys and values alone, the positions that this
-layer still owes: tokens that have left further below, by the hidden state they left with. Bytes at least: the weight,
-(A + 2 KV) d H elements, once while n + o is at most one tile; beside it the rows are nothing. So the product is to
-stream the weight as fast as memory goes, from before the kernel in front has ended (``begin``).
+One call a layer, a launch or two, serves the newest token of every live row and, for keys and values alone, the
+positions that this layer still owes: tokens that have left further below, by the hidden state they left with. Bytes at
+least: the weight, (A + 2 KV) d H elements, once while n + o is at most one tile; beside it the rows are nothing. So the
+product is to stream the weight as fast as memory goes, with one row from before the kernel in front has ended.
 
 A capacity of one row multiplies vectors: a program has all that it needs of the weight on its way at once, in
 registers, ahead of ``begin``, and up to 8 owed entries meet it there one by one. More of them, and more rows than one,
-go through tl.dot: tiles of weight by tiles of rows, the weight on the side with 16 or more rows and the few tokens on
-the one that may be narrow.
-The norm costs no pass there: its weight is multiplied into the tile of W, its mean square is summed beside the product.
-
-A large weight and more rows than one: what is multiplied with every element of W costs more than a pass. A launch of
-its own writes the entries' norms side by side, as many as there is room for in ``entries``; W goes by the copy engine
-from memory into the tensor cores. Entries beyond take the way above, in the same launch.
+go through tl.dot (``gpu_qkv_entries``).
 """
 
 from __future__ import annotations
@@ -25,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.gpu_common import (
+    HOPPER,
     UNALIGNED,
+    TileLimits,
     begin,
     cdiv,
     check_contiguous,
@@ -36,15 +32,28 @@ from engine.kernels.gpu_common import (
     check_weight,
     copied_tiles,
     early,
+    fitting_tiles,
     jit,
     next_power_of_2,
     on_device,
     runs_kernel,
+    tile_limits,
     tl,
-    weight_tile,
+)
+from engine.kernels.gpu_qkv_entries import (
+    EntriesConfig,
+    _angles,
+    _entries_kernel,
+    _norms_kernel,
+    _place,
+    _put,
+    _rows_kernel,
+    _tiles,
+    _weight_rows,
+    entries_configs,
 )
 
-__all__ = ["EntriesConfig", "QkvConfig", "entries_configs", "qkv_configs", "qkv_entries", "qkv_rows_", "qkv_rows__ref"]
+__all__ = ["QkvConfig", "qkv_configs", "qkv_rows_", "qkv_rows__ref"]
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -94,30 +103,16 @@ _HALF = (
 _ONE_FLOAT = (QkvConfig(16, 16, 32, 4, 2, 2, 2048), QkvConfig(16, 16, 32, 4, 2, 1, 4096))
 _FLOAT = (QkvConfig(16, 16, 32, 4, 2), QkvConfig(32, 16, 32, 4, 2), QkvConfig(16, 8, 32, 4, 2))
 
-class EntriesConfig(NamedTuple):
-    """One way to cut the products of norms in ``entries``: one head of W by ``rows`` of them."""
-
-    rows: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# There is room beside the live rows for as many that are owed, since a second tile would read W again: LLaMA-7B's alone
-# takes 37 / 38 / 39 / 41 us with tiles of 16 / 32 / 64 / 128.
-_ENTRIES = tuple(EntriesConfig(0, *c) for c in ((128, 8, 3), (64, 8, 4), (64, 8, 3)))
-_ENTRIES_FLOAT = (EntriesConfig(0, 32, 8, 2),)
-
 # Programs that keep an H100 (132 multiprocessors) busy.
 _PROGRAMS = 132
 
 
 def qkv_configs(
-    rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, hopper: bool = True
+    rows: int, num_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, limits: TileLimits = HOPPER
 ) -> tuple[QkvConfig, ...]:
     """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count.
 
-    hopper  whether tiles of 64 rows of W are multiplied from shared memory; elsewhere the widest would be spilled
+    limits  of the device, ``tile_limits``: where W is not multiplied from shared memory, the widest would be spilled
 
     A tile has room for owed entries beside the live rows where it can: a second tile reads the weight again, and a
     weight larger than L2 then comes from memory twice."""
@@ -125,8 +120,9 @@ def qkv_configs(
     if rows <= 1:
         return _ONE_HALF if half else _ONE_FLOAT
     table = _HALF if half else _FLOAT
-    if not hopper:
+    if not limits.hopper:
         table = tuple(c for c in table if c.rows * c.pairs * c.block_k < 64 * 32 * 128)
+    table = fitting_tiles(table, lambda c: dtype.itemsize * (c.rows + 2 * c.pairs) * c.block_k, limits)
     size = 16 if not half else 32 if rows <= 16 else 64
 
     def programs(config: QkvConfig) -> int:
@@ -138,22 +134,6 @@ def qkv_configs(
     if default is None:
         default = min(table, key=lambda c: (c.pairs, abs(c.rows - size)))
     return default, *(c for c in table if c != default)
-
-
-def qkv_entries(rows: int, num_heads: int, kv_heads: int, head_dim: int) -> int:
-    """Rows of ``entries`` that pay for a capacity of ``rows``; 0 where none do: a small weight, or one of other heads
-    than the tiles are for."""
-    if rows <= 1 or head_dim != 128 or num_heads + 2 * kv_heads < 64:
-        return 0
-    return 2 * entries_configs(rows, torch.float16)[0].rows
-
-
-def entries_configs(rows: int, dtype: torch.dtype, hopper: bool = True) -> tuple[EntriesConfig, ...]:
-    """``qkv_configs`` with ``entries``. hopper: whether a multiprocessor has Hopper's shared memory"""
-    if dtype == torch.float32:
-        return tuple(c._replace(rows=16) for c in _ENTRIES_FLOAT)
-    tile = 16 if rows <= 4 else 32 if rows <= 16 else 64 if rows <= 32 else 128
-    return tuple(c._replace(rows=tile) for c in (_ENTRIES if hopper else _ENTRIES[1:]))
 
 
 # --- torch twin ------------------------------------------------------------------------------------------------------
@@ -201,219 +181,6 @@ def qkv_rows__ref(
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _place(block, BLOCKS: tl.constexpr, A: tl.constexpr, KV: tl.constexpr):
-    """The head of the weight to which a block belongs, and which part of it. Keys and values come first: they may have
-    owed entries, and take longer."""
-    head = block // BLOCKS
-    return tl.where(head < 2 * KV, A + head, head - 2 * KV), block % BLOCKS
-
-
-@jit
-def _weight_rows(head, part, PAIRS: tl.constexpr, HALF: tl.constexpr):
-    """The rows of the weight of PAIRS pairs, partners side by side. Past the end of a head the last pair again."""
-    feature = tl.arange(0, 2 * PAIRS)
-    pair = tl.minimum(part * PAIRS + feature // 2, HALF - 1)
-    return head * (2 * HALF) + pair + (feature % 2) * HALF
-
-
-@jit
-def _angles(cos_ptr, sin_ptr, positions, here, pair, HALF: tl.constexpr):
-    """cos and sin of both halves of the pairs, [PAIRS, entries]."""
-    at = positions.to(tl.int64)[None, :] * (2 * HALF) + pair
-    cos = tl.load(cos_ptr + at, mask=here, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + at, mask=here, other=0.0).to(tl.float32)
-    cos_second = tl.load(cos_ptr + at + HALF, mask=here, other=0.0).to(tl.float32)
-    sin_second = tl.load(sin_ptr + at + HALF, mask=here, other=0.0).to(tl.float32)
-    return cos, sin, cos_second, sin_second
-
-
-@jit
-def _put(
-    query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair, head,
-    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """first, second [PAIRS, entries]: both halves of the pairs; turned, unless they are values, and stored."""
-    dtype: tl.constexpr = query_ptr.dtype.element_ty
-    if head < A + KV:
-        if head < A:
-            to = query_ptr + (rows.to(tl.int64)[None, :] * A + head) * (2 * HALF) + pair
-        else:
-            to = keys_ptr + (slots.to(tl.int64)[None, :] * KV + (head - A)) * (2 * HALF) + pair
-        tl.store(to, (first * cos - second * sin).to(dtype), mask=here)
-        tl.store(to + HALF, (second * cos_second + first * sin_second).to(dtype), mask=here)
-    else:
-        to = values_ptr + (slots.to(tl.int64)[None, :] * KV + (head - A - KV)) * (2 * HALF) + pair
-        tl.store(to, first.to(dtype), mask=here)
-        tl.store(to + HALF, second.to(dtype), mask=here)
-
-
-@jit
-def _whose(order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, entry, present, live):
-    """Of the entries that are present: ids of the newest tokens' rows, which those are, cache slots, positions."""
-    newest = present & (entry < live)
-    late = present & (entry >= live)
-    rows = tl.load(order_ptr + entry, mask=newest, other=0)
-    slots = tl.load(slots_ptr + rows, mask=newest, other=0)
-    slots += tl.load(owed_slots_ptr + entry - live, mask=late, other=0)
-    positions = tl.load(positions_ptr + rows, mask=newest, other=0)
-    positions += tl.load(owed_positions_ptr + entry - live, mask=late, other=0)
-    return rows, newest, slots, positions
-
-
-@jit
-def _tiles(
-    query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
-    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, begin_at, eps, head, part,
-    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One block of the weight with all entries from ``begin_at`` on, ROWS at a time: the live rows, and behind them
-    what is owed."""
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    # Norm weight times W is rounded to fp16, and may be very small there: 2^6 keeps it from fp16's lower end.
-    SCALE: tl.constexpr = 64.0 if dtype == tl.float16 else 1.0
-    weights = weight_ptr + _weight_rows(head, part, PAIRS, HALF).to(tl.int64) * H
-    inner = tl.arange(0, BLOCK_K)
-    entries = live
-    if head >= A:
-        entries += owed
-    for start in range(begin_at, entries, ROWS):
-        entry = start + tl.arange(0, ROWS)
-        present = entry < entries
-        rows, newest, slots, positions = _whose(
-            order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, entry, present, live
-        )
-        x_rows = tl.where(newest, hidden_ptr + rows.to(tl.int64) * H, states_ptr + slots.to(tl.int64) * H)
-        total = tl.zeros((2 * PAIRS, ROWS), dtype=tl.float32)
-        squares = tl.zeros((ROWS,), dtype=tl.float32)
-        coming = tl.load(norm_ptr + inner, mask=inner < H, other=0.0)
-        for k in range(0, H, BLOCK_K):
-            column = k + inner
-            # Too narrow for the pipeline, so one step ahead by hand.
-            gain = coming
-            coming = tl.load(norm_ptr + column + BLOCK_K, mask=column + BLOCK_K < H, other=0.0)
-            if H % BLOCK_K == 0:
-                w = tl.load(weights[:, None] + column[None, :], eviction_policy="evict_first")
-                x = tl.load(x_rows[None, :] + column[:, None], mask=present[None, :], other=0.0)
-            else:
-                inside = column < H
-                w = tl.load(
-                    weights[:, None] + column[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first"
-                )
-                x = tl.load(x_rows[None, :] + column[:, None], mask=present[None, :] & inside[:, None], other=0.0)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            if norm_ptr.dtype.element_ty == dtype:
-                w = w * (gain * SCALE).to(dtype)[None, :]  # one rounding
-            else:
-                w = (w.to(tl.float32) * (gain * SCALE)[None, :]).to(dtype)
-            total = tl.dot(w, x, total, input_precision="ieee")
-        total *= (tl.rsqrt(squares / H + eps) * (1.0 / SCALE))[None, :]
-        first, second = tl.split(tl.permute(tl.reshape(total, (PAIRS, 2, ROWS)), (0, 2, 1)))
-        pair = (part * PAIRS + tl.arange(0, PAIRS))[:, None]
-        here = present[None, :] & (pair < HALF)
-        cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
-        _put(
-            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair,
-            head, A, KV, HALF,
-        )  # fmt: skip
-
-
-@jit(do_not_specialize_on_alignment=UNALIGNED)
-def _rows_kernel(
-    query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
-    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps,
-    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    BLOCKS: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
-    head, part = _place(tl.program_id(0), BLOCKS, A, KV)
-    begin(EARLY)
-    # An exit's decision may stand directly in front: counts, order and what is owed are its work.
-    live = tl.load(counts_ptr)
-    owed = tl.load(counts_ptr + 1)
-    _tiles(
-        query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
-        slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, 0, eps, head, part,
-        A, KV, HALF, H, ROWS, PAIRS, BLOCK_K,
-    )  # fmt: skip
-
-
-@jit(do_not_specialize_on_alignment=UNALIGNED)
-def _norms_kernel(
-    entries_ptr, hidden_ptr, states_ptr, norm_ptr, order_ptr, owed_slots_ptr, counts_ptr, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    entry = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    gain = tl.load(norm_ptr + column, mask=column < H, other=0.0)
-    begin(EARLY)
-    live = tl.load(counts_ptr)
-    owed = tl.load(counts_ptr + 1)
-    if entry >= live + owed:
-        return
-    newest = entry < live
-    row = tl.load(order_ptr + entry, mask=newest, other=0).to(tl.int64)
-    slot = tl.load(owed_slots_ptr + entry - live, mask=entry >= live, other=0).to(tl.int64)
-    from_ptr = tl.where(newest, hidden_ptr + row * H, states_ptr + slot * H)
-    x = tl.load(from_ptr + column, mask=column < H, other=0.0)
-    wide = x.to(tl.float32)
-    scaled = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)).to(x.dtype).to(tl.float32)
-    tl.store(entries_ptr + entry * H + column, (scaled * gain.to(tl.float32)).to(x.dtype), mask=column < H)
-
-
-@jit(do_not_specialize_on_alignment=UNALIGNED)
-def _entries_kernel(
-    query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
-    slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, counts_ptr, eps, entries_ptr, weight_tiles,
-    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One head of W by the norms of ``_norms_kernel``; what these had no room for by ``_tiles``."""
-    head, part = _place(tl.program_id(0), 1, A, KV)
-    features = tl.arange(0, 2 * HALF)
-    pair = tl.arange(0, HALF)[:, None]
-    inner = tl.arange(0, BLOCK_K)
-    weights = weight_ptr + (head * (2 * HALF) + features).to(tl.int64)[:, None] * H + inner[None, :]
-    begin(EARLY)
-    live = tl.load(counts_ptr)
-    owed = tl.load(counts_ptr + 1)
-    entries = live
-    if head >= A:
-        entries += owed
-    held = tl.minimum(entries, ROOM)
-    for start in range(0, held, ROWS):
-        entry = start + tl.arange(0, ROWS)
-        present = entry < held
-        rows, newest, slots, positions = _whose(
-            order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, entry, present, live
-        )
-        # Entries that are not there are not read either: any in their place is one address for all programs at once.
-        x_ptrs = entries_ptr + entry[None, :] * H + inner[:, None]
-        total = tl.zeros((2 * HALF, ROWS), dtype=tl.float32)
-        for k in range(0, H, BLOCK_K):
-            if H % BLOCK_K == 0:
-                x = tl.load(x_ptrs + k, mask=present[None, :], other=0.0)
-            else:
-                x = tl.load(x_ptrs + k, mask=present[None, :] & (inner[:, None] < H - k), other=0.0)
-            w = weight_tile(weights, weight_tiles, head * (2 * HALF), k, inner, H, H % BLOCK_K == 0, TILES)
-            total = tl.dot(w, x, total, input_precision="ieee")
-        first, second = tl.split(tl.permute(tl.reshape(total, (2, HALF, ROWS)), (1, 2, 0)))
-        here = present[None, :] & (pair < HALF)
-        cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
-        _put(
-            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair,
-            head, A, KV, HALF,
-        )  # fmt: skip
-    if entries > ROOM:
-        _tiles(
-            query_ptr, keys_ptr, values_ptr, hidden_ptr, states_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr,
-            slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, live, owed, ROOM, eps, head, part,
-            A, KV, HALF, H, 16, HALF, 32,
-        )  # fmt: skip
 
 
 @jit
@@ -551,10 +318,11 @@ def _check_shape(name: str, x: Tensor, like: Tensor, *shape: int | None) -> None
     check_contiguous(**{name: x})
 
 
-def _check_apart(**tensors: Tensor) -> None:
-    """No written tensor (the first three) shares memory with any other: programs still read and write those."""
+def _check_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """No written tensor shares memory with any other: programs still read and write those. All are contiguous."""
+    tensors = {**written, **read}
     spans = [(name, x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for name, x in tensors.items()]
-    for i, (name, start, end) in enumerate(spans[:3]):
+    for i, (name, start, end) in enumerate(spans[: len(written)]):
         for other, from_, to in spans[i + 1 :]:
             if start < to and from_ < end and start < end and from_ < to:
                 raise ValueError(f"{name} must not overlap {other} in memory: give another buffer")
@@ -602,6 +370,7 @@ def qkv_rows_(
     entries             (``qkv_entries`` or any other number, H), dtype of hidden, contiguous, written: room for norms.
                         A launch in front writes them. None: none. Not for a capacity of 1; heads whose size is a
                         power of 2, 16 to 128
+    What is written shares no memory with anything else here; what is only read may overlap.
     All int32 arguments and hidden may be the work of the kernel directly in front. Sums are in fp32. Nothing on the
     device checks an id, a slot or a position: no two of the n + o entries may have the same slot, and everything must
     be in range.
@@ -635,15 +404,28 @@ def qkv_rows_(
     check_vector("owed_slots", owed_slots, hidden, "hidden", torch.int32, 0)
     check_vector("owed_positions", owed_positions, hidden, "hidden", torch.int32, owed_slots.shape[0])
     check_counts("counts", counts, hidden, "hidden")
-    _check_apart(query=query, keys=keys, values=values, hidden=hidden, states=states, weight=weight)
+    written = {"query": query, "keys": keys, "values": values}
     if entries is not None:
         _check_shape("entries", entries, hidden, None, width)
-        if capacity == 1 or entries.shape[0] < 1:
-            raise ValueError(f"entries are for a capacity of 2 or more, and at least 1, got {capacity} and "
-                             f"{entries.shape[0]}")  # fmt: skip
+        if capacity == 1:
+            raise ValueError("entries are for a capacity of 2 or more, got 1: leave them out")
+        if entries.shape[0] < 1:
+            raise ValueError("entries must have room for at least 1, got 0: leave them out")
         if head_dim not in (16, 32, 64, 128):
             raise ValueError(f"entries are for a head_dim of 16, 32, 64 or 128, got {head_dim}: leave them out")
-        _check_apart(entries=entries, hidden=hidden, states=states)
+        written["entries"] = entries
+    wanted = QkvConfig if entries is None else EntriesConfig
+    if config is not None and not isinstance(config, wanted):
+        place = "without" if entries is None else "with"
+        raise ValueError(f"config must be a tile of type {wanted.__name__} {place} entries, got {config!r}")
+    _check_apart(
+        written,
+        {
+            "hidden": hidden, "states": states, "weight": weight, "norm": gain, "cos": cos, "sin": sin, "order": order,
+            "slots": slots, "positions": positions, "owed_slots": owed_slots, "owed_positions": owed_positions,
+            "counts": counts,
+        },
+    )  # fmt: skip
     tensors = (query, keys, values, hidden, states, weight)
     indices = (order, slots, positions, owed_slots, owed_positions, counts)
     if not runs_kernel(hidden):
@@ -655,7 +437,7 @@ def qkv_rows_(
     arguments = (*tensors, gain, cos, sin, *indices, eps)
     shape = {"A": num_heads, "KV": kv_heads, "HALF": half, "H": width, **early(hidden)}
     if entries is not None:
-        config = entries_configs(capacity, hidden.dtype, shape["EARLY"])[0] if config is None else config
+        config = entries_configs(capacity, hidden.dtype, tile_limits(hidden))[0] if config is None else config
         tiles = copied_tiles(weight, head_dim, config.block_k)
         with on_device(hidden):
             _norms_kernel[(entries.shape[0],)](
@@ -668,7 +450,7 @@ def qkv_rows_(
             )  # fmt: skip
         return
     if config is None:
-        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, shape["EARLY"])[0]
+        config = qkv_configs(capacity, num_heads, kv_heads, head_dim, hidden.dtype, tile_limits(hidden))[0]
     pairs = min(config.pairs, max(8, next_power_of_2(half)))
     shape |= {"ROWS": config.rows, "PAIRS": pairs, "BLOCK_K": config.block_k}
     shape |= {"num_warps": config.num_warps, "num_stages": config.num_stages}

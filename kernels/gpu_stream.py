@@ -16,12 +16,15 @@ from torch.nn import functional as F
 
 from engine.kernels.gpu_common import (
     FLOATS,
+    HOPPER,
     UNALIGNED,
+    TileLimits,
     begin,
     cdiv,
     check_apart,
     check_contiguous,
     check_counts,
+    check_device,
     check_float,
     check_like,
     check_rows,
@@ -29,10 +32,12 @@ from engine.kernels.gpu_common import (
     check_weight,
     copied_tiles,
     early,
+    fitting_tiles,
     jit,
     loaded_ahead,
     on_device,
     runs_kernel,
+    tile_limits,
     tl,
     weight_tile,
 )
@@ -127,12 +132,12 @@ def stream_configs(
     act: str = "none",
     out_features: int = 16384,
     workspace: bool = False,
-    hopper: bool = True,
+    limits: TileLimits = HOPPER,
 ) -> tuple[StreamConfig, ...]:
     """Candidates for a capacity of ``rows``, the default first. The choice never depends on the live count, so a row's
     sum is taken in one order whoever else is in the step.
 
-    workspace  whether programs may share a tile; hopper: whether a multiprocessor has Hopper's shared memory"""
+    workspace  whether programs may share a tile; limits: of the device, ``tile_limits``"""
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     if rows < 1:
@@ -153,11 +158,11 @@ def stream_configs(
     elif workspace and cdiv(out_features, 64) < _PROGRAMS:
         table = _SHARED[tile] + table
 
-    def shared_bytes(config: StreamConfig) -> int:
+    def stage_bytes(config: StreamConfig) -> int:
         weights = config.block_n * (2 if act == "swiglu" else 1)
-        return 2 * (config.block_m + weights) * config.block_k * config.num_stages
+        return 2 * (config.block_m + weights) * config.block_k
 
-    return tuple(c for c in table if hopper or shared_bytes(c) <= 150 * 1024)
+    return fitting_tiles(table, stage_bytes, limits)
 
 
 def stream_workspace(rows: int, features: int, device: torch.device) -> StreamWorkspace:
@@ -369,6 +374,25 @@ def _rows_kernel(
 # --- public function -------------------------------------------------------------------------------------------------
 
 
+def _check_workspace(workspace: StreamWorkspace, rows: int, features: int, operands: dict[str, Tensor | None]) -> None:
+    """What ``stream_workspace`` makes, with room enough, apart from the operands, of which None was not given."""
+    partial, arrived = workspace
+    x = operands["x"]
+    if partial.dtype != torch.float32:
+        raise ValueError(f"workspace.partial must be float32, got {str(partial.dtype).removeprefix('torch.')}")
+    if partial.dim() != 3 or partial.shape[0] < 1 or partial.shape[1] * partial.shape[2] < rows * features:
+        raise ValueError(f"workspace must be of stream_workspace for {rows} rows and {features} columns or more, got a "
+                         f"partial of {list(partial.shape)}")  # fmt: skip
+    check_device("workspace.partial", partial, x, "x")
+    check_contiguous(**{"workspace.partial": partial})
+    check_vector("workspace.arrived", arrived, x, "x", torch.int32, 0)
+    check_apart(arrived, "workspace.partial", partial, "workspace.arrived")
+    for written, tensor in (("workspace.partial", partial), ("workspace.arrived", arrived)):
+        for name, operand in operands.items():
+            if operand is not None:
+                check_apart(tensor, name, operand, written)
+
+
 def stream_rows_(
     out: Tensor,
     x: Tensor,
@@ -390,8 +414,8 @@ def stream_rows_(
     norm      (weight (K,), eps) of an RMSNorm f in front of the product, with room for one row; None: f(x) = x
     residual  (R, N), dtype of x, contiguous
     config    one of ``stream_configs``; None: the first
-    workspace  of ``stream_workspace``, for as many rows and columns of out at least: a product of few columns is then
-              shared by more programs; None: a tile has one program
+    workspace  of ``stream_workspace``, for as many rows and columns of out at least, apart from all of the above: a
+              product of few columns is then shared by more programs; None: a tile has one program
     Moves the bytes of W once for one tile of rows. Sums in fp32; fp32 products are exact (no TF32).
     """
     check_float("x", x)
@@ -428,17 +452,15 @@ def stream_rows_(
             except ValueError as error:
                 raise ValueError(f"residual must be out itself or apart from it: {error}") from None
     if workspace is not None:
-        partial, arrived = workspace
-        if partial.device != x.device or partial.dim() != 3 or partial[0].numel() < rows * features:
-            raise ValueError(f"workspace must be of stream_workspace for {rows} rows and {features} columns or more on "
-                             f"{x.device}, got one of {list(partial.shape[1:])} on {partial.device}")  # fmt: skip
+        operands = {"out": out, "x": x, "weight": weight, "order": order, "counts": counts, "residual": residual}
+        _check_workspace(workspace, rows, features, {**operands, "norm": None if norm is None else norm[0]})
     if not runs_kernel(x):
         stream_rows__ref(out, x, weight, order, counts, norm, residual, act)
         return
     if rows == 0 or features == 0:
         return
     if config is None:
-        form = (width, act, features, workspace is not None, early(x)["EARLY"])
+        form = (width, act, features, workspace is not None, tile_limits(x))
         config = stream_configs(rows, x.dtype, *form)[0]
     if config.block_m == 1 and rows != 1:
         raise ValueError(f"a config with block_m 1 is for one row, got room for {rows}")

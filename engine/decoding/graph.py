@@ -45,7 +45,8 @@ def graph_problem(model: MultiExitDecoder) -> str | None:
 
 
 class GraphDecoder(PackedDecoder):
-    """A PackedDecoder whose steps are programs; prompts, and rows of several criteria together, go through the modules.
+    """A PackedDecoder whose steps are programs. Through the modules go prompts; steps of more than 64 rows; and, where
+    somebody may leave, steps of rows of several criteria, and of softmax where exits have heads of their own.
 
     A step may be launched behind one whose results nobody has seen yet: ids and watermarks are on the device, places
     and limits are known ahead, so while the host reads what one step came to, the device is at the next.
@@ -99,20 +100,20 @@ class GraphDecoder(PackedDecoder):
     @torch.inference_mode()
     def launch(self, batch: list[tuple[Generating, Pages]]) -> LaunchedStep:
         requests = [sequence.request for sequence, _ in batch]
-        measures = {"policy" if r.criterion == "scripted" else r.criterion for r in requests}
+        layers = self.model.config.num_layers
+        # Where nobody may leave and nothing is owed, the program without exits does the same, whatever the criteria.
+        stays = all(
+            r.min_depth >= layers and r.script is None and pages.watermarks[-1] == len(sequence) - 1
+            for r, (sequence, pages) in zip(requests, batch, strict=True)
+        )
+        measures = {None} if stays else {"policy" if r.criterion == "scripted" else r.criterion for r in requests}
         # Where the modules are the head, nobody else knows how sure an exit is.
         without_head = "softmax" in measures and self._arena.logits is None
         if len(batch) > _MAX_ROWS or len(measures) > 1 or without_head:
             with self._lock:
                 self._wait()
             return Done(super().step(batch))
-        layers = self.model.config.num_layers
-        # Where nobody may leave and nothing is owed, the program without exits does the same.
-        stays = all(
-            r.min_depth >= layers and r.script is None and pages.watermarks[-1] == len(sequence) - 1
-            for r, (sequence, pages) in zip(requests, batch, strict=True)
-        )
-        rows, measure = 1 << (len(batch) - 1).bit_length(), None if stays else measures.pop()
+        rows, measure = 1 << (len(batch) - 1).bit_length(), measures.pop()
         with self._lock:
             self._wait()
             program = self._programs.get((rows, measure))
@@ -285,6 +286,13 @@ class _Program:
         n = len(batch)
         h["counts"][:] = n, 0
         positions = [len(sequence) - 1 + ahead for sequence, _ in batch]
+        for (_, pages), position in zip(batch, positions, strict=True):
+            # No kernel lists what the first layer is owed: every token in front has been there, or is on its way.
+            if pages.watermarks[0] != position - ahead:
+                raise ValueError(
+                    f"the first layer must have {position - ahead} positions in front of a step at position "
+                    f"{position}, {ahead} ahead, got {pages.watermarks[0]}"
+                )
         h["positions"][:n] = positions
         h["slots"][:n] = [
             pages.blocks[p // size] * size + p % size for (_, pages), p in zip(batch, positions, strict=True)

@@ -22,7 +22,8 @@ from engine.kernels.gpu_decode_attention import decode_attention_, decode_attent
 from engine.kernels.gpu_greedy import TOLD, greedy_rows_
 from engine.kernels.gpu_measures import classifier_rows_, response_rows_, saturation_rows_
 from engine.kernels.gpu_policy import delta_rows_, policy_rows_, policy_splits
-from engine.kernels.gpu_qkv import qkv_entries, qkv_rows_
+from engine.kernels.gpu_qkv import qkv_rows_
+from engine.kernels.gpu_qkv_entries import qkv_entries
 from engine.kernels.gpu_stream import stream_rows_, stream_workspace
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
 from engine.models.decoder import MultiExitDecoder
@@ -160,7 +161,7 @@ class Given(NamedTuple):
 
     counts [2]: rows, 0; positions, slots [R]; threshold_logit [R], the bits of fp32; script, min_depth, max_depth [R];
     block_table [R, blocks]; and what a step leaves behind as the next one of the same rows needs it, so that the host
-    need not: watermarks [R, L] and ids [R]
+    need not: ids [R], and watermarks [R, L] but for the first layer's, which no step reads or moves: nothing is owed it
     """
 
     counts: Tensor

@@ -11,8 +11,8 @@ import torch
 
 import engine
 from engine.decoding import graph_step
-from engine.decoding.cache import PagedCache
-from engine.decoding.generate import begin, generate_packed
+from engine.decoding.cache import PagedCache, Pages
+from engine.decoding.generate import begin, generate_packed, take_tokens
 from engine.decoding.graph import GraphDecoder
 from engine.decoding.packed import PackedDecoder, cache_shape
 from engine.generation import DecoderEngine
@@ -121,6 +121,35 @@ def test_criteria_of_one_batch_may_differ(place):
     requests = [replace(r, criterion=kind) for r, kind in zip(random_requests(5, seed=3, new=12), kinds, strict=True)]
     got, _ = by_programs(model, requests)
     assert_same(got, by_reference(model, requests), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("head, kinds", [
+    ("lora", ["policy", "softmax", "saturation", "classifier"]), ("own", ["softmax", "softmax", "policy"]),
+])  # fmt: skip
+def test_criteria_do_not_matter_where_nobody_may_leave(place, monkeypatch, head, kinds):
+    """One program serves them all, heads of the modules' own included; no step goes through the modules."""
+    model = with_classifier(4, head=head).to(place)
+    requests = random_requests(len(kinds), seed=3, new=12, min_depth=LAYERS)
+    requests = [replace(r, criterion=kind) for r, kind in zip(requests, kinds, strict=True)]
+    monkeypatch.setattr(PackedDecoder, "step", None)
+    got, decoder = by_programs(model, requests)
+    assert {measure for _, measure in decoder._programs} == {None}
+    assert_same(got, by_reference(model, requests), rtol=1e-3, atol=2e-4)
+
+
+def test_a_first_layer_that_owes_is_refused(place):
+    """Nothing lists what it would be owed."""
+    model = tiny_decoder(seed=3).to(place)
+    cache = room(model)
+    decoder, (sequence,) = GraphDecoder(model, cache), begin(random_requests(1, seed=1))
+    decoder.look()
+    pages = Pages(cache)
+    pages.reserve(len(sequence) + 2)
+    take_tokens([sequence], decoder.prefill([(sequence, pages)]))
+    at = len(sequence) - 1
+    pages.watermarks[0] -= 1
+    with pytest.raises(ValueError, match=f"must have {at} positions in front .* {at}, 0 ahead, got {at - 1}"):
+        decoder.step([(sequence, pages)])
 
 
 def test_new_weights_are_seen(place):

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels import exit_rows, gpu_attention, gpu_exit, gpu_linear, gpu_norms
-from engine.kernels.gpu_common import INTERPRETED, triton
+from engine.kernels import exit_rows, gpu_attention, gpu_common, gpu_exit, gpu_linear, gpu_norms
+from engine.kernels.gpu_common import AMPERE, HOPPER, INTERPRETED, TileLimits, triton
 from engine.kernels.products import Partials
 
 MODULES = (gpu_linear, gpu_attention, gpu_norms, gpu_exit)
 NUM_HEADS = 12  # of BERT-base (H 768, head_dim 64) and MiniLM (H 384, head_dim 32)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+LIMITS = {80: AMPERE, 90: HOPPER}
+SMALL = TileLimits(False, 99 * 1024)  # capability 8.6, 8.9, 12.0
 VERSION = "3.6.0"
 
 # Marks of tests that compile.
@@ -58,6 +60,14 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def on_device_like(monkeypatch, arch: int, *modules: Any, limits: TileLimits | None = None) -> None:
+    """The launchers of modules choose as on a device of this architecture."""
+    for module in (gpu_common, *modules):
+        monkeypatch.setattr(module, "early", lambda x: {"EARLY": arch >= 90})
+    for module in modules:
+        monkeypatch.setattr(module, "tile_limits", lambda x: limits or LIMITS[arch])
 
 
 def record(monkeypatch, name: str, call: Callable[[], None]) -> Launch:

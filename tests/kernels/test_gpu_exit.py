@@ -413,7 +413,7 @@ def test_messages_of_the_norm():
 def test_messages_of_the_stored_norm():
     rest = ((V, V, EPS), N, 1, "policy", POLICY, HEAD, IDS)
     for x, residual, name in ((X, X.clone(), "x"), (X.clone(), X, "residual")):
-        with pytest.raises(ValueError, match=f"out must not overlap {name} in memory"):
+        with pytest.raises(ValueError, match=f"normed must not overlap {name} in memory"):
             exit_add_norm_rows_(DONE, FREE, X, x, residual, *rest)
     with pytest.raises(ValueError, match=r"normed must have shape \[0 or more, 8\], got \[4, 7\]"):
         exit_add_norm_rows_(DONE, FREE, X[:, :7], X, X, *rest)
@@ -427,5 +427,5 @@ def test_messages_of_the_stored_norm():
     with pytest.raises(ValueError, match=r"state must have shape \[4 or more, 8\], got \[3, 8\]"):
         exit_add_norm_rows_(DONE, FREE, X.clone(), X, X, *rest[:-1], None, X[:3])
     out = X.clone()
-    with pytest.raises(ValueError, match="out must not overlap state in memory"):
+    with pytest.raises(ValueError, match="normed must not overlap state in memory"):
         exit_add_norm_rows_(DONE, FREE, out, X, X, *rest[:-1], None, out)

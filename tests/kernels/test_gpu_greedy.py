@@ -55,6 +55,8 @@ TOLD, IDS, LOGITS, PROBS = torch.zeros(2, 3, dtype=INT), torch.zeros(2, dtype=IN
         (dict(told=torch.zeros(1, 3, dtype=INT)), r"told must be int32 of shape \[2 or more, 3\]"),
         (dict(ids=torch.zeros(2)), "ids must be int32"),
         (dict(exit_probs=IDS), "exit_probs must be float32"),
+        (dict(told=LOGITS.view(INT).flatten()[:6].view(2, 3)), "told must not overlap logits in memory"),
+        (dict(ids=LOGITS.view(INT).flatten()[:2]), "ids must not overlap logits in memory"),
         (dict(exit_layers=IDS[:1]), r"exit_layers must have shape \[2 or more\]"),
     ],
 )

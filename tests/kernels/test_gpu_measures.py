@@ -111,7 +111,8 @@ LISTS = dict(order=torch.zeros(2, dtype=INT), counts=torch.zeros(2, dtype=INT))
     "function, given, words",
     [
         (saturation_rows_, dict(z=Z[:1], before=HIDDEN.clone(), hidden=HIDDEN), r"z must be fp32 of shape \[2 or more"),
-        (saturation_rows_, dict(z=Z, before=HIDDEN, hidden=HIDDEN), "must not overlap hidden"),
+        (saturation_rows_, dict(z=Z, before=HIDDEN, hidden=HIDDEN), "before must not overlap hidden"),
+        (saturation_rows_, dict(z=Z, before=HIDDEN, hidden=Z), "z must not overlap hidden"),
         (saturation_rows_, dict(z=Z, before=HIDDEN[:1], hidden=HIDDEN.clone()), "before must have shape"),
         (saturation_rows_, dict(z=Z, before=HIDDEN.half(), hidden=HIDDEN), "before"),
         (classifier_rows_, dict(z=Z.half(), normed=HIDDEN, weight=HIDDEN[:1]), "z must be fp32"),

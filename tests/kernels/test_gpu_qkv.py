@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import gpu_common, gpu_qkv
-from engine.kernels.gpu_qkv import QkvConfig, entries_configs, qkv_configs, qkv_entries, qkv_rows_, qkv_rows__ref
+from engine.kernels import gpu_qkv
+from engine.kernels.gpu_common import AMPERE, HOPPER, TileLimits
+from engine.kernels.gpu_qkv import QkvConfig, qkv_configs, qkv_rows_, qkv_rows__ref
+from engine.kernels.gpu_qkv_entries import entries_configs, qkv_entries
 from tests.kernels import gpu_cases
 from tests.kernels.cases import assert_no_worse, doubled
 
@@ -168,14 +170,14 @@ def test_who_has_entries():
     assert [qkv_entries(rows, 32, 32, 128) for rows in (1, 2, 8, 32, 64)] == [0, 32, 64, 128, 256]
     assert qkv_entries(64, 9, 3, 64) == 0
     c = case(1, 1, 0, PLAIN, HALF, "cpu")
-    with pytest.raises(ValueError, match="entries are for a capacity of 2 or more, and at least 1, got 1 and 8"):
+    with pytest.raises(ValueError, match="entries are for a capacity of 2 or more, got 1: leave them out"):
         qkv_rows_(*c.arguments(), entries=entries_for(c, 8))
     c = case(4, 1, 0, PLAIN, HALF, "cpu")
     odd = case(4, 1, 0, ODD, HALF, "cpu")
     with pytest.raises(ValueError, match="entries are for a head_dim of 16, 32, 64 or 128, got 24: leave them out"):
         qkv_rows_(*odd.arguments(), entries=entries_for(odd, 8))
-    with pytest.raises(ValueError, match="entries must not overlap hidden"):
-        qkv_rows_(*c.arguments(), entries=c.hidden)
+    with pytest.raises(ValueError, match="entries must have room for at least 1, got 0: leave them out"):
+        qkv_rows_(*c.arguments(), entries=entries_for(c, 0))
     with pytest.raises(ValueError, match=r"entries must have shape \[any, 64\], got \[8, 63\]"):
         qkv_rows_(*c.arguments(), entries=entries_for(c, 8)[:, 1:].contiguous())
 
@@ -293,6 +295,23 @@ def test_the_table_of_tiles():
     assert qkv_configs(8, 9, 3, 64, HALF)[0].pairs == 8
 
 
+def test_tiles_go_by_the_device():
+    """H100, A100, and less shared memory than the tiles that are chosen there take."""
+    heads = (32, 32, 128)
+    assert qkv_configs(64, *heads, HALF, HOPPER)[0] == qkv_configs(64, *heads, HALF)[0] == QkvConfig(64, 32, 128, 4, 4)
+    assert qkv_configs(64, *heads, HALF, AMPERE)[0] == QkvConfig(64, 32, 64, 4, 6)
+    assert [tuple(entries_configs(64, HALF, limits)[0]) for limits in (HOPPER, AMPERE, gpu_cases.SMALL)] == [
+        (128, 128, 8, 3), (128, 64, 8, 4), (128, 64, 8, 2)
+    ]  # fmt: skip
+    assert entries_configs(64, HALF) == entries_configs(64, HALF, HOPPER)
+    for rows in (2, 8, 64):
+        for limits in (gpu_cases.SMALL, TileLimits(True, 99 * 1024), TileLimits(False, 64 * 1024)):
+            for c in qkv_configs(rows, *heads, HALF, limits):
+                assert 2 * (c.rows + 2 * c.pairs) * c.block_k * c.num_stages < limits.shared_bytes
+            for c in entries_configs(rows, HALF, limits):
+                assert 2 * (c.rows + 128) * c.block_k * c.num_stages < limits.shared_bytes
+
+
 def replaced(**changes):
     torch.manual_seed(0)
     c = case(4, 2, 3, PLAIN, SINGLE, "cpu")
@@ -339,6 +358,42 @@ def test_written_buffers_are_apart():
         qkv_rows_(*arguments)
 
 
+@pytest.mark.parametrize("name", ["query", "keys", "values", "hidden", "states", "weight", "norm", "cos", "sin"])
+def test_entries_are_apart_from_everything(name):
+    c = case(4, 2, 3, PLAIN, SINGLE, "cpu")
+    other = c.norm[0] if name == "norm" else getattr(c, name)
+    first, second = (name, "entries") if name in ("query", "keys", "values") else ("entries", name)
+    with pytest.raises(ValueError, match=f"{first} must not overlap {second} in memory: give another buffer"):
+        qkv_rows_(*c.arguments(), entries=other.view(-1)[-64:].view(1, 64))
+
+
+def test_lists_are_apart_from_what_is_written():
+    c = case(4, 2, 3, PLAIN, SINGLE, "cpu")
+    c.order = c.query.view(-1)[:4].view(torch.int32)
+    with pytest.raises(ValueError, match="query must not overlap order in memory: give another buffer"):
+        qkv_rows_(*c.arguments())
+
+
+def test_what_is_only_read_may_overlap():
+    """The states of a cache may be the rows' own hidden states."""
+    c = case(4, 4, 3, PLAIN, SINGLE, "cpu", room=8)
+    memory = torch.randn(8, 64)
+    c.hidden, c.states = memory[:4], memory
+    for entries in (None, entries_for(c, 8)):
+        for written in (c.query, c.keys, c.values):
+            written.fill_(POISON)
+        qkv_rows_(*c.arguments(), entries=entries)
+        check(c)
+
+
+def test_tiles_are_of_the_kind_that_is_asked():
+    c = case(4, 2, 3, PLAIN, SINGLE, "cpu")
+    with pytest.raises(ValueError, match=r"type QkvConfig without entries, got EntriesConfig\(rows=16"):
+        qkv_rows_(*c.arguments(), entries_configs(4, SINGLE)[0])
+    with pytest.raises(ValueError, match=r"type EntriesConfig with entries, got QkvConfig\(rows="):
+        qkv_rows_(*c.arguments(), qkv_configs(4, 4, 4, 32, SINGLE)[0], entries_for(c, 8))
+
+
 # --- compiled without a device ---------------------------------------------------------------------------------------
 
 SHAPES = {"7b": (4096, 32, 32, 128), "smollm2": (576, 9, 3, 64)}
@@ -349,9 +404,9 @@ def compiled_case(capacity, shape, dtype):
     return case(capacity, 1, 0, shape, dtype, "cpu", room=8)
 
 
-def compiled(monkeypatch, capacity, shape, dtype, arch, config=None):
+def compiled(monkeypatch, capacity, shape, dtype, arch, config=None, limits=None):
     c = compiled_case(capacity, shape, dtype)
-    monkeypatch.setattr(gpu_qkv, "early", lambda x: {"EARLY": arch >= 90})
+    gpu_cases.on_device_like(monkeypatch, arch, gpu_qkv, limits=limits)
     monkeypatch.setattr(gpu_cases, "MODULES", (gpu_qkv,))
     launch = gpu_cases.record(monkeypatch, "qkv", lambda: qkv_rows_(*c.arguments(), config))
     usage = gpu_cases.compile_launch(launch, arch)
@@ -374,6 +429,15 @@ class TestCompile:
             assert usage.registers <= (128 if arch == 90 else 168)
             assert (4 if arch == 90 else 3) * usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
 
+    @pytest.mark.parametrize("capacity", [1, 2, 8, 64])
+    def test_little_shared_memory(self, monkeypatch, capacity):
+        small = gpu_cases.SMALL
+        assert compiled(monkeypatch, capacity, SHAPES["7b"], HALF, 80, None, small).shared_bytes <= small.shared_bytes
+        c = compiled_case(capacity, SHAPES["7b"], HALF)
+        call = functools.partial(qkv_rows_, *c.arguments(), None, entries_for(c, 8))
+        for launch in gpu_cases.record_all(monkeypatch, "qkv", call) if capacity > 1 else ():
+            assert gpu_cases.compile_launch(launch, 80).shared_bytes <= small.shared_bytes
+
     @pytest.mark.parametrize("capacity", [1, 64])
     def test_every_tile(self, monkeypatch, capacity):
         for shape in SHAPES.values():
@@ -385,14 +449,14 @@ class TestCompile:
     @pytest.mark.parametrize("capacity", [2, 8, 32, 64])
     def test_entries(self, monkeypatch, capacity, dtype, arch):
         c = compiled_case(capacity, SHAPES["7b"], dtype)
-        for module in (gpu_qkv, gpu_common):
-            monkeypatch.setattr(module, "early", lambda x: {"EARLY": arch >= 90})
+        gpu_cases.on_device_like(monkeypatch, arch, gpu_qkv)
         monkeypatch.setattr(gpu_cases, "MODULES", (gpu_qkv,))
-        for config in entries_configs(capacity, dtype, arch == 90):
+        configs = entries_configs(capacity, dtype, gpu_cases.LIMITS[arch])
+        for config in configs:
             call = functools.partial(qkv_rows_, *c.arguments(), config, entries_for(c, 2 * config.rows))
             for launch in gpu_cases.record_all(monkeypatch, "qkv", call):
                 usage = gpu_cases.compile_launch(launch, arch)
-                assert usage.stack_bytes == 0 or config != entries_configs(capacity, dtype, arch == 90)[0]
+                assert usage.stack_bytes == 0 or config != configs[0]
                 assert usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
             if arch == 90 and dtype != SINGLE:
                 assert "wgmma" in usage.ptx and "cp.async.bulk.tensor" in usage.ptx

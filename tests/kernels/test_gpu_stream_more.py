@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import gpu_common, gpu_stream
-from engine.kernels.gpu_common import INTERPRETED, triton
+from engine.kernels import gpu_stream
+from engine.kernels.gpu_common import AMPERE, HOPPER, INTERPRETED, TileLimits, triton
 from engine.kernels.gpu_stream import (
     StreamConfig,
     rms_norm_math,
@@ -35,6 +35,8 @@ FORMS = {
     "swiglu": (False, None, "swiglu", False),
     "all": (True, "apart", "swiglu", True),
 }
+# A norm is for one row. Above, these would be plain, output and swiglu again.
+OF_ONE_ROW = {"norm", "norm residual", "gate up"}
 
 
 def formula(x, weight, norm, residual, act):
@@ -98,8 +100,15 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("capacity, live, features, width", [(1, 1, 16, 32), (5, 3, 21, 37), (37, 21, 40, 72)])
+@pytest.mark.parametrize(
+    "form, capacity, live, features, width",
+    [
+        (form, *size)
+        for size in ((1, 1, 16, 32), (5, 3, 21, 37), (37, 21, 40, 72))
+        for form in FORMS
+        if size[0] == 1 or form not in OF_ONE_ROW
+    ],
+)
 def test_products(way, dtype, form, capacity, live, features, width):
     way.skip_wrong(dtype)
     case = Case(capacity, live, features, width, dtype, way.device, form)
@@ -119,7 +128,7 @@ def test_one_row_of_any_width(way, dtype, form, features, width):
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
-@pytest.mark.parametrize("form", ["output", "gate up"])
+@pytest.mark.parametrize("form", ["output", "swiglu"])
 @pytest.mark.parametrize("features, width", [(1, 1), (3, 37), (65, 259)])
 def test_rows_of_any_width(way, dtype, form, features, width):
     way.skip_wrong(dtype)
@@ -167,8 +176,10 @@ def test_small_numbers_in_half_precision(way, form):
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-@pytest.mark.parametrize("form", ["output", "gate up", "swiglu"])
-@pytest.mark.parametrize("capacity", [1, 3, 32, 70])
+@pytest.mark.parametrize(
+    "form, capacity",
+    [("gate up", 1), *((form, capacity) for form in ("output", "swiglu") for capacity in (1, 3, 32, 70))],
+)
 def test_all_configs_compute_the_same(way, dtype, form, capacity):
     if way.name == "twin":
         pytest.skip("the twin has no configs")
@@ -213,8 +224,72 @@ def test_what_a_shared_tile_needs(way):
         case.run(stream_rows_, config._replace(splits=4), stream_workspace(5, 70, way.device))
 
 
+SHARED = StreamConfig(16, 64, 32, 4, 2, splits=2)
+
+
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-@pytest.mark.parametrize("form", ["output", "gate up"])
+@pytest.mark.parametrize("capacity, live", [(5, 5), (37, 20)])
+def test_products_behind_each_other_share_a_workspace(way, dtype, capacity, live):
+    """The second reads what the first has written, and has other columns."""
+    if way.name == "twin":
+        pytest.skip("the twin has no programs")
+    workspace = stream_workspace(capacity, 130, way.device)
+    a = Case(capacity, live, 130, 72, dtype, way.device, "output")
+    b = Case(capacity, live, 70, 130, dtype, way.device, "output")
+    b.x, b.order, b.rows, b.counts = a.out, a.order, a.rows, a.counts
+    b.given.fill_(NAN)
+    b.given[b.rows] = torch.randn(live, 70, device=way.device).to(dtype)
+    b.residual.copy_(b.given)
+    a.run(stream_rows_, SHARED, workspace)
+    b.run(stream_rows_, SHARED, workspace)
+    a.check()
+    b.check()
+    assert not bool(workspace.arrived.any())
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_a_row_of_a_shared_tile_does_not_depend_on_the_others(way, dtype):
+    """On their number, their values, and its place in the order; bit for bit."""
+    if way.name == "twin":
+        pytest.skip("a torch product may choose its order by the number of rows")
+    case, workspace = Case(37, 37, 100, 136, dtype, way.device), stream_workspace(37, 100, way.device)
+    row = int(case.order[0])
+    found = []
+    for order, factor in ((range(37), 1.0), ([0], 1.0), ([1, 2, 0], 1.0), (range(37), -30.0)):
+        picked = case.order[list(order)]
+        rest = torch.full((37 - len(picked),), FAR, dtype=torch.int32, device=way.device)
+        counts = torch.tensor([len(picked), 0], dtype=torch.int32, device=way.device)
+        x = case.x * factor
+        x[row] = case.x[row]
+        out = torch.full_like(case.out, POISON)
+        stream_rows_(out, x, case.weight, torch.cat([picked, rest]), counts, config=SHARED, workspace=workspace)
+        found.append(out[row].clone())
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def counts_change(case, live):
+    """Other live rows of a case in which all were."""
+    case.out.fill_(POISON)
+    case.rows = torch.randperm(len(case.out), device=case.out.device)[:live]
+    case.order.fill_(FAR)
+    case.order[:live] = case.rows
+    case.counts[0] = live
+
+
+def test_launches_of_changing_counts_share_a_workspace(way):
+    """More tiles of rows, fewer, none, and again."""
+    if way.name == "twin":
+        pytest.skip("the twin has no programs")
+    case, workspace = Case(37, 37, 130, 72, HALF, way.device, "head"), stream_workspace(37, 130, way.device)
+    for live in (37, 1, 0, 17, 16, 37):
+        counts_change(case, live)
+        case.run(stream_rows_, SHARED, workspace)
+        case.check()
+        assert not bool(workspace.arrived.any())
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("form", ["output", "swiglu"])
 def test_a_row_does_not_depend_on_the_others(way, dtype, form):
     """On their number, their values, and its place in the order."""
     if way.name == "twin":
@@ -297,13 +372,34 @@ def test_a_graph_reads_the_count_and_the_order_at_every_replay(gpu, form, capaci
     with torch.cuda.graph(graph):
         case.run(stream_rows_)
     for live in (capacity, 1, 0):
-        case.out.fill_(POISON)
-        case.rows = torch.randperm(capacity, device="cuda")[:live]
-        case.order.fill_(FAR)
-        case.order[:live] = case.rows
-        case.counts[0] = live
+        counts_change(case, live)
         graph.replay()
         case.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [8, 40])
+def test_a_graph_of_shared_tiles_reads_the_count_at_every_replay(gpu, capacity):
+    """Two products in a row on one workspace, as a layer has them."""
+    workspace = stream_workspace(capacity, 520, "cuda")
+    cases = [Case(capacity, capacity, features, 264, HALF, "cuda", "head") for features in (520, 200)]
+
+    def run():
+        for case in cases:
+            case.run(stream_rows_, SHARED, workspace)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for live in (capacity, 1, 0, capacity - 3, capacity):
+        for case in cases:
+            counts_change(case, live)
+        graph.replay()
+        for case in cases:
+            case.check()
+        assert not bool(workspace.arrived.any())
 
 
 @pytest.mark.gpu
@@ -338,16 +434,29 @@ LLAMA = {
     "down": (4096, 11008, "output"),
     "head": (32000, 4096, "head"),
 }
-SMOL = {"output": (576, 576, "output"), "gate up": (1536, 576, "gate up"), "down": (576, 1536, "output"),
-        "head": (49152, 576, "head")}  # fmt: skip
+SMOL = {
+    "output": (576, 576, "output"),
+    "gate up": (1536, 576, "gate up"),
+    "gate up after a norm": (1536, 576, "swiglu"),
+    "down": (576, 1536, "output"),
+    "head": (49152, 576, "head"),
+}
+REAL = {**{f"7b {name}": product for name, product in LLAMA.items()}, **SMOL}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("product", [*LLAMA.values(), *SMOL.values()], ids=[*(f"7b {n}" for n in LLAMA), *SMOL])
-@pytest.mark.parametrize("capacity, live", [(1, 1), (8, 5), (32, 32), (64, 50), (130, 130)])
+@pytest.mark.parametrize(
+    "capacity, live, product",
+    [
+        (*rows, product)
+        for rows in ((1, 1), (8, 5), (32, 32), (64, 50), (130, 130))
+        for product in REAL
+        if rows[0] == 1 or REAL[product][2] not in OF_ONE_ROW
+    ],
+)
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 def test_real_shapes(gpu, dtype, capacity, live, product):
-    features, width, form = product
+    features, width, form = REAL[product]
     case = Case(capacity, live, features, width, dtype, "cuda", form)
     case.run(stream_rows_)
     case.check()
@@ -366,6 +475,40 @@ def test_the_table_of_configs():
                     assert all((c.block_m == 1) == (rows == 1) for c in configs)
                     # No tile is more than half empty at its capacity, unless it is the smallest.
                     assert all(c.block_m <= 16 or c.block_m < 2 * rows for c in configs)
+
+
+@pytest.mark.parametrize(
+    "rows, form, first",
+    [
+        # Few columns are shared by two programs where there is a workspace; many never, nor are gate and up.
+        (8, dict(out_features=4096, workspace=True), StreamConfig(16, 64, 128, 4, 4, splits=2)),
+        (32, dict(out_features=4096, workspace=True), StreamConfig(32, 64, 128, 4, 4, splits=2)),
+        (64, dict(out_features=4096, workspace=True), StreamConfig(64, 64, 128, 4, 4, splits=2)),
+        (8, dict(out_features=4096), StreamConfig(16, 64, 256, 4, 4)),
+        (8, dict(out_features=32000, workspace=True), StreamConfig(16, 64, 256, 4, 4)),
+        (8, dict(out_features=6336, workspace=True), StreamConfig(16, 64, 128, 4, 4, splits=2)),
+        (8, dict(out_features=6337, workspace=True), StreamConfig(16, 64, 256, 4, 4)),
+        (8, dict(out_features=4096, workspace=True, act="swiglu"), StreamConfig(16, 64, 128, 4, 4)),
+        (1, dict(out_features=4096, workspace=True), StreamConfig(1, 4, 2048, 8)),
+        # Less shared memory than an H100's: the widest tiles are left out, of what remains fewer stages.
+        (8, dict(out_features=32000, limits=AMPERE), StreamConfig(16, 64, 128, 4, 6)),
+        (64, dict(out_features=32000, limits=AMPERE), StreamConfig(64, 64, 64, 4, 8)),
+        (64, dict(out_features=4096, workspace=True, limits=AMPERE), StreamConfig(64, 64, 128, 4, 4, splits=2)),
+        (8, dict(act="swiglu", limits=AMPERE), StreamConfig(16, 64, 128, 4, 4)),
+        (32, dict(act="swiglu", limits=AMPERE), StreamConfig(32, 64, 64, 4, 3)),
+        (8, dict(out_features=32000, limits=gpu_cases.SMALL), StreamConfig(16, 64, 64, 4, 8)),
+        (32, dict(out_features=32000, limits=gpu_cases.SMALL), StreamConfig(32, 64, 64, 4, 7)),
+        (64, dict(out_features=4096, workspace=True, limits=gpu_cases.SMALL), StreamConfig(64, 64, 64, 4, 5)),
+        (64, dict(out_features=32000, limits=TileLimits(True, 64 * 1024)), StreamConfig(64, 64, 64, 4, 3)),
+        (1, dict(limits=TileLimits(False, 48 * 1024)), StreamConfig(1, 4, 2048, 8)),
+    ],
+)
+def test_what_the_table_goes_by(rows, form, first):
+    configs = stream_configs(rows, HALF, 4096, **form)
+    assert configs[0] == first
+    assert len(set(configs)) == len(configs)
+    if form.get("limits", HOPPER) == HOPPER:
+        assert configs == stream_configs(rows, HALF, 4096, **{**form, "limits": HOPPER})
 
 
 OUT, X, W = torch.zeros(4, 6), torch.zeros(4, 8), torch.zeros(6, 8)
@@ -400,6 +543,48 @@ MESSAGES = [
 def test_messages(arguments, message):
     with pytest.raises(ValueError, match=message):
         stream_rows_(*arguments)
+
+
+def taken(x, dtype, *shape):
+    """The first numbers of x as something else."""
+    numbers = torch.Size(shape).numel()
+    return x.view(-1)[:numbers].view(dtype).view(shape)
+
+
+ROOM = stream_workspace(4, 6, torch.device("cpu"))
+PARTIAL, ARRIVED = ROOM
+WORKSPACES = [
+    (ROOM._replace(partial=PARTIAL.half()), "workspace.partial must be float32, got float16"),
+    (ROOM._replace(partial=PARTIAL[0]), r"for 4 rows and 6 columns or more, got a partial of \[4, 6\]"),
+    (ROOM._replace(partial=PARTIAL[:0]), r"for 4 rows and 6 columns or more, got a partial of \[0, 4, 6\]"),
+    (ROOM._replace(partial=PARTIAL[:, :3]), r"for 4 rows and 6 columns or more, got a partial of \[2, 3, 6\]"),
+    (ROOM._replace(partial=PARTIAL.transpose(1, 2)), "workspace.partial must be contiguous, got strides"),
+    (ROOM._replace(partial=PARTIAL.to("meta")), r"workspace.partial must be on the device of x \(cpu\), got meta"),
+    (ROOM._replace(arrived=ARRIVED.long()), "workspace.arrived must be int32, got int64"),
+    (ROOM._replace(arrived=ARRIVED[None]), r"workspace.arrived must have shape \[0 or more\], got \[1, 1\]"),
+    (ROOM._replace(arrived=ARRIVED.to("meta")), r"workspace.arrived must be on the device of x \(cpu\), got meta"),
+    (ROOM._replace(arrived=torch.zeros(6, dtype=torch.int32)[::2]), "workspace.arrived must be contiguous"),
+    (ROOM._replace(arrived=taken(PARTIAL, torch.int32, 1)), "workspace.arrived must not overlap workspace.partial"),
+    (ROOM._replace(arrived=ORDER), "workspace.arrived must not overlap order in memory"),
+    (ROOM._replace(arrived=N), "workspace.arrived must not overlap counts in memory"),
+    (ROOM._replace(partial=W.view(2, 4, 6)), "workspace.partial must not overlap weight in memory"),
+    (ROOM._replace(partial=OUT[None]), "workspace.partial must not overlap out in memory"),
+    (ROOM._replace(partial=REST[None]), "workspace.partial must not overlap residual in memory"),
+]
+
+
+@pytest.mark.parametrize("workspace, message", WORKSPACES, ids=[m for _, m in WORKSPACES])
+def test_messages_about_workspaces(workspace, message):
+    with pytest.raises(ValueError, match=message):
+        stream_rows_(OUT, X, W, ORDER, N, residual=REST, workspace=workspace)
+
+
+def test_a_workspace_is_apart_from_the_norm():
+    gain = torch.zeros(24)
+    with pytest.raises(ValueError, match="workspace.partial must not overlap norm in memory"):
+        stream_rows_(
+            OUT[:1], X[:1], W, ORDER, N, (gain[:8], EPS), workspace=ROOM._replace(partial=gain.view(1, 4, 6))
+        )
 
 
 def test_messages_about_overlaps_and_empty_rows():
@@ -438,10 +623,9 @@ def given(capacity, product, dtype):
     )  # fmt: skip
 
 
-def compiled(monkeypatch, capacity, product, dtype, arch, config=None):
+def compiled(monkeypatch, capacity, product, dtype, arch, config=None, limits=None):
     monkeypatch.setattr(gpu_cases, "MODULES", (gpu_stream,))
-    for module in (gpu_stream, gpu_common):
-        monkeypatch.setattr(module, "early", lambda x: {"EARLY": arch >= 90})
+    gpu_cases.on_device_like(monkeypatch, arch, gpu_stream, limits=limits)
     arguments, shared = given(capacity, product, dtype), stream_workspace(capacity, 32000, torch.device("cpu"))
     launch = gpu_cases.record(monkeypatch, product, lambda: stream_rows_(*arguments, config=config, workspace=shared))
     usage = gpu_cases.compile_launch(launch, arch)
@@ -454,13 +638,22 @@ def compiled(monkeypatch, capacity, product, dtype, arch, config=None):
 class TestCompile:
     pytestmark = needs_compiler
 
-    @pytest.mark.parametrize("product", ["output", "gate up", "gate up after a norm", "down"])
-    @pytest.mark.parametrize("capacity", [1, 8, 32, 64])
+    @pytest.mark.parametrize(
+        "capacity, product",
+        [(1, "gate up"), *((n, p) for n in (1, 8, 32, 64) for p in ("output", "gate up after a norm", "down"))],
+    )
     def test_every_config(self, monkeypatch, capacity, product):
         """The defaults and other dtypes are compiled in test_gpu_stream.py."""
         features, width, form = LLAMA[product]
         for config in stream_configs(capacity, HALF, width, FORMS[form][2], features, workspace=True):
             compiled(monkeypatch, capacity, product, HALF, 90, config)
+
+    @pytest.mark.parametrize("product", ["output", "gate up after a norm", "head"])
+    @pytest.mark.parametrize("capacity", [8, 32, 64])
+    def test_little_shared_memory(self, monkeypatch, capacity, product):
+        small = gpu_cases.SMALL
+        usage = compiled(monkeypatch, capacity, product, HALF, 80, limits=small)
+        assert usage.shared_bytes <= small.shared_bytes
 
     @pytest.mark.parametrize("product", ["output", "gate up", "down", "head"])
     def test_one_row_streams(self, monkeypatch, product):
