@@ -136,7 +136,7 @@ def test_the_ceiling_counts_visited_layers_once_and_every_row_there():
     layer = sum(p.numel() for p in model.backbone.layers[0].parameters()) * 4
     head, position = 101 * 64 * 4, 2 * 2 * 16 * 4
     # Two rows, two steps behind the first token: depths (1, 3), then (2, 2).
-    found = bench.ceiling_seconds(model, [[4, 1, 2], [4, 3, 2]], 10) * bench.BANDWIDTH
+    found = bench.ceiling_bytes(model, [[4, 1, 2], [4, 3, 2]], 10)
     assert found == pytest.approx(3 * layer + 4 * 11 * position + head + 2 * layer + 4 * 12 * position + head)
 
 
