@@ -3,6 +3,11 @@
 Each form of a kernel takes a second or two to compile, so there is one form for every branch that is decided at compile
 time, in whatever dtype; what is decided on the device (counts, lengths, places, how many partial sums) varies within a
 form and costs nothing. Products run the Triton kernel also where Hopper's would serve.
+
+racecheck reports writes of one instruction against themselves in first tokens' attention, decode attention, the qkv
+products and the exits of decoders. Those are the kernels in which Triton 3.6 changes the layout of a tensor that several
+threads hold alike (a row's sums, a bias, a maximum): each of them stores the same value to the same place. The other
+groups, and the other tools, report nothing.
 """
 
 from __future__ import annotations

@@ -239,6 +239,7 @@ def decode_attention_(
     block_table  int32 (R, blocks): position p of row r stands in slot block_table[r, p // block_size] * block_size +
                  p % block_size; positions int32 (R,); order int32 (R,), counts int32 (2,)
     workspace    of ``decode_attention_workspace``
+    Several queries of one sequence are rows with one block table, each at its own position: it sees nothing behind.
     Every part of a context, and where there are several, a second launch for the parts together (Dao et al. 2023,
     flash-decoding). Scores and sums in fp32. Limited by the bytes of keys and values, 2 KV d a position. Neither
     positions nor block_table may be written by the kernel directly in front: they are read before it ends.

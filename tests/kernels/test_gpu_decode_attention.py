@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from engine.kernels import gpu_decode_attention
 from engine.kernels.gpu_decode_attention import (
@@ -96,6 +97,25 @@ def test_several_tiles_to_a_part(way, kv_heads, splits):
     out = case.run(way)
     for r in case.order[:2].tolist():
         assert_no_worse(out[r], case.plain(r, SINGLE), case.plain(r, torch.float64), factor=3, floor=3e-6)
+
+
+@pytest.mark.parametrize("queries, context", [(1, 20), (3, 3), (5, 40), (33, 70)])
+def test_several_queries_of_a_sequence(way, queries, context):
+    """The last tokens of two sequences, all at once: causal attention."""
+    case = Case([context] * (2 * queries), 2 * queries, 4, 2, 16, 8, SINGLE, way.device)
+    first = torch.arange(2 * queries) // queries * queries
+    case.table = case.table[first]
+    slots = [case.slots(r, 8).to(way.device) for r in (0, queries)]
+    case.positions = context - queries + torch.arange(queries, dtype=torch.int32).repeat(2)
+    out = case.run(way).unflatten(0, (2, queries))
+    seen = torch.ones(queries, context, dtype=torch.bool, device=way.device).tril(context - queries)
+
+    def causal(wide):
+        q = case.query.to(wide).unflatten(0, (2, queries)).transpose(1, 2)
+        k, v = (torch.stack([x[s] for s in slots]).to(wide).transpose(1, 2) for x in (case.keys, case.values))
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=case.scale, enable_gqa=True).transpose(1, 2)
+
+    assert_no_worse(out, causal(SINGLE), causal(torch.float64), factor=3, floor=3e-6)
 
 
 def test_scores_far_apart(way):
