@@ -5,7 +5,7 @@ time, in whatever dtype; what is decided on the device (counts, lengths, places,
 form and costs nothing. Products run the Triton kernel also where Hopper's would serve.
 
 racecheck reports writes of one instruction against themselves in first tokens' attention, decode attention, the qkv
-products and the exits of decoders; the other groups, and the other tools, report nothing. In first tokens' attention the
+products and decoders' exits; the other groups, and the other tools, report nothing. In first tokens' attention these
 instructions are those by which Triton 3.6 changes the layout of a row's scores, which several lanes hold alike: each of
 them stores the same value to the same place. The other three have such changes of layout, too.
 """
