@@ -27,8 +27,9 @@ def rows_of(capacity, live, device):
 @pytest.mark.parametrize("dtype", [HALF, SINGLE, BRAIN], ids=str)
 @pytest.mark.parametrize(
     "capacity, live, width, neurons",
-    [(1, 1, 40, 6), (5, 3, 64, 32), (20, 20, 24, 5), (4, 0, 16, 2), (40, 33, 300, 37), (48, 5, 512, 16), (17, 0, 32, 16)],
-)
+    [(1, 1, 40, 6), (5, 3, 64, 32), (20, 20, 24, 5), (4, 0, 16, 2), (40, 33, 300, 37), (48, 5, 512, 16),
+     (17, 0, 32, 16)],
+)  # fmt: skip
 @pytest.mark.parametrize("form", ["policy", "no policy", "no states"])
 def test_policy(way, dtype, capacity, live, width, neurons, form):
     way.skip_wrong(dtype)
