@@ -134,8 +134,11 @@ def run_products(device: str) -> None:
     """The Hopper kernel on every path; elsewhere nothing."""
     if device != "cuda":
         return
-    sizes = ((1, 1, 96, 64), (70, 37, 384, 384), (300, 257, 200, 200), (130, 0, 8, 8), (600, 500, 96, 768))
-    sizes += ((9000, 8999, 768, 72),)  # more tiles than programs
+    # The last has more tiles than programs.
+    sizes = (
+        (1, 1, 96, 64), (70, 37, 384, 384), (300, 257, 200, 200), (130, 0, 8, 8), (600, 500, 96, 768),
+        (9000, 8999, 768, 72),
+    )  # fmt: skip
     for dtype in (torch.float16, torch.bfloat16):
         for capacity, live, outputs, inputs in sizes:
             x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (capacity, outputs))

@@ -115,6 +115,19 @@ def _put(
 
 
 @jit
+def _turn(
+    query_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, first, second, positions, rows, slots, here, pair, head,
+    A: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """``_put`` with the angles of these positions."""
+    cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
+    _put(
+        query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair, head,
+        A, KV, HALF,
+    )  # fmt: skip
+
+
+@jit
 def _whose(order_ptr, slots_ptr, positions_ptr, owed_slots_ptr, owed_positions_ptr, entry, present, live):
     """Of the entries that are present: ids of the newest tokens' rows, which those are, cache slots, positions."""
     newest = present & (entry < live)
@@ -179,10 +192,9 @@ def _tiles(
         first, second = tl.split(tl.permute(tl.reshape(total, (PAIRS, 2, ROWS)), (0, 2, 1)))
         pair = (part * PAIRS + tl.arange(0, PAIRS))[:, None]
         here = present[None, :] & (pair < HALF)
-        cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
-        _put(
-            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair,
-            head, A, KV, HALF,
+        _turn(
+            query_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, first, second, positions, rows, slots, here, pair, head,
+            A, KV, HALF,
         )  # fmt: skip
 
 
@@ -267,10 +279,9 @@ def _entries_kernel(
             total = tl.dot(w, x, total, input_precision="ieee")
         first, second = tl.split(tl.permute(tl.reshape(total, (2, HALF, ROWS)), (1, 2, 0)))
         here = present[None, :] & (pair < HALF)
-        cos, sin, cos_second, sin_second = _angles(cos_ptr, sin_ptr, positions, here & (head < A + KV), pair, HALF)
-        _put(
-            query_ptr, keys_ptr, values_ptr, first, second, cos, sin, cos_second, sin_second, rows, slots, here, pair,
-            head, A, KV, HALF,
+        _turn(
+            query_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, first, second, positions, rows, slots, here, pair, head,
+            A, KV, HALF,
         )  # fmt: skip
     if entries > ROOM:
         _tiles(

@@ -9,10 +9,11 @@
 //   path 3   128 x 48, as path 0                       about 1 000 rows and few outputs: again twice the tiles
 //   path 4   128 x 192, warpgroups take tiles in turn  three rounds and more: one multiplies while the other stores
 //
-// A tile that is shared along K leaves partial sums for the reader of the result (product.h), on all paths but 4; without
-// one who adds them up, path 2 alone is shared, and the program that comes last does it. Always in the order of the
-// shares, so the result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by the bytes of W and
-// latency. L2 gives every multiprocessor some 84 GB/s, which is what a step of K takes on all paths.
+// A tile that is shared along K leaves partial sums for the reader of the result (product.h), on all paths but 4;
+// without one who adds them up, path 2 alone is shared, and the program that comes last does it. Always in the order
+// of the shares, so the result does not depend on who that is. Limited by FLOPs from about 1 000 rows on, below by
+// the bytes of W and latency. L2 gives every multiprocessor some 84 GB/s, which is what a step of K takes on all
+// paths.
 //
 // Code counts by its length, since every launch of a pass brings its kernel back from L2 or memory. From 46 and 53
 // KB (without and with GELU) to 39 and 50, path 3 added, a pass of up to 1 024 tokens took a tenth less; at 76 and
