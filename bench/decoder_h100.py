@@ -33,6 +33,7 @@ from engine.bench import gpt_fast
 from engine.bench.decoder_cpu import spread
 from engine.bench.encoder_competitors import one_line
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
+from engine.bench.report import memory_bandwidth
 from engine.config import DecoderExitConfig
 from engine.decoding.packed import cache_shape
 from engine.generation import DecoderEngine
@@ -47,8 +48,6 @@ SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=101),
 }  # fmt: skip
-# Bytes a second, SXM5, by the data sheets.
-BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
 REMOVED, NOBODY, HALF = "exits removed", "nobody leaves", "spread, mean depth L/2"
 TRAINED, EAGER = "trained model's exits", "eager copying, mean depth L/2"
 DECIDED = "its policies decide"
@@ -89,12 +88,6 @@ def shipped_share() -> tuple[dict[int, float], int]:
     result = json.loads((folder / "training.json").read_text())["result"]["test"]
     share = result["points"][f"{exits['threshold']:g}"]["exit_share"]
     return dict(zip(exits["exit_layers"], share, strict=True)), exits["num_layers"]
-
-
-def bandwidth(device: torch.device) -> float:
-    """Of its memory, in bytes a second; of a device that is not in the table an H100's."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((value for card, value in BANDWIDTHS.items() if card in name), BANDWIDTHS["H100"])
 
 
 def ceiling_bytes(model: MultiExitDecoder, exit_layers: Sequence[Sequence[int]], prompt: int) -> float:
@@ -223,7 +216,7 @@ def main() -> None:
             if taken is not None:
                 row["mean_depth"] = float(np.mean([d[1:] for d in taken]))
                 row["ceiling_gb"] = ceiling_bytes(model, taken, o.prompt) / (new - 1) / 1e9
-                row["ceiling_ms"] = 1e12 * row["ceiling_gb"] / bandwidth(device)
+                row["ceiling_ms"] = 1e12 * row["ceiling_gb"] / memory_bandwidth(device)
                 row["of_ceiling"] = row["ceiling_ms"] / step_ms
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "decode_s"}), flush=True)

@@ -4,8 +4,8 @@
 
 writes ``bench/results/decoder_kernels_h100.json``. Measured as ``kernels_h100`` measures: graphs of several calls, each
 on tensors of its own, competitors in turns. All rows are live, and have as many positions. GB/s counts every input once
-and what is written once. Weights, keys and values are what a step waits for: the last column is GB/s over the 3350 of
-an H100's data sheet.
+and what is written once. Weights, keys and values are what a step waits for: the last column is GB/s over those of
+the card's data sheet (an H100's: 3350).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from engine.bench.kernels_h100 import KERNEL, PLAIN, Op, Shape, measure
 from engine.bench.record import RESULTS, write_result
+from engine.bench.report import memory_bandwidth
 from engine.console import show_table
 from engine.kernels.gpu_decode_attention import decode_attention_, decode_attention_workspace
 from engine.kernels.gpu_greedy import greedy_rows_
@@ -35,7 +36,6 @@ from engine.kernels.step_rows import DECIDE, step_rows_, step_rows__ref
 LLAMA = Shape("llama-7b", 4096, 32, vocabulary=32000, neurons=128)
 TINY = Shape("tiny", 64, 4, vocabulary=101, neurons=8)
 CONTIGUOUS = "torch, contiguous keys and values"
-GBPS = 3350.0  # H100 SXM5
 _EPS, _BLOCK = 1e-5, 16
 
 
@@ -318,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows += measure(op, shape, count, dtype, o.device, o.repeats, o.compile, sweep=False)
     for row in rows:
         row["rows"] = row.pop("tokens")
-        row["of_peak"] = row["gbps"] / GBPS
+        row["of_peak"] = 1e9 * row["gbps"] / memory_bandwidth(o.device)
     lines = [
         [r["op"], str(r["rows"]), r["competitor"], f"{r['median_us']:.1f}", f"{r['gbps']:.0f}", f"{r['of_peak']:.2f}"]
         for r in rows

@@ -25,6 +25,8 @@ from engine.train.data import HUB_PREFIX, SPLIT_NAMES, SUFFIXES, Examples, load_
 FULL_DEPTH = "full depth"
 WHAT_IS_TIMED = "from texts to labels: tokenisation, all layers that run, and the results in the caller's order"
 _BAR_WIDTH = 40
+# Bytes a second, SXM5, by the data sheets.
+_BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------
@@ -182,6 +184,13 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def memory_bandwidth(device: torch.device | str) -> float:
+    """Of a GPU's memory, in bytes a second; of a device that is not in the table an H100's."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((value for card, value in _BANDWIDTHS.items() if card in name), _BANDWIDTHS["H100"])
 
 
 def _commit() -> str | None:

@@ -14,6 +14,7 @@ from engine.bench.report import (
     judge,
     labelled_examples,
     measure_points,
+    memory_bandwidth,
     show_histogram,
     show_points,
 )
@@ -106,6 +107,14 @@ def test_the_split_of_a_folder_is_found_or_explained(tmp_path):
     (tmp_path / "dev.jsonl").write_text('{"text": "a", "label": 0}\n')
     with pytest.raises(ValueError, match=r"which file is dev\? Keep one of \['dev.jsonl', 'validation.csv'\]"):
         labelled_examples(tmp_path, LABELS, "dev")
+
+
+@pytest.mark.parametrize(
+    "card, found", [("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA H200", 4.8e12), ("NVIDIA A100", 3.35e12)]
+)
+def test_the_bandwidth_is_the_cards_own(monkeypatch, card, found):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert memory_bandwidth("cuda") == found and memory_bandwidth(torch.device("cpu")) == 3.35e12
 
 
 def test_environment_is_json_and_names_no_folder():
