@@ -31,13 +31,17 @@ __all__ = ["delta_rows_", "delta_rows__ref", "policy_rows_", "policy_rows__ref",
 
 # Neurons of one program: more wait longer for their weights, fewer read the row more often.
 _NEURONS = 2
+# Rows of one program, of whose neurons it then reads the weights once: more wait for each other.
+_ROWS = 4
+# Room up to which programs have one row and few neurons: all weights are read again for every row.
+_FEW = 16
 
 
 def policy_splits(rows: int, hidden: int, neurons: int) -> int:
     """Programs that share a row's neurons."""
     if min(rows, hidden, neurons) < 1:
         raise ValueError(f"sizes must be at least 1, got {rows}, {hidden}, {neurons}")
-    return cdiv(neurons, _NEURONS if rows <= 16 else 4 * _NEURONS)
+    return cdiv(neurons, _NEURONS if rows <= _FEW else 4 * _NEURONS)
 
 
 def policy_rows__ref(
@@ -64,6 +68,28 @@ def policy_rows__ref(
         partial[rows] = g.unflatten(1, (-1, share)).sum(2)
 
 
+@jit
+def _policy_row(
+    partial_ptr, normed_ptr, states_ptr, hidden_ptr, slots_ptr, row, split, gain, weight, bias, out_weight, own, column,
+    eps, H: tl.constexpr, SPLITS: tl.constexpr, POLICY: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """One row of a program: its norm and state, written by one program each, and what its neurons say."""
+    inside = column < H
+    x = tl.load(hidden_ptr + row * H + column, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
+    n = (scaled.to(x.dtype).to(tl.float32) * gain.to(x.dtype).to(tl.float32)).to(x.dtype)
+    if split == 0:
+        tl.store(normed_ptr + row * H + column, n, mask=inside)
+    if STATES:
+        if split == SPLITS - 1:
+            slot = tl.load(slots_ptr + row).to(tl.int64)
+            tl.store(states_ptr + slot * H + column, x, mask=inside)
+    if POLICY:
+        z = tl.sum(weight.to(tl.float32) * n.to(tl.float32)[None, :], 1) + bias
+        tl.store(partial_ptr + row * SPLITS + split, tl.sum(tl.where(own, gelu(z) * out_weight, 0.0), 0))
+
+
 @jit(do_not_specialize_on_alignment=UNALIGNED)
 def _policy_kernel(
     partial_ptr,
@@ -84,11 +110,12 @@ def _policy_kernel(
     SHARE: tl.constexpr,
     POLICY: tl.constexpr,
     STATES: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    place = tl.program_id(0)
+    first = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     column = tl.arange(0, BLOCK_H)
     inside = column < H
@@ -101,24 +128,28 @@ def _policy_kernel(
         weight = tl.load(w1_ptr + at, mask=own[:, None] & inside[None, :], other=0.0)
         bias = tl.load(b1_ptr + neuron, mask=own, other=0.0).to(tl.float32)
         out_weight = tl.load(w2_ptr + neuron, mask=own, other=0.0).to(tl.float32)
+    else:  # something to hand on
+        weight = 0.0
+        bias = 0.0
+        out_weight = 0.0
     live = loaded_ahead(counts_ptr)
-    row = loaded_ahead(order_ptr + place).to(tl.int64)
+    row = loaded_ahead(order_ptr + first).to(tl.int64)
     begin(EARLY)
-    if place >= live:
+    if first >= live:
         return
-    x = tl.load(hidden_ptr + row * H + column, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
-    n = (scaled.to(x.dtype).to(tl.float32) * gain.to(x.dtype).to(tl.float32)).to(x.dtype)
-    if split == 0:
-        tl.store(normed_ptr + row * H + column, n, mask=inside)
-    if STATES:
-        if split == SPLITS - 1:
-            slot = tl.load(slots_ptr + row).to(tl.int64)
-            tl.store(states_ptr + slot * H + column, x, mask=inside)
-    if POLICY:
-        z = tl.sum(weight.to(tl.float32) * n.to(tl.float32)[None, :], 1) + bias
-        tl.store(partial_ptr + row * SPLITS + split, tl.sum(tl.where(own, gelu(z) * out_weight, 0.0), 0))
+    if ROWS == 1:
+        _policy_row(
+            partial_ptr, normed_ptr, states_ptr, hidden_ptr, slots_ptr, row, split, gain, weight, bias, out_weight, own,
+            column, eps, H, SPLITS, POLICY, STATES,
+        )  # fmt: skip
+    else:
+        for place in range(first, tl.minimum(first + ROWS, live)):
+            behind = tl.load(order_ptr + tl.minimum(place + 1, live - 1)).to(tl.int64)
+            _policy_row(
+                partial_ptr, normed_ptr, states_ptr, hidden_ptr, slots_ptr, row, split, gain, weight, bias, out_weight,
+                own, column, eps, H, SPLITS, POLICY, STATES,
+            )  # fmt: skip
+            row = behind
 
 
 def policy_rows_(
@@ -170,11 +201,13 @@ def policy_rows_(
         return
     share, block = cdiv(neurons, splits), next_power_of_2(width)
     weights = (None,) * 3 if policy is None else policy
+    # Weights stay in registers from row to row, where these suffice.
+    tile = _ROWS if policy is not None and rows > _FEW and block * next_power_of_2(share) <= 32768 else 1
     with on_device(hidden):
-        _policy_kernel[(rows, splits)](
+        _policy_kernel[(cdiv(rows, tile), splits)](
             partial, normed, states, hidden, norm[0], *weights, order, slots, counts,
             norm[1], H=width, P=neurons, SPLITS=splits, SHARE=share, POLICY=policy is not None,
-            STATES=states is not None, BLOCK_H=block, BLOCK_P=next_power_of_2(share),
+            STATES=states is not None, ROWS=tile, BLOCK_H=block, BLOCK_P=next_power_of_2(share),
             num_warps=4 if block <= 1024 else 8 if block * next_power_of_2(share) <= 16384 else 16, **early(hidden),
         )  # fmt: skip
 
