@@ -1,4 +1,9 @@
-"""Attention of one new token of each sequence on its paged keys and values, split over the context (flash-decoding)."""
+"""Attention of one new token of each sequence on its paged keys and values, split over the context (flash-decoding).
+
+Tried and left out: parts chosen on the device by the live count and put together by the last program of a row, one
+launch for two. On an H100 a step of LLaMA-7B's shape took 1 % less with 1 row, the same with 8, and 1 to 2 % more with
+32 and 64 whose rows leave; a row's rounding would then depend on how many others are left.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,10 @@ Limited by the bytes of W at the few rows of a step (1 to 64): N K elements, rea
 room for one row a program multiplies some rows of W with the vector, in registers; for more rows tiles of W go through
 the tensor cores, and come from L2 for every further tile of rows. One row's RMSNorm needs no pass of its own: the sum
 of x w W and that of x^2 are taken together.
+
+Tried and left out: for several rows, too, tiles of W loaded before the kernel in front has ended (one row does it). A
+tile ahead costs the ring a stage or shared memory that a second program would have: on an H100 a step of LLaMA-7B's
+shape took 1 to 5 % longer with 8 and 64 rows, here and in the products for queries, keys and values.
 """
 
 from __future__ import annotations
