@@ -31,8 +31,9 @@ __all__ = ["delta_rows_", "delta_rows__ref", "policy_rows_", "policy_rows__ref",
 
 # Neurons of one program: more wait longer for their weights, fewer read the row more often.
 _NEURONS = 2
-# Rows of one program, of whose neurons it then reads the weights once: more wait for each other.
-_ROWS = 4
+# Rows of one program, of whose neurons it then reads the weights once: more wait for each other. So many only where
+# as many programs are left as an H100 has multiprocessors.
+_ROWS, _PROGRAMS = 4, 128
 # Room up to which programs have one row and few neurons: all weights are read again for every row.
 _FEW = 16
 
@@ -202,7 +203,8 @@ def policy_rows_(
     share, block = cdiv(neurons, splits), next_power_of_2(width)
     weights = (None,) * 3 if policy is None else policy
     # Weights stay in registers from row to row, where these suffice.
-    tile = _ROWS if policy is not None and rows > _FEW and block * next_power_of_2(share) <= 32768 else 1
+    many = rows > _FEW and rows * splits >= _ROWS * _PROGRAMS
+    tile = _ROWS if policy is not None and many and block * next_power_of_2(share) <= 32768 else 1
     with on_device(hidden):
         _policy_kernel[(cdiv(rows, tile), splits)](
             partial, normed, states, hidden, norm[0], *weights, order, slots, counts,
