@@ -5,7 +5,8 @@
 
 writes ``bench/results/decoder_quality.json`` and a curve. DIR holds train and test files of instructions; policies, one
 set for each price of a layer, are trained on train rows alone (kept beside the output, ``--policies``), CALM has one
-point for each threshold. Needs the extra: pip install "consistentee[quality]".
+point for each threshold. Between two prices ``--thresholds`` leads: below 0.5 the same policies leave sooner. Needs the
+extra: pip install "consistentee[quality]".
 
 Scores are F1 of ROUGE-L (stemmed) and BERTScore (``--scorer``), against the reference answer and against what the same
 model writes at full depth, in the mean over prompts; intervals are bootstrapped over prompts (95 %).
@@ -54,6 +55,7 @@ SCORES = ("rouge_reference", "bert_reference", "rouge_full", "bert_full")
 GREEDY = {"repetition_penalty": 1.2}  # the paper's code
 SAMPLED = {"temperature": 1.0, "top_p": 0.75, "top_k": 40}  # the paper's text
 _RESAMPLES = 2000
+_THRESHOLD = 0.5  # of the policies, where a row says no other
 # Points further apart than this factor say nothing about what lies between them.
 _GAP = 1.6
 
@@ -131,10 +133,17 @@ class Setting:
 
 
 def settings(
-    sets: Mapping[float, Mapping[str, torch.Tensor]], criteria: Sequence[str], step: int = 1
+    sets: Mapping[float, Mapping[str, torch.Tensor]],
+    criteria: Sequence[str],
+    step: int = 1,
+    thresholds: Sequence[float] = (_THRESHOLD,),
 ) -> list[Setting]:
-    """All of ours, and every ``step``-th threshold of each criterion."""
-    ours = [Setting(OURS, alpha, {"criterion": "policy", "threshold": 0.5}, found) for alpha, found in sets.items()]
+    """All of ours at each of ``thresholds``, and every ``step``-th threshold of each criterion."""
+    ours = [
+        Setting(OURS, alpha, {"criterion": "policy", "threshold": threshold}, found)
+        for alpha, found in sets.items()
+        for threshold in thresholds
+    ]
     theirs = [
         Setting(f"CALM {name}", value, {"criterion": name, "threshold": value})
         for name in criteria
@@ -153,8 +162,10 @@ def train_policies(
     return {a: {k: v.cpu() for k, v in s.state_dict().items()} for a, s in zip(alphas, sets, strict=True)}
 
 
-def stored_policies(path: Path, train: Callable[[], dict[float, dict[str, torch.Tensor]]]) -> dict[float, dict]:
-    """From the file, or trained and stored there."""
+def stored_policies(
+    path: Path, train: Callable[[], dict[float, dict[str, torch.Tensor]]], alphas: Sequence[float] | None = None
+) -> dict[float, dict]:
+    """From the file, or trained and stored there. alphas: those alone; ValueError where the file lacks one."""
     if not path.exists():
         found = train()
         flat = {f"{alpha:g}/{name}": value.contiguous() for alpha, s in found.items() for name, value in s.items()}
@@ -165,7 +176,13 @@ def stored_policies(path: Path, train: Callable[[], dict[float, dict[str, torch.
     for key, value in read_tensors(path).items():
         alpha, _, name = key.partition("/")
         sets.setdefault(float(alpha), {})[name] = value
-    return dict(sorted(sets.items()))
+    missing = sorted(set(alphas or ()) - set(sets))
+    if missing:
+        raise ValueError(
+            f"{path} has policies for the alphas {', '.join(f'{a:g}' for a in sorted(sets))}, not for "
+            f"{', '.join(f'{a:g}' for a in missing)}: ask for some of these, or name another file"
+        )
+    return {alpha: sets[alpha] for alpha in sorted(sets) if alphas is None or alpha in alphas}
 
 
 def check_seconds(lm: DecoderEngine, criteria: Sequence[str]) -> dict[str, float]:
@@ -245,6 +262,8 @@ def curves(
         }
         depth = found.stats.mean_depth
         row = {"method": setting.method, "value": setting.value, "mean_depth": depth, "layer_speed_up": layers / depth}
+        if setting.method == OURS and setting.options["threshold"] != _THRESHOLD:
+            row["threshold"] = setting.options["threshold"]
         for name in SCORES:
             row[name], row[f"{name}_95"] = float(values[name].mean()), interval(values[name])
         row["relative_time"] = 1.0
@@ -328,9 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=200, help="the first of the test rows whose prompt fits")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256, help="of training rows, and of test prompts")
-    parser.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS))
+    parser.add_argument("--alphas", nargs="+", type=float, help="default: those in the file of policies, or 16 of them")
+    parser.add_argument("--thresholds", nargs="+", type=float, default=[_THRESHOLD], help="of the policies")
     parser.add_argument("--coarse", action="store_true", help="every second threshold of CALM's measures alone")
-    parser.add_argument("--criteria", nargs="+", choices=THRESHOLDS, default=list(THRESHOLDS))
+    parser.add_argument("--criteria", nargs="*", choices=THRESHOLDS, default=list(THRESHOLDS), help="of CALM")
     parser.add_argument("--epochs", type=int, default=2, help="of the policies")
     parser.add_argument("--policies", type=Path, help="file to keep them in; default: beside the output")
     parser.add_argument("--sampled", action="store_true", help="the paper's sampling instead of greedy decoding")
@@ -364,15 +384,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = without(parts["train"], parts["test"])
 
     def train() -> dict[float, dict[str, torch.Tensor]]:
-        return train_policies(model, tokenizer, training, o.alphas, o.max_length, o.epochs)
+        return train_policies(model, tokenizer, training, o.alphas or ALPHAS, o.max_length, o.epochs)
 
-    sets = stored_policies(o.policies or o.output.with_suffix(".policies.safetensors"), train)
+    try:
+        sets = stored_policies(o.policies or o.output.with_suffix(".policies.safetensors"), train, o.alphas)
+    except ValueError as error:
+        parser.error(str(error))
     lm = DecoderEngine(model, tokenizer)  # not private: policies are exchanged in place
     checked = check_seconds(lm, o.criteria)
     sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")
     # Longer prompts than the model was trained on say nothing of its exits.
     tests = [row for row in parts["test"] if len(tokenizer.encode(row.prompt)) <= o.max_length][: o.prompts]
-    found = settings(sets, o.criteria, 2 if o.coarse else 1)
+    found = settings(sets, o.criteria, 2 if o.coarse else 1, o.thresholds)
     rows, examples = curves(lm, tests, found, bert, o.new_tokens, sampling, o.timed, o.rounds, checked)
     plot(rows, drawing, _title(o.checkpoint.name, len(tests), decoding))
     write_result(
@@ -392,7 +415,7 @@ def merge(files: Sequence[Path], output: Path, drawing: Path, name: str) -> None
     """Rows of all files, and the figures that follow from them. ValueError where they were not asked the same."""
     found = [json.loads(file.read_text()) for file in files]
     same = same_in_all(found, ("decoding", "scorer", "prompts", "new_tokens"))
-    rows, about = merged(files, ("method", "value"))
+    rows, about = merged(files, ("method", "value", "threshold"))
     decoding = same["decoding"]["name"]
     shown = [one["examples_at_2x"] for one in found]
     examples = [value for one in shown for key, value in one.items() if key != "prompts"]

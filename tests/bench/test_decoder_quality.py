@@ -124,6 +124,20 @@ def test_the_whole_run(tmp_path, monkeypatch):
     assert torch.equal(quality.load_model(tmp_path / "ck")[0].exits.policies[0].out.weight,
                        model.exits.policies[0].out.weight)  # fmt: skip
 
+    # The policies that are there at other thresholds: the lower, the sooner they leave.
+    driven = tmp_path / "driven.json"
+    more = [*call[:-1], str(driven), "--policies", str(output.with_suffix(".policies.safetensors")), "--criteria"]
+    more[more.index("--alphas") + 1 : more.index("--alphas") + 3] = ["20"]
+    quality.main([*more, "--thresholds", "0.5", "0.001", "1"])
+    found = {r.get("threshold"): r for r in json.loads(driven.read_text())["rows"] if r["method"] == quality.OURS}
+    assert list(found) == [None, 0.001, 1.0] and {r["value"] for r in found.values()} == {20.0}
+    assert found[0.001]["mean_depth"] == 1.0 and found[1.0]["mean_depth"] == LAYERS
+    assert found[None]["mean_depth"] == rows[quality.OURS, 20.0]["mean_depth"]
+    quality.main([call[0], "--merge", str(output), str(driven), "--output", str(tmp_path / "all.json")])
+    assert len(json.loads((tmp_path / "all.json").read_text())["rows"]) == len(rows) + 2
+    with pytest.raises(SystemExit):
+        quality.main([*more, "--alphas", "3", "20"])
+
     part = tmp_path / "part.json"
     part.write_text(json.dumps({**result, "rows": [{**rows[quality.OURS, 20.0], "value": 21.0}]}))
     quality.main([call[0], "--merge", str(output), str(part), "--output", str(tmp_path / "all.json")])
