@@ -175,14 +175,19 @@ def stored_policies(
     sets: dict[float, dict] = {}
     for key, value in read_tensors(path).items():
         alpha, _, name = key.partition("/")
-        sets.setdefault(float(alpha), {})[name] = value
-    missing = sorted(set(alphas or ()) - set(sets))
+        try:
+            sets.setdefault(float(alpha), {})[name] = value
+        except ValueError:
+            raise ValueError(f"{path} must hold policies, ALPHA/NAME each, got {key}: name another file") from None
+    names = {f"{alpha:g}": alpha for alpha in sorted(sets)}
+    asked = list(names) if alphas is None else [f"{alpha:g}" for alpha in sorted(alphas)]
+    missing = [name for name in asked if name not in names]
     if missing:
         raise ValueError(
-            f"{path} has policies for the alphas {', '.join(f'{a:g}' for a in sorted(sets))}, not for "
-            f"{', '.join(f'{a:g}' for a in missing)}: ask for some of these, or name another file"
+            f"{path} has policies for the alphas {', '.join(names)}, not for {', '.join(missing)}: ask for some of "
+            "these, or name another file"
         )
-    return {alpha: sets[alpha] for alpha in sorted(sets) if alphas is None or alpha in alphas}
+    return {names[name]: sets[names[name]] for name in asked}
 
 
 def check_seconds(lm: DecoderEngine, criteria: Sequence[str]) -> dict[str, float]:
@@ -262,8 +267,10 @@ def curves(
         }
         depth = found.stats.mean_depth
         row = {"method": setting.method, "value": setting.value, "mean_depth": depth, "layer_speed_up": layers / depth}
+        at_threshold = ""
         if setting.method == OURS and setting.options["threshold"] != _THRESHOLD:
             row["threshold"] = setting.options["threshold"]
+            at_threshold = f"at {row['threshold']:g}  "
         for name in SCORES:
             row[name], row[f"{name}_95"] = float(values[name].mean()), interval(values[name])
         row["relative_time"] = 1.0
@@ -273,10 +280,13 @@ def curves(
         taken = [layer for depths in found.exit_layers for layer in depths[1:]]
         row["exit_share"] = [taken.count(layer) / len(taken) for layer in lm.config.exit_layers]
         results.append(row)
-        examples.append({"method": setting.method, "value": setting.value, "layer_speed_up": layers / depth,
-                         "texts": found.texts[:3]})  # fmt: skip
+        examples.append(
+            {k: row[k] for k in ("method", "value", "threshold", "layer_speed_up") if k in row}
+            | {"texts": found.texts[:3]}
+        )
         print(
-            f"{setting.method:16} {setting.value:6g}  {layers / depth:5.2f} x  time {row['relative_time']:.3f}  "
+            f"{setting.method:16} {setting.value:6g}  {at_threshold}{layers / depth:5.2f} x  "
+            f"time {row['relative_time']:.3f}  "
             + "  ".join(f"{name} {row[name]:.4f}" for name in SCORES)
             + f"  ({time.perf_counter() - started:.0f} s)",
             flush=True,
@@ -288,7 +298,10 @@ def curves(
 
 
 def figures(rows: Sequence[Mapping[str, Any]], decoding: str) -> list[dict[str, Any]]:
-    """At each layer speed-up of ours, every score less that of the best measure of CALM in the same time."""
+    """At each layer speed-up of ours, every score less that of the best measure of CALM in the same time.
+
+    Ours lies between its two points that are nearest in speed-up, whatever their thresholds, and is not given the best
+    of several as CALM is. Without rows of CALM there is no bar: nothing was compared."""
     ours = [r for r in rows if r["method"] == OURS]
     methods = sorted({r["method"] for r in rows} - {OURS, FULL})
     out = []
@@ -305,7 +318,7 @@ def figures(rows: Sequence[Mapping[str, Any]], decoding: str) -> list[dict[str, 
             there = {m: value for m, value in theirs.items() if value is not None}
             best = max(there, key=there.get) if there else None
             value = mine - there[best] if mine is not None and best is not None else None
-            bar = ">= 0" if speed_up >= 2 else "-"
+            bar = ">= 0" if speed_up >= 2 and methods else "-"
             # Who cannot be as fast at any threshold has no point there; ours then stands alone.
             met = bar == "-" or (mine is not None and (best is None or value >= 0))
             name = f"{decoding}: {score} at {speed_up:g} x, ConsistentEE less the best of CALM in the same time"
@@ -368,6 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if o.merge is not None:
         merge(o.merge, o.output, drawing, o.checkpoint.name)
         return
+    wrong = [value for value in o.thresholds if not 0 <= value <= 1]
+    if wrong:
+        parser.error(f"--thresholds must lie between 0 and 1, got {', '.join(f'{value:g}' for value in wrong)}")
     if o.data is None:
         parser.error("--data is missing: a folder with train and test instructions")
     parts = {}
@@ -376,6 +392,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if file is None:
             parser.error(f"{o.data} has no {split} file")
         parts[split] = load_instructions(file)
+    kept = o.policies or o.output.with_suffix(".policies.safetensors")
+    if kept.exists():
+        try:
+            stored_policies(kept, dict, o.alphas)
+        except ValueError as error:
+            parser.error(str(error))
     bert = bert_score(_folder_of(o.scorer), o.scorer_layer, o.device)
     model, tokenizer = load_model(o.checkpoint)
     model = model.to(o.device)
@@ -386,10 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def train() -> dict[float, dict[str, torch.Tensor]]:
         return train_policies(model, tokenizer, training, o.alphas or ALPHAS, o.max_length, o.epochs)
 
-    try:
-        sets = stored_policies(o.policies or o.output.with_suffix(".policies.safetensors"), train, o.alphas)
-    except ValueError as error:
-        parser.error(str(error))
+    sets = stored_policies(kept, train, o.alphas)
     lm = DecoderEngine(model, tokenizer)  # not private: policies are exchanged in place
     checked = check_seconds(lm, o.criteria)
     sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")

@@ -6,6 +6,10 @@
 #include "device.cuh"
 #include "wgmma.cuh"
 
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "these instructions are those of sm_90a alone: name the source *_sm90a.cu (setup.py, ARCH_SPECIFIC)"
+#endif
+
 namespace consistentee {
 namespace cuda {
 

@@ -37,7 +37,7 @@
 #include "device.cuh"
 #include "hopper.cuh"
 #include "product.h"
-#include "product_choice.h"
+#include "product_choice.cuh"
 #include "product_store.cuh"
 #include "product_tiles.cuh"
 
@@ -81,12 +81,15 @@ __device__ void produce(const ProductArgs& args, const Plan& plan, const Ring& r
   }
 }
 
-// Steps of K on their way through the ring, from step `first` of all that a program's ring has seen; every second one
-// where warpgroups take turns along K. `half`: whose 64 rows of x these sums are, of two the first. Returns the stage
-// that the product in flight reads, or -1 where there was no step.
+// `steps` steps of K as they come through the ring, from step `first` of all that it has seen; where warpgroups take
+// turns along K, every second one of them. `sums`: of kHalves blocks of 64 rows, from block `block` of the tile on.
+//
+// Returns with the last product in flight: the stage that it reads, for the caller to wait and to say that it is empty,
+// or -1 where there was no step. Therefore inlined: of an array handed over in memory wgmma can make nothing.
 template <class T, bool kBfloat16, int kHalves>
-__device__ inline int32_t multiply_steps(const Ring& ring, uint32_t first, int32_t steps, int32_t half, bool signals,
-                                         float (&sums)[kHalves][T::columns / 2]) {
+__device__ __forceinline__ int32_t multiply_steps(const Ring& ring, uint32_t first, int32_t steps, int32_t block,
+                                                  bool signals, float (&sums)[kHalves][T::columns / 2]) {
+  static_assert(kHalves == (T::turns ? 2 : 1));
   int32_t held = -1;
   int stage = static_cast<int>(first % T::stages);
   uint32_t phase = first / T::stages & 1;
@@ -96,7 +99,7 @@ __device__ inline int32_t multiply_steps(const Ring& ring, uint32_t first, int32
     const char* const tile = ring.data + stage * T::bytes;
     uint64_t x[kHalves];
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) x[h] = tile_descriptor(tile + (half + h) * kBoxRows * kStep * 2);
+    for (int h = 0; h < kHalves; ++h) x[h] = tile_descriptor(tile + (block + h) * kBoxRows * kStep * 2);
     const uint64_t weight = tile_descriptor(tile + T::x_bytes);
     warpgroup_arrive();
 #pragma unroll

@@ -1,6 +1,7 @@
 // How a product is cut: the tiles there are (product_sm90a.cu), what a launch is told, and the items of a live count.
 #pragma once
 #include <cuda.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -9,7 +10,7 @@ namespace cuda {
 
 constexpr int kWarpgroup = 128;
 constexpr int kProductThreads = 3 * kWarpgroup;
-constexpr int kStep = 64;           // of K: 128 bytes, the width of the swizzle
+constexpr int kStep = 64;           // of K: 128 bytes, the width of a map's box and of the swizzle
 constexpr int kBoxRows = 64;        // of x that one copy brings
 constexpr int kBoxColumns = 48;     // of W
 constexpr int kRing = 5 * (128 + 192) * kStep * 2;

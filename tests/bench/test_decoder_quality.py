@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.bench import decoder_quality as quality
 from engine.loading import save_checkpoint
@@ -80,7 +81,7 @@ def test_bert_score_knows_the_same_meaning():
     assert score(["", "a word", " "], ["a word", "a word", ""]).tolist() == [0.0, pytest.approx(1.0, abs=1e-4), 0.0]
 
 
-def test_the_whole_run(tmp_path, monkeypatch):
+def test_the_whole_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     model = tiny_decoder(vocab=258, positions=300, seed=5, early_exit_classifier=True)
@@ -124,19 +125,34 @@ def test_the_whole_run(tmp_path, monkeypatch):
     assert torch.equal(quality.load_model(tmp_path / "ck")[0].exits.policies[0].out.weight,
                        model.exits.policies[0].out.weight)  # fmt: skip
 
-    # The policies that are there at other thresholds: the lower, the sooner they leave.
+    # The policies that are there, at other thresholds: the lower, the sooner they leave.
     driven = tmp_path / "driven.json"
     more = [*call[:-1], str(driven), "--policies", str(output.with_suffix(".policies.safetensors")), "--criteria"]
-    more[more.index("--alphas") + 1 : more.index("--alphas") + 3] = ["20"]
-    quality.main([*more, "--thresholds", "0.5", "0.001", "1"])
-    found = {r.get("threshold"): r for r in json.loads(driven.read_text())["rows"] if r["method"] == quality.OURS}
-    assert list(found) == [None, 0.001, 1.0] and {r["value"] for r in found.values()} == {20.0}
-    assert found[0.001]["mean_depth"] == 1.0 and found[1.0]["mean_depth"] == LAYERS
-    assert found[None]["mean_depth"] == rows[quality.OURS, 20.0]["mean_depth"]
+    more += ["--thresholds", "0.5", "0", "1"]
+    quality.main(more)
+    result_driven = json.loads(driven.read_text())
+    found = {(r["value"], r.get("threshold")): r for r in result_driven["rows"] if r["method"] == quality.OURS}
+    assert list(found) == [(alpha, threshold) for alpha in (0.0, 20.0) for threshold in (None, 0.0, 1.0)]
+    for alpha in (0.0, 20.0):
+        assert found[alpha, 0.0]["mean_depth"] == 1.0 and found[alpha, 1.0]["mean_depth"] == LAYERS
+        assert found[alpha, None]["mean_depth"] == rows[quality.OURS, alpha]["mean_depth"]
+    assert found[0.0, None]["mean_depth"] > 1.0 and found[20.0, None]["mean_depth"] < LAYERS
+    assert all(f["bar"] == "-" for f in result_driven["figures"])  # nobody to compare with
     quality.main([call[0], "--merge", str(output), str(driven), "--output", str(tmp_path / "all.json")])
-    assert len(json.loads((tmp_path / "all.json").read_text())["rows"]) == len(rows) + 2
+    assert len(json.loads((tmp_path / "all.json").read_text())["rows"]) == len(rows) + 4
+    quality.main([*more, "--alphas", "20"])
+    assert {r["value"] for r in json.loads(driven.read_text())["rows"] if r["method"] == quality.OURS} == {20.0}
+    for wrong, words in (
+        (["--alphas", "3", "20"], "has policies for the alphas 0, 20, not for 3: ask for some"),
+        (["--thresholds", "0.5", "1.5"], "--thresholds must lie between 0 and 1, got 1.5"),
+    ):
+        with pytest.raises(SystemExit):
+            quality.main([*more, *wrong])
+        assert words in capsys.readouterr().err
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(SystemExit):
-        quality.main([*more, "--alphas", "3", "20"])
+        quality.main([*more, "--policies", str(tmp_path / "other.safetensors")])
+    assert "must hold policies, ALPHA/NAME each, got a" in capsys.readouterr().err
 
     part = tmp_path / "part.json"
     part.write_text(json.dumps({**result, "rows": [{**rows[quality.OURS, 20.0], "value": 21.0}]}))

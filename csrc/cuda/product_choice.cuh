@@ -1,4 +1,4 @@
-// Which tile a product takes for a live count, and among how many programs it shares a tile's K. Host.
+// Which tile a product takes for a live count, and among how many programs it shares a tile's K: for the host.
 #pragma once
 #include "product.h"
 #include "product_tiles.cuh"
