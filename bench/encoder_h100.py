@@ -4,8 +4,9 @@
     python -m engine.bench.encoder_h100 --merge full.json exits.json ... --output bench/results/encoder_h100.json
 
 Parts: full (sequence 128, no padding), mixes (real lengths), exits (removed, nobody leaves, half of the depth), minilm
-and mpnet (the same as full and exits, real weights), capture (load + capture), sync (what waits inside a pass). fp16,
-in inference mode, BERT-base with random weights unless the part says otherwise.
+and mpnet (the same as full and exits, real weights), capture (load + capture), sync (what waits inside a pass), profile
+(where a pass's time goes: ``encoder_profile``). fp16, in inference mode, BERT-base with random weights unless the part
+says otherwise.
 
 Two clocks. ``device``: CUDA events around several calls whose inputs are on the device. ``host``: wall clock from
 padded ids on the host to logits on the host; ours reads, checks and packs the rows, and returns exit layers too.
@@ -41,6 +42,7 @@ from engine.backbones import BackboneReference
 from engine.bench import encoder_competitors as peers
 from engine.bench.encoder_competitors import Batch, Competitor, random_batch
 from engine.bench.encoder_figures import MIXES, OURS, figures, merged, plot_times, show_rows
+from engine.bench.encoder_profile import profile_rows, table
 from engine.bench.encoder_session import (
     HUB_IDS,
     Clocks,
@@ -63,7 +65,7 @@ from engine.bench.record import RESULTS, write_result
 from engine.criteria import make_criterion
 from engine.executors.graph import capacity_for
 
-PARTS = ("full", "mixes", "exits", "minilm", "mpnet", "capture", "sync")
+PARTS = ("full", "mixes", "exits", "minilm", "mpnet", "capture", "sync", "profile")
 LENGTHS = Path(__file__).resolve().parent / "lengths.json"
 TOLERANCE = 2e-2  # of the largest logit, in fp16, from Hugging Face eager
 
@@ -195,8 +197,8 @@ def _where(session: Session, part: str, subject: Subject, batch: Batch, mix: str
 
 
 def uniform_part(session: Session, parts: Sequence[str], model: str, batches: Sequence[int]) -> Iterator[Rows]:
-    """full, exits or both, on rows of one length."""
-    measured = {"full": full_depth_rows, "exits": exit_rows}
+    """Some of full, exits and profile, on rows of one length."""
+    measured = {"full": full_depth_rows, "exits": exit_rows, "profile": profile_rows}
     one = subject(session, model)
     for rows in batches:
         batch = random_batch(one.module, [session.sequence] * rows)
@@ -316,7 +318,7 @@ def load_and_capture(session: Session) -> dict[str, Any]:
 
 def run_part(session: Session, part: str) -> Iterator[Rows]:
     """Rows of one part, after every shape."""
-    if part in ("full", "exits"):
+    if part in ("full", "exits", "profile"):
         return uniform_part(session, [part], "bert-base", session.batches)
     if part in ("minilm", "mpnet"):
         return uniform_part(session, ["full", "exits"], part, [b for b in session.batches if b <= 128])
@@ -440,6 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot is not None:
         plot_times(rows, options.plot)
     show_rows(rows)
+    if any("kernels" in row for row in rows):
+        print(table(rows))
 
 
 if __name__ == "__main__":

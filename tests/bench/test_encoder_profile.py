@@ -1,0 +1,97 @@
+"""Where a pass's time goes: what each kernel is charged with, and how rows of it are told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine.bench import encoder_h100
+from engine.bench.encoder_profile import Span, shares, short_name, table, typical
+
+PRODUCT = "void consistentee::cuda::product_kernel<{}, {}, false, 31>(consistentee::cuda::ProductArgs)"
+
+
+def test_names_without_what_is_around_them():
+    assert (
+        short_name("_exit_norm_kernel") == "exit_norm"
+        and short_name("_first_token_kernel_0d1d") == "first_token_kernel_0d1d"
+    )
+    assert short_name("void consistentee::(anonymous namespace)::survivors_kernel<1024>(int*, int)") == "survivors"
+    assert short_name(PRODUCT.format("true", "false")) == "product"
+    assert short_name(PRODUCT.format("false", "true")) == "product + gelu"
+    assert short_name(PRODUCT.format("(bool)0", "(bool)1")) == "product + gelu"
+
+
+def test_shares_and_gaps_add_up_to_the_pass():
+    """b starts inside a and waits for it; c follows behind a gap; d ends before c does, and is free."""
+    spans = [
+        Span("c", 13.0, 20.0),
+        Span("a", 1.0, 5.0),
+        Span("b", 2.0, 9.0),
+        Span("d", 14.0, 19.0),
+        Span("a", 20.5, 22.0),
+    ]
+    kernels, idle = shares(spans)
+    assert idle == pytest.approx(4.0 + 0.5)
+    assert kernels == {
+        "d": {"launches": 1, "us": pytest.approx(6.0)},
+        "a": {"launches": 2, "us": pytest.approx(4.0 + 1.5)},
+        "b": {"launches": 1, "us": pytest.approx(4.0)},
+        "c": {"launches": 1, "us": pytest.approx(1.0)},
+    }
+    assert list(kernels) == ["d", "a", "b", "c"]
+    assert idle + sum(row["us"] for row in kernels.values()) == pytest.approx(22.0 - 1.0)
+    assert shares([]) == ({}, 0.0)
+
+
+def test_a_kernel_that_starts_in_front_of_an_earlier_end_has_no_gap():
+    kernels, idle = shares([Span("a", 0.0, 10.0), Span("b", 10.0, 12.0), Span("b", 11.0, 11.5)])
+    assert idle == 0.0 and kernels["b"] == {"launches": 2, "us": pytest.approx(2.0)}
+
+
+def test_typical_is_the_median_of_passes_alike():
+    passes = [({"a": {"launches": 2, "us": us}, "b": {"launches": 1, "us": 9.0}}, idle) for us, idle in
+              ((1.0, 0.0), (5.0, 2.0), (3.0, 1.0))]  # fmt: skip
+    found = typical(passes)
+    assert found["kernels"] == {"b": {"launches": 1, "us": 9.0}, "a": {"launches": 2, "us": 3.0}}
+    assert found["idle_us"] == 1.0 and found["launches"] == 3 and found["pass_us"] == 13.0
+    with pytest.raises(ValueError, match="must launch the same kernels"):
+        typical([*passes, ({"a": {"launches": 1, "us": 1.0}, "b": {"launches": 1, "us": 9.0}}, 0.0)])
+
+
+def test_a_table_has_a_line_a_kernel():
+    rows = [
+        {"batch": 1, "setting": "exits removed", **typical([({"a": {"launches": 2, "us": 3.0}}, 0.5)])},
+        {"batch": 8, "setting": "half depth", **typical([({"b": {"launches": 1, "us": 7.0}}, 0.0)])},
+        {"batch": 8, "setting": "nobody leaves", "left_out": "no device"},
+    ]
+    assert table(rows).splitlines() == [
+        "| us (launches) | 1, exits removed | 8, half depth |",
+        "| --- | --- | --- |",
+        "| b |  | 7.0 (1) |",
+        "| a | 3.0 (2) |  |",
+        "| nothing runs | 0.5 | 0.0 |",
+        "| pass | 3.5 (2) | 7.0 (1) |",
+    ]
+
+
+def test_without_a_device_it_says_so(tmp_path):
+    output = tmp_path / "profile.json"
+    call = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--rounds",
+        "1",
+        "--only",
+        "profile",
+        "--batches",
+        "2",
+        "--output",
+        str(output),
+    ]
+    encoder_h100.main(call)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["exits removed", "nobody leaves", "half depth"]
+    assert all("needs a CUDA device" in row["left_out"] for row in rows)
