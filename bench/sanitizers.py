@@ -1,0 +1,103 @@
+"""All sanitizers over all kernels, side by side, and what they said.
+
+    python -m engine.bench.sanitizers [--output bench/results/sanitizers.json] [--jobs 8]
+
+Every tool of compute-sanitizer runs every group of ``sanitize`` in a process of its own. A row has the number of errors
+(of hazards, for racecheck) and, for a race, the places in the source that the tool names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from engine.bench import sanitize
+from engine.bench.record import RESULTS, figure, write_result
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+_PLACE = re.compile(r"(Write|Read) access at (\w+?)(?:_0d\w*)?\+0x[0-9a-f]+ in (\S+?:\d+)")
+
+
+def read_report(text: str) -> dict[str, Any]:
+    """errors (None where the tool came to no end), and by which accesses of the source races were reported."""
+    summaries = _SUMMARY.findall(text)
+    places = sorted({f"{kind} {kernel} {place}" for kind, kernel, place in _PLACE.findall(text)})
+    row: dict[str, Any] = {"errors": sum(map(int, summaries)) if summaries else None}
+    return row | ({"places": places} if places else {})
+
+
+def run_one(sanitizer: str, tool: str, group: str, timeout_s: float) -> dict[str, Any]:
+    """One tool over one group. What stopped it, where something did, is in ``problem``."""
+    # Blocks of torch's caching allocator hide overruns, and what an earlier owner has written.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    call = [sanitizer, "--tool", tool, sys.executable, "-m", "engine.bench.sanitize", "--only", group]
+    started = time.perf_counter()
+    row: dict[str, Any] = {"tool": tool, "group": group}
+    try:
+        done = subprocess.run(
+            call, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return row | {"errors": None, "problem": f"did not end within {timeout_s:g} s"}
+    said = done.stdout + done.stderr
+    row |= read_report(said) | {"seconds": round(time.perf_counter() - started, 1)}
+    if f"{group}: ran" not in said:
+        lines = [line for line in said.splitlines() if line.strip() and not line.startswith("=====")]
+        row |= {"errors": None, "problem": (lines or [f"exit status {done.returncode}"])[-1][:300]}
+    return row
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Errors of each tool over all groups. No value where a group was not looked at."""
+    found = []
+    for tool in dict.fromkeys(row["tool"] for row in rows):
+        own = [row for row in rows if row["tool"] == tool]
+        whole = all(row["errors"] is not None for row in own)
+        errors = sum(row["errors"] for row in own) if whole else None
+        groups = [row["group"] for row in own if row["errors"]]
+        found.append(
+            figure(f"{tool}: errors over {len(own)} groups", errors, "reports", "0", errors == 0, groups=groups)
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--groups", nargs="+", choices=tuple(sanitize.RUNS), default=list(sanitize.RUNS))
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes at a time")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one process")
+    parser.add_argument("--sanitizer", help="default: compute-sanitizer on the path, or in /usr/local/cuda/bin")
+    parser.add_argument("--output", type=Path, default=RESULTS / "sanitizers.json")
+    o = parser.parse_args(arguments)
+    if o.jobs < 1 or o.timeout <= 0:
+        parser.error(f"jobs must be at least 1 and timeout above 0, got {o.jobs} and {o.timeout:g}")
+    sanitizer = shutil.which(o.sanitizer or "compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if sanitizer is None or (o.sanitizer is not None and shutil.which(o.sanitizer) is None):
+        parser.error(
+            f"{o.sanitizer or 'compute-sanitizer'} is not there: install the CUDA toolkit, or name it by --sanitizer"
+        )
+    todo = [(tool, group) for tool in o.tools for group in o.groups]
+    with ThreadPoolExecutor(o.jobs) as pool:
+        rows = list(pool.map(lambda one: run_one(sanitizer, *one, o.timeout), todo))
+    for row in rows:
+        if row["errors"] != 0:
+            print(f"{row['tool']} {row['group']}: {row['errors']} {row.get('problem', '')}")
+            print("".join(f"  {place}\n" for place in row.get("places", [])), end="")
+    write_result(o.output, figures(rows), rows)
+
+
+if __name__ == "__main__":
+    main()
