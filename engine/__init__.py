@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from engine.config import DecoderExitConfig, EarlyExitConfig
 from engine.criteria import Criterion
 from engine.devices import find_device
 from engine.executors import executor_class
-from engine.generation import DecoderEngine, Generation
+from engine.generation import DecoderEngine, Generation, check_decoder_options
 from engine.models.decoder import MultiExitDecoder
 from engine.models.encoder import MultiExitEncoder
 from engine.results import Classification, RunStats
@@ -43,50 +44,87 @@ def load(
     dtype: str | torch.dtype = "auto",
     executor: str = "auto",
     warmup: Sequence[tuple[int, int]] = (),
+    cache_bytes: int | None = None,
+    state_copy: str | None = None,
 ) -> Engine | DecoderEngine:
     """An engine for a checkpoint, a folder or a hub id: an Engine for an encoder, a DecoderEngine for a decoder.
 
-    device    "auto" (a CUDA device where there is one, else the CPU), or any torch device
-    dtype     "auto" (float16 on CUDA, else float32), or float32, float64, bfloat16, float16 by name or as torch.dtype
-    executor  "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass; of a
-              decoder, a step)
-    warmup    batches to be ready for, as (rows, tokens in all; of a decoder, of its prompts), each good for half to all
-              of its size: compiled and captured now, not by the first call that needs them; of a decoder, for the
-              model's own criterion alone. For the graph executor; nothing elsewhere
-    Raises ValueError or TypeError for a wrong argument, before anything is read; FileNotFoundError, OSError or
-    ValueError that names the file, tensor or key that is wrong.
+    device       "auto" (a CUDA device where there is one, else the CPU), or any torch device
+    dtype        "auto" (float16 on CUDA, else float32), or float32, float64, bfloat16, float16 by name or as
+                 torch.dtype
+    executor     "auto" (graph on CUDA, else packed), "packed", "reference", or "graph" (one CUDA graph a pass; of a
+                 decoder, a step)
+    warmup       batches to be ready for, as (rows, tokens in all; of a decoder, of its prompts), each good for half to
+                 all of its size: compiled and captured now, not by the first call that needs them; of a decoder, for
+                 the model's own criterion alone. For the graph executor; nothing elsewhere
+    cache_bytes  of a decoder: memory for keys, values and exit states of all rows together. Default: 1 GiB, or less
+                 where the model's longest sequences for 64 rows need less
+    state_copy   of a decoder: "lazy" (the default: keys and values of skipped layers are worked out when their layer is
+                 next visited) or "eager" (as soon as a token has left; for the packed executor, which "auto" then is)
+    Raises ValueError or TypeError for a wrong argument, before anything is read; for cache_bytes or state_copy with an
+    encoder, before its weights are, and for cache_bytes without room for one block of positions, behind them.
+    FileNotFoundError, OSError or ValueError that names the file, tensor or key that is wrong.
     """
-    from engine.loading import load_model
+    from engine.loading import load_model, read_config, resolve_checkpoint
 
     executor_class(executor)
-    sizes = _sizes(warmup)
+    sizes, for_decoders = _sizes(warmup), _for_decoders(executor, cache_bytes, state_copy)
     explicit = None if isinstance(dtype, str) and dtype == "auto" else _dtype(dtype)
     chosen_device = find_device(
         device, "cuda" if torch.cuda.is_available() else "cpu", torch.float32 if explicit is None else explicit
     )
     automatic = torch.float16 if chosen_device.type == "cuda" else torch.float32
+    if for_decoders and isinstance(read_config(resolve_checkpoint(checkpoint))[1], EarlyExitConfig):
+        raise _no_decoder(for_decoders, str(checkpoint))
     model, tokenizer = load_model(checkpoint, dtype=automatic if explicit is None else explicit)
     made = DecoderEngine if isinstance(model, MultiExitDecoder) else Engine
-    loaded = made(model.to(chosen_device), tokenizer, executor, private=True)
+    loaded = made(model.to(chosen_device), tokenizer, executor, private=True, **for_decoders)
     for rows, tokens in sizes:
         loaded.warm_up(rows, tokens)
     return loaded
 
 
 def from_module(
-    model: MultiExitEncoder | MultiExitDecoder, tokenizer=None, *, executor: str = "auto"
+    model: MultiExitEncoder | MultiExitDecoder,
+    tokenizer=None,
+    *,
+    executor: str = "auto",
+    cache_bytes: int | None = None,
+    state_copy: str | None = None,
 ) -> Engine | DecoderEngine:
     """An engine on a model that somebody else holds, and may go on training.
 
     A decoder's modules are called as they are. Of an encoder, embeddings, norms and exits are used in place; the
     products of its layers are packed copies that are renewed when the weights change (optimiser steps, ``.to()``,
     ``load_state_dict``, LoRA merges), which every run looks for. Dropout is never applied.
+
+    executor, cache_bytes, state_copy  as in ``load``
+    Raises TypeError for another model; ValueError for a wrong option, and for cache_bytes or state_copy with an
+    encoder.
     """
-    if isinstance(model, MultiExitDecoder):
-        return DecoderEngine(model, tokenizer, executor)
-    if not isinstance(model, MultiExitEncoder):
+    if not isinstance(model, (MultiExitEncoder, MultiExitDecoder)):
         raise TypeError(f"model must be a MultiExitEncoder or a MultiExitDecoder, got {type(model).__name__}")
+    for_decoders = _for_decoders(executor, cache_bytes, state_copy)
+    if isinstance(model, MultiExitDecoder):
+        return DecoderEngine(model, tokenizer, executor, **for_decoders)
+    if for_decoders:
+        raise _no_decoder(for_decoders, "the model")
     return Engine(model, tokenizer, executor)
+
+
+def _for_decoders(executor: str, cache_bytes: int | None, state_copy: str | None) -> dict[str, Any]:
+    """Those of a DecoderEngine's options that were given, checked as far as they can be without a model."""
+    given = {"cache_bytes": cache_bytes, "state_copy": state_copy}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        check_decoder_options(executor, given.get("state_copy", "lazy"), cache_bytes)
+    return given
+
+
+def _no_decoder(given: dict[str, Any], what: str) -> ValueError:
+    named = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    them = "it" if len(given) == 1 else "them"
+    return ValueError(f"{named}: for decoders, and {what} is an encoder, which has no cache: leave {them} out")
 
 
 def _sizes(warmup: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

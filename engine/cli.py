@@ -104,6 +104,9 @@ def run(
     repetition_penalty: Annotated[float | None, typer.Option(help="Decoders: above 1, tokens repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decoders: of the draws (default: 0).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Decoders: a string that ends it; repeat at will.")] = None,
+    cache_bytes: Annotated[
+        int | None, typer.Option(help="Decoders: memory for keys, values and exit states (default: at most 1 GiB).")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Decoders: continue the text itself, no chat template.")] = False,
     show_exits: Annotated[bool, typer.Option("--show-exits", help="Decoders: colour tokens by their depth.")] = False,
 ) -> None:
@@ -126,11 +129,12 @@ def run(
     if _is_decoder(checkpoint):
         classifier = {"--pair": pair, "--truncation": truncation, "--batch-tokens": batch_tokens}
         _refuse(classifier, "classifiers, and this checkpoint is a decoder")
-        lm = _load(checkpoint, executor, device, dtype)
+        lm = _load(checkpoint, executor, device, dtype, cache_bytes)
         _generate(lm, texts, {"seed": 0, **generation, **limits}, raw, as_json, show_exits)
         return
     named = {f"--{name.replace('_', '-')}": True for name in generation}
-    _refuse({**named, "--raw": raw, "--show-exits": show_exits}, "decoders, and this checkpoint is a classifier")
+    others = {"--cache-bytes": cache_bytes is not None, "--raw": raw, "--show-exits": show_exits}
+    _refuse({**named, **others}, "decoders, and this checkpoint is a classifier")
     rows = _argument_rows(texts, pair) if texts else _stdin_rows(pair)
     result = _load(checkpoint, executor, device, dtype).run(
         rows,
@@ -356,10 +360,10 @@ def _generate(
         chat(lm, options, raw, show_exits)
 
 
-def _load(checkpoint: str, executor: str, device: str, dtype: str) -> Engine:
+def _load(checkpoint: str, executor: str, device: str, dtype: str, cache_bytes: int | None = None) -> Engine:
     import engine
 
-    return engine.load(checkpoint, executor=executor, device=device, dtype=dtype)
+    return engine.load(checkpoint, executor=executor, device=device, dtype=dtype, cache_bytes=cache_bytes)
 
 
 def _argument_rows(texts: list[str], pair: bool) -> list[Row]:
@@ -546,7 +550,7 @@ def _show_facts(facts: dict[str, Any]) -> None:
     from engine.console import say, show_table
 
     console, exits, backbone = Console(), facts["early_exit"], facts["backbone"]
-    source = "its own weights (model.safetensors)"
+    source = "its own weights (safetensors)"
     if backbone is not None:
         source = f"{backbone['source']}, sha256 {backbone['sha256']}"
         source += f", revision {backbone['revision']}" if backbone["revision"] else ""

@@ -21,7 +21,7 @@ from engine.config import DecoderExitConfig
 from engine.decoding.cache import PagedCache, Pages
 from engine.decoding.criteria import check_criterion
 from engine.decoding.generate import Counts, Steps, begin, generate_packed, generate_reference, take_tokens
-from engine.decoding.packed import PackedDecoder, cache_shape
+from engine.decoding.packed import STATE_COPIES, PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
 from engine.decoding.requests import Generating, Request, Sampling
 from engine.executors import EXECUTORS
@@ -130,6 +130,19 @@ class TokenStream(Iterator[StreamedToken]):
         self.close()
 
 
+def check_decoder_options(executor: str, state_copy: str, cache_bytes: int | None) -> None:
+    """ValueError for options of a DecoderEngine that are wrong for any model, or do not go together."""
+    if executor != "auto" and executor not in EXECUTORS:
+        raise ValueError(f"a decoder's executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
+    if state_copy not in STATE_COPIES:
+        raise ValueError(f"state_copy must be one of {', '.join(STATE_COPIES)}, got {state_copy!r}")
+    if executor == "graph" and state_copy != "lazy":
+        raise ValueError(f"the graph executor copies states lazily, got {state_copy!r}: packed knows both")
+    whole = isinstance(cache_bytes, int) and not isinstance(cache_bytes, bool)
+    if cache_bytes is not None and (not whole or cache_bytes < 1):
+        raise ValueError(f"cache_bytes must be a positive integer, or None for the default, got {cache_bytes!r}")
+
+
 class DecoderEngine:
     """Token-level early-exit generation with one model. Made by ``engine.load`` and ``engine.from_module``.
 
@@ -137,8 +150,9 @@ class DecoderEngine:
                  "reference" (no cache, the oracle: very slow)
     state_copy   "lazy" or "eager": see ``PackedDecoder``
     cache_bytes  memory for keys, values and exit states of all rows; default 1 GiB, or less where the model's longest
-                 sequences for 64 rows need less
+                 sequences for 64 rows need less. The reference keeps none
     private      nobody else holds ``model``, so its weights need no watching until somebody asks for it
+    Raises ValueError as ``check_decoder_options``, and where cache_bytes has no room for one block of positions.
     Calls from several threads are safe: runs go one after the other, streams beside them.
     """
 
@@ -152,12 +166,9 @@ class DecoderEngine:
         cache_bytes: int | None = None,
         private: bool = False,
     ):
+        check_decoder_options(executor, state_copy, cache_bytes)
         if executor == "auto":
             executor = "graph" if model.device.type == "cuda" and state_copy == "lazy" else "packed"
-        if executor not in EXECUTORS:
-            raise ValueError(f"a decoder's executor must be one of auto, {', '.join(EXECUTORS)}, got {executor!r}")
-        if executor == "graph" and state_copy != "lazy":
-            raise ValueError(f"the graph executor copies states lazily, got {state_copy!r}: packed knows both")
         self._model, self.tokenizer, self.executor, self._watching = model, tokenizer, executor, not private
         self._state_copy, self._cache_bytes = state_copy, cache_bytes
         self._decoder: PackedDecoder | None = None

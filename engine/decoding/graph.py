@@ -5,13 +5,14 @@ and what the next layer owes them, are values on the device that every kernel re
 fits and whatever its rows decide. Conditional nodes stand at stages; behind one at which everybody has left, the rest
 of the layers is skipped.
 
-Where there is no CUDA device the same program runs step by step through the kernels' torch twins: what the tests hold
-against the other executors.
+Where a program cannot be captured, steps go the packed way (``GraphDecoder``). Where there is no CUDA device the same
+program runs step by step through the kernels' torch twins: what the tests hold against the other executors.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -25,8 +26,9 @@ from engine.decoding.graph_step import Given, Step, StepArena, StepWeights, give
 from engine.decoding.packed import Done, LaunchedStep, PackedDecoder, StepOutputs, logits_by_exit, step_limits
 from engine.decoding.requests import Generating
 from engine.executors.weights import WatchedWeights
+from engine.kernels.capture import captured
 from engine.kernels.gpu_common import triton
-from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, no_allocation
+from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem
 from engine.models.decoder import MultiExitDecoder
 
 _MAX_ROWS = 64
@@ -51,6 +53,10 @@ class GraphDecoder(PackedDecoder):
     A step may be launched behind one whose results nobody has seen yet: ids and watermarks are on the device, places
     and limits are known ahead, so while the host reads what one step came to, the device is at the next.
     Calls from several threads take turns: programs share their buffers.
+
+    Falls back to the packed way, with one warning that says why, where a program cannot be captured: for the rest of
+    the run where other threads allocated in every attempt, for good after any other error. A step has touched nothing
+    of its sequences by then. Out of memory is the caller's: fewer rows may do.
     """
 
     def __init__(self, model: MultiExitDecoder, cache: PagedCache, watching: bool = True):
@@ -59,6 +65,9 @@ class GraphDecoder(PackedDecoder):
         self._current: StepWeights | None = None
         self._arena: StepArena | None = None
         self._programs: dict[tuple[int, str | None], _Program] = {}
+        self._given_up: set[tuple[int, str | None]] = set()  # of this run: programs that other threads kept from us
+        self._problem: str | None = None  # why there will be no programs any more
+        self._warned = False
         self._under_way: list[_Launched] = []  # steps whose results have not been read, in their order
         self._lock = threading.RLock()
 
@@ -71,6 +80,9 @@ class GraphDecoder(PackedDecoder):
         super().look()
         with self._lock:
             self._wait()
+            self._given_up.clear()
+            if self._problem is not None:
+                return
             found = self._step_weights.current()
             if found is not self._current:
                 self._close()
@@ -108,7 +120,7 @@ class GraphDecoder(PackedDecoder):
         )
         measures = {None} if stays else {"policy" if r.criterion == "scripted" else r.criterion for r in requests}
         # Where the modules are the head, nobody else knows how sure an exit is.
-        without_head = "softmax" in measures and self._arena.logits is None
+        without_head = "softmax" in measures and self._current.head is None
         if len(batch) > _MAX_ROWS or len(measures) > 1 or without_head:
             with self._lock:
                 self._wait()
@@ -116,13 +128,43 @@ class GraphDecoder(PackedDecoder):
         rows, measure = 1 << (len(batch) - 1).bit_length(), measures.pop()
         with self._lock:
             self._wait()
-            program = self._programs.get((rows, measure))
-            if program is None:
-                program = self._programs[rows, measure] = _Program(
-                    self.model, self._current, self._arena, self.cache, rows, measure
-                )
-            self._under_way = [_Launched(self, program, batch, ahead=0)]
-            return self._under_way[0]
+            program = self._program(rows, measure)
+            if program is not None:
+                self._under_way = [_Launched(self, program, batch, ahead=0)]
+                return self._under_way[0]
+        return Done(super().step(batch))
+
+    def _program(self, rows: int, measure: str | None) -> _Program | None:
+        """The program of up to ``rows`` rows, made where there is none yet; None where it cannot be captured."""
+        key = rows, measure
+        if key in self._programs:
+            return self._programs[key]
+        if self._problem is not None or key in self._given_up:
+            return None
+        program = _Program(self.model, self._current, self._arena, self.cache, rows, measure)
+        try:
+            program.capture()
+        except torch.OutOfMemoryError:
+            raise
+        except AllocationError:
+            self._given_up.add(key)
+            problem = "other threads allocate while a graph is captured"
+        except Exception as error:  # Triton's and the compiler's share no base class
+            if "out of memory" in str(error):  # of the driver, not of torch's allocator
+                raise
+            problem = self._problem = f"a capture failed ({type(error).__name__}: {error})"
+        else:
+            self._programs[key] = program
+            return program
+        program.close()
+        if self._problem is not None:
+            self._close()
+            self._arena = None
+        if not self._warned:
+            self._warned = True
+            # The caller of the engine's ``run``.
+            warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=7)
+        return None
 
     @torch.inference_mode()
     def launch_next(self, launched: LaunchedStep) -> LaunchedStep | None:
@@ -182,7 +224,7 @@ class _Host(NamedTuple):
 
 
 class _Program:
-    """One captured step, and the host's side of what goes in and comes out.
+    """One step, to be captured before it is launched, and the host's side of what goes in and comes out.
 
     tells_tokens  whether greedy tokens come out, and the next step's ids are in their place
     """
@@ -221,28 +263,24 @@ class _Program:
             told = torch.zeros(self._step.told.shape, dtype=torch.int32, pin_memory=on_gpu)
             named = {name: field.numpy() for name, field in fields(given).items()}
             self._hosts.append(_Host(given, named, told, [[]] * rows, torch.cuda.Event() if on_gpu else None))
-        self._graph: Graph | None = self._captured() if on_gpu else None
+        self._graph: Graph | None = None
 
-    def _captured(self) -> Graph:
+    def capture(self) -> None:
+        """Make the graph, where the device has graphs: see ``captured``."""
         device = self._device_given.device
+        if device.type != "cuda":
+            return
         stream, builder = torch.cuda.Stream(device), GraphBuilder()
         torch.cuda.synchronize(device)
-        try:
-            # No row is live: what is not written yet is not read, and every kernel is compiled.
-            with builder.rehearse(stream):
-                self._step.record(builder.when)
-            stream.synchronize()
-            with no_allocation(device), builder.capture(stream):
-                self._step.record(builder.when)
-            graph = builder.instantiate()
-        finally:
-            builder.close()
-        graph.upload()
-        return graph
+        # No row is live: what is not written yet is not read.
+        self._graph = captured(builder, stream, self._step.record)
+        self._graph.upload()
 
     def close(self) -> None:
+        device = self._device_given.device
+        if device.type == "cuda":  # a rehearsal that failed may still run, on a stream that the allocator does not know
+            torch.cuda.synchronize(device)
         if self._graph is not None:
-            torch.cuda.synchronize(self._device_given.device)
             self._graph.close()
 
     def launch(

@@ -11,7 +11,6 @@ against the other executors.
 
 from __future__ import annotations
 
-import gc
 import threading
 import warnings
 from collections import OrderedDict
@@ -28,13 +27,14 @@ from engine.executors.base import ExitOptions, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights, derive
+from engine.kernels.capture import CAPTURES as _CAPTURES
+from engine.kernels.capture import captured
 from engine.kernels.exit_rows import ExitDestinations
 from engine.kernels.gpu_common import triton
-from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem, no_allocation
+from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem
 from engine.models.encoder import MultiExitEncoder
 
 _MAX_PROGRAMS = 64
-_CAPTURES = 5
 _REMEMBERED = 64  # sizes of batches, for each record of options, whose program is known at once
 # Of the device's memory, for the buffers of all programs; beyond it, those used longest ago go.
 _MEMORY_SHARE = 0.25
@@ -169,32 +169,9 @@ class _Program:
         self._pass = Pass(weights, arena, capacity, steps, given, out)
 
     def capture(self, stream: torch.cuda.Stream) -> None:
-        """Rehearse (compiles what is not compiled, on no rows), then capture: inside, nothing may allocate.
-
-        Tried again where something did: it may have been another thread, a capture is short.
-        """
-        builder = GraphBuilder()
-        collecting = gc.isenabled()
-        try:
-            with builder.rehearse(stream):
-                self._pass.record(builder.when)
-            stream.synchronize()
-            gc.disable()  # what a collection frees may touch the stream that is captured
-            for attempt in range(_CAPTURES):
-                try:
-                    with no_allocation(self.device), builder.capture(stream):
-                        self._pass.record(builder.when)
-                    break
-                except AllocationError:
-                    builder.abort()
-                    if attempt == _CAPTURES - 1:
-                        raise
-            self.graph = builder.instantiate()
-            self.graph.upload(stream)
-        finally:
-            if collecting:
-                gc.enable()
-            builder.close()
+        """Rehearse (compiles what is not compiled, on no rows), then capture: see ``captured``."""
+        self.graph = captured(GraphBuilder(), stream, self._pass.record, _CAPTURES)
+        self.graph.upload(stream)
 
     def submit(self, rows: TokenRows, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
         """Put one batch on the stream. Calling what comes back waits for it and returns its RowOutputs."""
