@@ -9,8 +9,19 @@ writes ``bench/results/decoder_h100.json``. Weights are random: time does not de
 and are scripted, each exit's policy is computed all the same. Prompts of 128 tokens, 256 new ones; competitors take
 turns in one run, a time is that of decoding, draws included, the prompts' own pass left out (of Hugging Face's calls:
 the time of a call for fewer tokens taken off). ``--gpt-fast`` adds gpt-fast at batch 1, from a checkout of it; where it
-fails, its row says why. With ``--checkpoint`` weights are real and its policies decide, on prompts of random tokens.
-``--merge`` puts the rows of several files into one; each says of which commit it is.
+fails, its row says why. ``--merge`` puts the rows of several files into one; each says of which commit it is.
+
+"trained model's exits" are drawn, each token's by itself, from the shares of a test set's tokens that left behind each
+layer of the shipped decoder, prompts included (its training.json): teacher-forced, it read texts and generated nothing.
+What it generates leaves later, and that is what serving sees: "generated tokens" are drawn from the shares of those
+(``decoder_quality.json``, policies of the same price).
+
+With ``--checkpoint`` weights are real and its policies decide. Prompts are random tokens then, too, not texts: rows say
+so ("prompts"), and depths are not those of the answers that the model is for.
+
+Every run of ours is looked over: a token that left elsewhere than its script says (or at all, where exits are removed
+or never fire) is counted in its row. "inside a step" counts, under a profiler, what the host launches and what it waits
+for while it starts steps. Memory is that of the blocks in which the run's positions stand.
 
 Ceiling of a step: the bytes of the layers that any of its rows visits, of keys and values of the rows that visit them
 and of the head, at the memory's bandwidth.
@@ -21,7 +32,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +48,7 @@ from engine.bench.encoder_competitors import one_line
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
 from engine.bench.report import memory_bandwidth
 from engine.config import DecoderExitConfig
-from engine.decoding.packed import cache_shape
+from engine.decoding.packed import Done, PackedDecoder, cache_shape
 from engine.generation import DecoderEngine
 from engine.loading import load_model
 from engine.models.decoder import MultiExitDecoder
@@ -50,9 +63,13 @@ SHAPES = {
 }  # fmt: skip
 REMOVED, NOBODY, HALF = "exits removed", "nobody leaves", "spread, mean depth L/2"
 TRAINED, EAGER = "trained model's exits", "eager copying, mean depth L/2"
+GENERATED = "trained model's exits, generated tokens"
 DECIDED = "its policies decide"
 THEIRS = "Hugging Face, static cache, compiled"
 GPT_FAST = "gpt-fast"
+INSIDE = "inside a step"
+_SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "dolly-smollm2"
+_START, _RESULTS = "start a step", "wait for a step's results"
 
 
 def random_decoder(shape: str, device: torch.device, dtype: torch.dtype, positions: int) -> MultiExitDecoder:
@@ -82,12 +99,22 @@ def trained_exits(share: dict[int, float], trained: int, layers: int, tokens: in
 
 
 def shipped_share() -> tuple[dict[int, float], int]:
-    """Exit layers of the shipped decoder's test tokens, and its depth."""
-    folder = Path(__file__).resolve().parent.parent / "checkpoints" / "dolly-smollm2"
-    exits = json.loads((folder / "config.json").read_text())["early_exit"]
-    result = json.loads((folder / "training.json").read_text())["result"]["test"]
+    """Exit layers of the tokens of test texts that the shipped decoder reads, prompts included, and its depth."""
+    exits = json.loads((_SHIPPED / "config.json").read_text())["early_exit"]
+    result = json.loads((_SHIPPED / "training.json").read_text())["result"]["test"]
     share = result["points"][f"{exits['threshold']:g}"]["exit_share"]
     return dict(zip(exits["exit_layers"], share, strict=True)), exits["num_layers"]
+
+
+def generated_share() -> tuple[dict[int, float], int]:
+    """The same of tokens that it generates, with policies for the price of its own. ValueError where none are known."""
+    exits = json.loads((_SHIPPED / "config.json").read_text())["early_exit"]
+    alpha, threshold = json.loads((_SHIPPED / "training.json").read_text())["alpha"], exits["threshold"]
+    file = RESULTS / "decoder_quality.json"
+    for row in json.loads(file.read_text())["rows"]:
+        if (row["method"], row["value"]) == ("ConsistentEE", alpha) and row.get("threshold", 0.5) == threshold:
+            return dict(zip(exits["exit_layers"], row["exit_share"], strict=True)), exits["num_layers"]
+    raise ValueError(f"{file} has no row of ConsistentEE for alpha {alpha:g} at threshold {threshold:g}")
 
 
 def ceiling_bytes(model: MultiExitDecoder, exit_layers: Sequence[Sequence[int]], prompt: int) -> float:
@@ -118,9 +145,128 @@ def hugging_face(model: MultiExitDecoder, ids: torch.Tensor, new: int) -> Callab
     return lambda: (timed(new) - timed(few)) * (new - 1) / (new - few)
 
 
-def ours(lm: DecoderEngine, prompts: list[list[int]], new: int, **options: Any) -> Callable[[], float]:
-    """Seconds of decoding new - 1 tokens of every prompt."""
-    return lambda: lm.run(prompts, max_new_tokens=new, ignore_eos=True, progress=False, **options).stats.decode_s
+class Ours:
+    """Our engine decoding ``new`` tokens of every prompt; a call returns the seconds of new - 1 of them.
+
+    given      where every token is to leave, None where policies decide
+    taken      exit layers of the last call; compared, elsewhere: tokens of all calls, and those that left elsewhere
+    memory     of the last call
+    """
+
+    def __init__(
+        self,
+        lm: DecoderEngine,
+        prompts: list[list[int]],
+        new: int,
+        given: Sequence[Sequence[int]] | None,
+        **options: Any,
+    ):
+        self._lm, self._prompts, self._new, self._given, self._options = lm, prompts, new, given, options
+        self.taken: list[list[int]] = []
+        self.compared = self.elsewhere = 0
+        self.memory: dict[str, int] = {}
+
+    def __call__(self) -> float:
+        options = dict(max_new_tokens=self._new, ignore_eos=True, progress=False) | self._options
+        out = self._lm.run(self._prompts, **options)
+        self.taken = out.exit_layers
+        if self._given is not None:
+            pairs = zip(self._given, self.taken, strict=True)
+            moved = [wanted != found for w, f in pairs for wanted, found in zip(w[1:], f[1:], strict=True)]
+            self.compared += len(moved)
+            self.elsewhere += sum(moved)
+        self.memory = memory_of(self._lm, [len(p) + self._new - 1 for p in self._prompts])
+        self.memory["owed_settled"] = out.stats.owed_settled
+        return out.stats.decode_s
+
+    def row(self) -> dict[str, int]:
+        """What a row of results says beside times."""
+        checked = {} if self._given is None else {"exits_compared": self.compared, "exits_elsewhere": self.elsewhere}
+        return checked | self.memory
+
+
+def memory_of(lm: DecoderEngine, positions: Sequence[int]) -> dict[str, int]:
+    """Bytes of keys and values, in all layers, and of exit states: of blocks for so many positions of each row."""
+    cache = lm._packed().cache
+    blocks = sum(map(cache.blocks_for, positions))
+    kv = (cache.keys.nbytes + cache.values.nbytes) // cache.num_blocks
+    return {"kv_bytes": blocks * kv, "exit_state_bytes": blocks * (cache.states.nbytes // cache.num_blocks)}
+
+
+# --- what the host does -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watched(decoder: PackedDecoder) -> Iterator[list[int]]:
+    """Spans named ``_START`` and ``_RESULTS`` for a profiler, and an entry in the yielded list for each step. What
+    torch knows to wait for the device is refused while a step is started: RuntimeError."""
+    steps: list[int] = []
+    on_gpu = decoder.cache.keys.is_cuda
+
+    @contextmanager
+    def refused() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def spied(start: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            with torch.profiler.record_function(_START), refused() if on_gpu else nullcontext():
+                launched = start(*arguments)
+            if launched is None:
+                return None
+            steps.append(len(steps))
+            if not isinstance(launched, Done):  # else there is nothing left to wait for
+                results = launched.outputs
+
+                def outputs() -> Any:
+                    with torch.profiler.record_function(_RESULTS):
+                        return results()
+
+                launched.outputs = outputs
+            return launched
+
+        return call
+
+    decoder.launch, decoder.launch_next = spied(decoder.launch), spied(decoder.launch_next)
+    try:
+        yield steps
+    finally:
+        del decoder.launch, decoder.launch_next
+
+
+def inside_a_step(lm: DecoderEngine, prompts: list[list[int]], new: int, **options: Any) -> dict[str, Any]:
+    """Launches of a run's steps, and calls that wait: while steps are started, and for their results."""
+    options = dict(max_new_tokens=new, ignore_eos=True, progress=False) | options
+    lm.run(prompts, **options)  # whatever is compiled and captured
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        with _watched(lm._packed()) as steps:
+            lm.run(prompts, **options)
+    events = list(trace.events())
+
+    def inside(name: str) -> list[str]:
+        spans = [event.time_range for event in events if event.name == name]
+        return [
+            event.name
+            for event in events
+            if event.name.startswith("cu") and any(s.start <= event.time_range.start < s.end for s in spans)
+        ]
+
+    started, waited = inside(_START), inside(_RESULTS)
+    return {
+        "steps": len(steps),
+        "graph_launches": started.count("cudaGraphLaunch"),
+        "kernel_launches": sum("LaunchKernel" in name for name in started),
+        "synchronisations": sum(map(_waits, started)),
+        "waits_for_results": sum(map(_waits, waited)),
+    }
+
+
+def _waits(call: str) -> bool:
+    """Whether a call of CUDA may come back only after the device has done what was asked for before."""
+    return "Synchronize" in call or call in ("cudaMemcpy", "cudaMemcpy2D", "cudaMemset", "cudaFree", "cudaFreeHost")
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -165,15 +311,18 @@ def main() -> None:
         model, shape = load_model(str(o.checkpoint))[0].to(device, dtype).eval(), o.checkpoint.name
     layers, new = model.config.num_layers, o.new_tokens
     room = _cache_bytes(model, max(o.batches), positions)
+    # Steps that go the packed way would be another engine's times.
+    warnings.filterwarnings("error", message="the graph executor cannot serve")
     lm = DecoderEngine(model, executor="graph", private=True, cache_bytes=room)
-    share, trained = shipped_share()
+    shares = {TRAINED: shipped_share(), GENERATED: generated_share()}
     rows: list[dict[str, Any]] = []
     for batch in o.batches:
         prompts = torch.randint(0, model.language_model.config.vocab_size, (batch, o.prompt)).tolist()
         settings: dict[str, dict[str, Any]] = {REMOVED: {"min_depth": layers}}
         scripts = {}
         if o.checkpoint is None:
-            scripts[TRAINED] = [trained_exits(share, trained, layers, new, row) for row in range(batch)]
+            for name, (share, depth) in shares.items():
+                scripts[name] = [trained_exits(share, depth, layers, new, row) for row in range(batch)]
         else:
             settings[DECIDED] = {}
         if batch == 1:
@@ -181,12 +330,15 @@ def main() -> None:
         if batch == 1 and o.checkpoint is None:
             scripts[HALF] = [spread(layers, new, layers / 2)]
         settings |= {name: {"criterion": "scripted", "exit_layers": script} for name, script in scripts.items()}
-        runs = {name: ours(lm, prompts, new, **options) for name, options in settings.items()}
+        full = [[layers] * new] * batch
+        given = {REMOVED: full, NOBODY: full, **scripts}
+        mine = {name: Ours(lm, prompts, new, given.get(name), **options) for name, options in settings.items()}
         few = max(4, new // 16)  # slow, and in the end a time for each token
         if batch == 1 and o.checkpoint is None and EAGER not in o.without:
             eager = DecoderEngine(model, executor="packed", state_copy="eager", private=True, cache_bytes=room)
-            script = {"criterion": "scripted", "exit_layers": [spread(layers, few, layers / 2)]}
-            runs[EAGER] = ours(eager, prompts, few, **script)
+            script = [spread(layers, few, layers / 2)]
+            mine[EAGER] = Ours(eager, prompts, few, script, criterion="scripted", exit_layers=script)
+        runs: dict[str, Callable[[], float]] = dict(mine)
         if batch == 1 and THEIRS not in o.without and on_gpu:
             runs[THEIRS] = hugging_face(model, torch.tensor(prompts, device=device), new)
         notes = {}
@@ -208,11 +360,13 @@ def main() -> None:
                    "tokens_a_second": 1e3 * batch / step_ms}  # fmt: skip
             if name in notes:
                 row["note"] = notes[name]
-            taken = scripts.get(name)
-            if name == REMOVED:
-                taken = [[layers] * new] * batch
-            elif name == DECIDED:
-                taken = lm.run(prompts, max_new_tokens=new, ignore_eos=True, progress=False).exit_layers
+            if o.checkpoint is not None:
+                row["prompts"] = "random tokens"
+            if name in mine:
+                row |= mine[name].row()
+            taken = {REMOVED: full, **scripts}.get(name)
+            if name == DECIDED:
+                taken = mine[name].taken
             if taken is not None:
                 row["mean_depth"] = float(np.mean([d[1:] for d in taken]))
                 row["ceiling_gb"] = ceiling_bytes(model, taken, o.prompt) / (new - 1) / 1e9
@@ -220,6 +374,15 @@ def main() -> None:
                 row["of_ceiling"] = row["ceiling_ms"] / step_ms
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "decode_s"}), flush=True)
+        if on_gpu:
+            setting = TRAINED if o.checkpoint is None else DECIDED
+            row = {"shape": shape, "batch": batch, "name": INSIDE, "setting": setting}
+            try:
+                row |= inside_a_step(lm, prompts, min(few, new), **settings[setting])
+            except RuntimeError as error:
+                row["error"] = one_line(error)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     memory = {
         "cache_bytes": lm.run([[1, 2]], max_new_tokens=2).stats.cache_bytes,
         "kv_bytes_a_position": 2 * layers * model.language_model.config.num_key_value_heads
@@ -244,22 +407,56 @@ def _cache_bytes(model: MultiExitDecoder, rows: int, positions: int) -> int:
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bars are for LLaMA-7B's shape, of which names say nothing; other models have figures without."""
+    """Bars for times are for LLaMA-7B's shape, of which names say nothing; other models have figures without. What is
+    counted has its bar for every model."""
     out = []
     for shape, batch in dict.fromkeys((row["shape"], row["batch"]) for row in rows):
         found = {r["name"]: r for r in rows if (r["shape"], r["batch"]) == (shape, batch)}
         made = _decided(batch, found) if DECIDED in found else _scripted(batch, found)
+        counted = _counted(batch, found)
         if shape not in ("7b", "tiny"):
             made = [figure(f"{shape}, {f.pop('name')}", f.pop("value"), f.pop("unit"), "-", True,
                            **{k: v for k, v in f.items() if k not in ("bar", "met")}) for f in made]  # fmt: skip
-        out += made
+            counted = [f | {"name": f"{shape}, {f['name']}"} for f in counted]
+        out += made + counted
+    return out
+
+
+def _counted(batch: int, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows that say it: older ones do not."""
+    out = []
+    compared = [row for row in found.values() if "exits_compared" in row]
+    if compared:
+        wrong = sum(row["exits_elsewhere"] for row in compared)
+        out.append(figure(f"batch {batch}, involuntary exits and stays", wrong, "tokens", "0", wrong == 0,
+                          of=sum(row["exits_compared"] for row in compared)))  # fmt: skip
+    if INSIDE in found:
+        row = found[INSIDE]
+        waits, launches = row.get("synchronisations"), None
+        if row.get("steps"):
+            launches = (row["graph_launches"] + row["kernel_launches"]) / row["steps"]
+        out += [
+            figure(f"batch {batch}, host synchronisations inside a step", waits, "calls", "0", waits == 0),
+            figure(f"batch {batch}, launches a step", launches, "calls", "1", launches == 1),
+        ]
     return out
 
 
 def _decided(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    value = found[REMOVED]["ms_a_step"] / found[DECIDED]["ms_a_step"]
+    value, row = found[REMOVED]["ms_a_step"] / found[DECIDED]["ms_a_step"], found[DECIDED]
     name = f"batch {batch}, its policies decide, times faster than full depth"
-    return [figure(name, value, "ratio", "-", True, mean_depth=found[DECIDED]["mean_depth"])]
+    more = {k: row[k] for k in ("mean_depth", "prompts") if k in row}
+    return [figure(name, value, "ratio", "-", True, **more)]
+
+
+def _generated(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    if GENERATED not in found:
+        return []
+    row = found[GENERATED]
+    name = f"batch {batch}, trained exits, generated tokens: ceiling / time"
+    ratio = found[REMOVED]["ms_a_step"] / row["ms_a_step"]
+    return [figure(name, row["of_ceiling"], "ratio", "-", True, over_full_depth=ratio,
+                   tokens_a_second=row["tokens_a_second"], mean_depth=row["mean_depth"])]  # fmt: skip
 
 
 def _scripted(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -270,7 +467,8 @@ def _scripted(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, An
         value = found[TRAINED]["of_ceiling"]
         ratio = ms(REMOVED) / ms(TRAINED)
         return [figure(f"batch {batch}, trained exits: ceiling / time", value, "ratio", ">= 0.9", value >= 0.9,
-                       over_full_depth=ratio, tokens_a_second=found[TRAINED]["tokens_a_second"])]  # fmt: skip
+                       over_full_depth=ratio, tokens_a_second=found[TRAINED]["tokens_a_second"]),
+                *_generated(batch, found)]  # fmt: skip
     out = [figure("batch 1, full depth", ms(REMOVED), "ms a token", "<= 5.3", ms(REMOVED) <= 5.3)]
     value = ms(THEIRS) / ms(REMOVED) if THEIRS in found else None
     out.append(figure("batch 1, full depth, times faster than Hugging Face's compiled static cache", value, "ratio",
@@ -282,7 +480,12 @@ def _scripted(batch: int, found: dict[str, dict[str, Any]]) -> list[dict[str, An
     out.append(figure("batch 1, mean depth L/2, times faster than full depth", value, "ratio", ">= 1.8", value >= 1.8))
     value = ms(NOBODY) / ms(REMOVED)
     out.append(figure("batch 1, nobody leaves / exits removed", value, "ratio", "<= 1.06", value <= 1.06))
-    return out
+    if "kv_bytes" in found[HALF]:
+        kv, states = (found[HALF][name] for name in ("kv_bytes", "exit_state_bytes"))
+        out.append(figure("batch 1, mean depth L/2, exit states / keys and values", states / kv, "ratio of bytes", "-",
+                          True, kv_bytes=kv, exit_state_bytes=states,
+                          owed_settled=found[HALF]["owed_settled"]))  # fmt: skip
+    return out + _generated(batch, found)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,18 @@ import torch
 
 from engine.bench import decoder_h100 as bench
 from engine.bench import gpt_fast
+from engine.bench.record import RESULTS
+from engine.decoding import graph
+from engine.generation import DecoderEngine
+
+COMMITTED = RESULTS / "decoder_h100.json"
+
+
+@pytest.fixture
+def tiny():
+    """An engine with the steps of a GPU's graphs, run one by one."""
+    model = bench.random_decoder("tiny", torch.device("cpu"), torch.float32, 64)
+    return DecoderEngine(model, executor="graph", private=True, cache_bytes=bench._cache_bytes(model, 3, 64))
 
 
 def test_a_whole_run(tmp_path, monkeypatch):
@@ -20,19 +32,33 @@ def test_a_whole_run(tmp_path, monkeypatch):
     bench.main()
     result = json.loads(output.read_text())
     rows = {(row["batch"], row["name"]): row for row in result["rows"]}
-    alone = (bench.REMOVED, bench.NOBODY, bench.TRAINED, bench.HALF, bench.EAGER)
-    assert set(rows) == {*((1, name) for name in alone), (3, bench.REMOVED), (3, bench.TRAINED)}
+    several = (bench.REMOVED, bench.TRAINED, bench.GENERATED)
+    alone = (*several, bench.NOBODY, bench.HALF, bench.EAGER)
+    assert set(rows) == {*((1, name) for name in alone), *((3, name) for name in several)}
     for (batch, name), row in rows.items():
         few = max(4, 8 // 16) if name == bench.EAGER else 8
         assert len(row["decode_s"]) == 2
         step_ms = 1e3 * sum(row["decode_s"]) / 2 / (few - 1)
         assert row["ms_a_step"] == pytest.approx(step_ms)
         assert row["tokens_a_second"] == pytest.approx(1e3 * batch / step_ms)
+        # Two rounds, and the one in front of them.
+        assert (row["exits_compared"], row["exits_elsewhere"]) == (3 * batch * (few - 1), 0)
+        assert row["kv_bytes"] == batch * 16 * 2 * 4 * 2 * 16 * 4  # a block of 16 positions a row
+        assert row["exit_state_bytes"] == batch * 16 * 64 * 4
+        assert (row["owed_settled"] > 0) == (name not in (bench.REMOVED, bench.NOBODY))
+        assert "prompts" not in row
     figures = {f["name"]: f for f in result["figures"]}
-    assert len(figures) == 5
+    assert len(figures) == 10
     ratio = rows[1, bench.REMOVED]["ms_a_step"] / rows[1, bench.HALF]["ms_a_step"]
     assert figures["batch 1, mean depth L/2, times faster than full depth"]["value"] == pytest.approx(ratio)
     assert figures["batch 3, trained exits: ceiling / time"]["value"] == rows[3, bench.TRAINED]["of_ceiling"]
+    for batch in (1, 3):
+        found = figures[f"batch {batch}, trained exits, generated tokens: ceiling / time"]
+        assert found["value"] == rows[batch, bench.GENERATED]["of_ceiling"] and found["bar"] == "-"
+    found = figures["batch 3, involuntary exits and stays"]
+    assert (found["value"], found["of"], found["bar"], found["met"]) == (0, 3 * 3 * 3 * 7, "0", True)
+    found = figures["batch 1, mean depth L/2, exit states / keys and values"]
+    assert found["value"] == 64 / (2 * 4 * 2 * 16) and found["owed_settled"] == rows[1, bench.HALF]["owed_settled"]
     hf = bench.SHAPES["tiny"]
     memory = result["memory"]["tiny"]
     assert memory["kv_bytes_a_position"] == 2 * hf["num_hidden_layers"] * 2 * 16 * 4
@@ -140,6 +166,103 @@ def test_the_ceiling_counts_visited_layers_once_and_every_row_there():
     assert found == pytest.approx(3 * layer + 4 * 11 * position + head + 2 * layer + 4 * 12 * position + head)
 
 
+def test_a_token_that_leaves_elsewhere_is_counted(tiny):
+    script = [[4, 1, 2, 4], [4, 3, 3, 3]]
+    options = dict(criterion="scripted", exit_layers=script)
+    run = bench.Ours(tiny, [[5, 7], [9]], 4, [[4, 1, 3, 4], [4, 3, 2, 4]], **options)
+    for calls in (1, 2):
+        assert run() > 0
+        assert run.taken == script and (run.compared, run.elsewhere) == (6 * calls, 3 * calls)
+    assert run.row()["exits_elsewhere"] == 6
+    decided = bench.Ours(tiny, [[5, 7]], 4, None)
+    decided()
+    assert set(decided.row()) == {"kv_bytes", "exit_state_bytes", "owed_settled"}
+
+
+def test_memory_is_that_of_the_blocks_which_a_run_takes(tiny, monkeypatch):
+    cache, least = tiny._packed().cache, []
+    take = cache.take
+    monkeypatch.setattr(cache, "take", lambda count: (take(count), least.append(cache.free_blocks))[0])
+    run = bench.Ours(tiny, [[3] * 14, [3] * 2], 4, None)  # 17 positions, and 5
+    run()
+    blocks = cache.num_blocks - min(least)
+    assert blocks == 3
+    held = run.memory["kv_bytes"] + run.memory["exit_state_bytes"]
+    assert held == blocks * cache.shape.block_bytes(torch.float32)
+
+
+def test_what_the_host_does_in_steps(tiny, monkeypatch):
+    """A CPU calls nothing of CUDA: stand-ins of the same names are found where they belong, and only there."""
+    prompts, options = [[5, 7], [9]], dict(criterion="scripted", exit_layers=2)
+    names = ("steps", "graph_launches", "kernel_launches", "synchronisations", "waits_for_results")
+    assert bench.inside_a_step(tiny, prompts, 9, **options) == dict(zip(names, (8, 0, 0, 0, 0), strict=True))
+    assert not {"launch", "launch_next"} & set(vars(tiny._packed()))
+
+    def calling(owner, method, *calls):
+        called = getattr(owner, method)
+
+        def also(*arguments, **more):
+            for name in calls:
+                with torch.profiler.record_function(name):
+                    pass
+            return called(*arguments, **more)
+
+        monkeypatch.setattr(owner, method, also)
+
+    calling(graph._Program, "launch", "cudaGraphLaunch", "cudaMemcpyAsync")
+    calling(graph._Launched, "wait", "cudaEventSynchronize")
+    calling(graph.GraphDecoder, "prefill", "cudaDeviceSynchronize", "cudaLaunchKernel")
+    assert tuple(bench.inside_a_step(tiny, prompts, 9, **options).values()) == (8, 8, 0, 0, 8)
+    calling(graph._Program, "_fill", "cudaStreamSynchronize", "cuLaunchKernelEx")
+    assert tuple(bench.inside_a_step(tiny, prompts, 9, **options).values()) == (8, 8, 8, 8, 8)
+
+
+def test_figures_of_what_is_counted():
+    clean = dict(steps=15, graph_launches=15, kernel_launches=0, synchronisations=0, waits_for_results=15)
+    for shape, front in ("7b", ""), ("mine", "mine, "):
+        for inside, waits, launches in (
+            (clean, 0, 1),
+            (clean | {"synchronisations": 2, "kernel_launches": 30}, 2, 3),
+            ({"error": "RuntimeError: called a synchronizing CUDA operation"}, None, None),
+        ):
+            rows = [{"name": bench.REMOVED, "ms_a_step": 3.0, "exits_compared": 20, "exits_elsewhere": 0},
+                    {"name": bench.DECIDED, "ms_a_step": 2.0, "mean_depth": 7, "prompts": "random tokens"},
+                    {"name": bench.NOBODY, "ms_a_step": 2.0, "exits_compared": 10, "exits_elsewhere": 1},
+                    {"name": bench.INSIDE, **inside}]  # fmt: skip
+            found = {f["name"]: f for f in bench.figures([{"shape": shape, "batch": 8, **row} for row in rows])}
+            assert len(found) == 4
+            assert found[f"{front}batch 8, its policies decide, times faster than full depth"]["prompts"]
+            met = waits == 0
+            for name, value, bar in (("host synchronisations inside", waits, "0"), ("launches", launches, "1")):
+                one = found[f"{front}batch 8, {name} a step"]
+                assert (one["value"], one["bar"], one["met"]) == (value, bar, met)
+            one = found[f"{front}batch 8, involuntary exits and stays"]
+            assert (one["value"], one["of"], one["bar"], one["met"]) == (1, 30, "0", False)
+
+
+def test_the_committed_file_merged_with_itself(tmp_path):
+    """Rows that were measured before something was counted give the figures that they gave."""
+    output = tmp_path / "all.json"
+    known = json.loads(COMMITTED.read_text())
+    bench.merge([COMMITTED, COMMITTED], output)
+    found = json.loads(output.read_text())
+    for name in ("figures", "rows", "prompt", "new_tokens", "memory", "commit"):
+        assert found[name] == known[name], name
+
+
+def test_new_cases_beside_committed_ones(tmp_path):
+    known = json.loads(COMMITTED.read_text())
+    trained = next(r for r in known["rows"] if (r["shape"], r["batch"], r["name"]) == ("7b", 8, bench.TRAINED))
+    more = trained | {"name": bench.GENERATED, "of_ceiling": 0.5, "exits_compared": 9, "exits_elsewhere": 0}
+    later, output = tmp_path / "later.json", tmp_path / "all.json"
+    later.write_text(json.dumps(known | {"rows": [more]}))
+    bench.merge([COMMITTED, later], output)
+    figures = json.loads(output.read_text())["figures"]
+    new = [f["name"] for f in figures if f not in known["figures"]]
+    assert new == ["batch 8, trained exits, generated tokens: ceiling / time", "batch 8, involuntary exits and stays"]
+    assert [f for f in figures if f["name"] not in new] == known["figures"]
+
+
 def test_trained_exits_are_scaled():
     script = bench.trained_exits({3: 0.25, 15: 0.75}, 30, 32, 4001, 0)
     assert script[0] == 32 and set(script[1:]) == {3, 16}
@@ -149,3 +272,28 @@ def test_trained_exits_are_scaled():
 def test_the_shipped_decoder_has_a_distribution():
     share, layers = bench.shipped_share()
     assert layers == 30 and sum(share.values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_tokens_that_the_shipped_decoder_generates_leave_later():
+    share, layers = bench.generated_share()
+    read, _ = bench.shipped_share()
+    assert layers == 30 and list(share) == list(read) and sum(share.values()) == pytest.approx(1, abs=1e-6)
+    depth, depth_read = (sum(layer * part for layer, part in s.items()) for s in (share, read))
+    assert depth > depth_read + 3
+    row = next(r for r in json.loads((RESULTS / "decoder_quality.json").read_text())["rows"]
+               if r["method"] == "ConsistentEE" and r["value"] == 0.06)  # fmt: skip
+    assert depth == pytest.approx(row["mean_depth"])
+
+
+@pytest.mark.parametrize("layers", [30, 32, 40])
+@pytest.mark.parametrize("shares", [bench.shipped_share, bench.generated_share])
+def test_scaled_exits_keep_their_distribution(shares, layers):
+    """No two exits fall together, the last one is full depth, and the mean is the same part of the depth."""
+    share, trained = shares()
+    script = bench.trained_exits(share, trained, layers, 40_001, 0)[1:]
+    places = [max(1, round(layer * layers / trained)) for layer in share]
+    assert len(set(places)) == len(share) and places[-1] == layers and set(script) <= set(places)
+    for place, part in zip(places, share.values(), strict=True):
+        assert script.count(place) / 40_000 == pytest.approx(part, abs=0.01)
+    depth = sum(layer * part for layer, part in share.items())
+    assert sum(script) / 40_000 / layers == pytest.approx(depth / trained, rel=0.02)
