@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from engine.config import EarlyExitConfig
 from engine.criteria import Criterion, make_criterion
 from engine.executors import ExitOptions, RowOutputs, executor_class
 from engine.executors.base import TokenRows
-from engine.inputs import InputReader
+from engine.inputs import InputReader, join
 from engine.models.encoder import MultiExitEncoder
 from engine.options import OptionsReader, select_rows
 from engine.results import Classification
@@ -26,6 +26,7 @@ from engine.results import Classification
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 _ANY_DEVICE_TOKENS = min(DEFAULT_BATCH_TOKENS.values())
 _PROGRESS_AFTER_S = 1.0
+_Part = tuple[np.ndarray, TokenRows]  # rows of a batch, and their places in it
 
 
 class Engine:
@@ -118,29 +119,34 @@ class Engine:
         max_depth     every row has left by this layer, at the deepest exit not beyond it. Default: all layers
         criterion     "policy", "scripted" or a Criterion. Default: the model's
         exit_layers   for "scripted": the layer each row leaves at
-        batch_tokens  tokens computed together; rows are sorted by length and cut by this
+        batch_tokens  tokens computed together; rows are sorted by length (of much text: by characters, then by tokens
+                      among neighbours) and cut by this
         truncation    shorten texts beyond the model's limit instead of refusing them
         progress      show a progress bar; by default on a terminal when the run takes more than a second
 
         threshold, min_depth, max_depth and exit_layers: one value, or one per row. An empty batch: an empty result.
-        Raises ValueError or TypeError before any row is computed.
+        Raises ValueError or TypeError before any row is computed; but of much text, which is tokenised while the device
+        computes what came before, a row that only its tokens show to be wrong (too long, none) is found under way.
         """
         started = time.perf_counter()
-        rows = self._reader.read(batch, truncation)
+        rows = self._reader.open(batch, truncation)
         chosen = make_criterion(self.config.criterion if criterion is None else criterion)
         options = self._options_reader.options(
             self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers
         )
+        tokens = rows.num_tokens if isinstance(rows, TokenRows) else None  # nobody knows yet
         if batch_tokens is None:
-            few = rows.num_tokens <= _ANY_DEVICE_TOKENS  # asking a module for its device takes longer than it looks
+            # Asking a module for its device takes longer than it looks.
+            few = tokens is not None and tokens <= _ANY_DEVICE_TOKENS
             batch_tokens = _ANY_DEVICE_TOKENS if few else DEFAULT_BATCH_TOKENS.get(self.device.type, _ANY_DEVICE_TOKENS)
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
-        if len(rows) and rows.num_tokens <= batch_tokens:
+        if tokens is not None and 0 < tokens <= batch_tokens:
             outputs, micro_batches = self._start(rows, options)(), 1
         else:
-            outputs, micro_batches = self._run_all(rows, options, batch_tokens, progress)
-        return self._results(outputs, rows.num_tokens, micro_batches, started)
+            parts = rows.parts() if tokens is None else [(np.arange(len(rows)), rows)]
+            outputs, tokens, micro_batches = self._run_all(parts, options, len(rows), batch_tokens, progress)
+        return self._results(outputs, tokens, micro_batches, started)
 
     # -- micro-batches -------------------------------------------------------------------------------------------
 
@@ -162,35 +168,39 @@ class Engine:
         return lambda: outputs
 
     def _run_all(
-        self, rows: TokenRows, options: ExitOptions, batch_tokens: int, progress: bool | None
-    ) -> tuple[RowOutputs, int]:
-        """Outputs of all rows in the caller's order, and of how many micro-batches."""
-        if len(rows) == 0:
+        self, parts: Iterable[_Part], options: ExitOptions, rows: int, batch_tokens: int, progress: bool | None
+    ) -> tuple[RowOutputs, int, int]:
+        """Outputs of all rows in the caller's order, their tokens, and of how many micro-batches.
+
+        parts: of ``rows`` rows in all, to which ``options`` belong
+        """
+        if rows == 0:
             empty = torch.empty(0, self.config.num_labels), torch.empty(0, dtype=torch.int32), torch.empty(0)
-            return RowOutputs(*empty), 0
-        order = np.argsort(-np.array(rows.lengths), kind="stable")
-        rows, options = rows.take(order), select_rows(options, torch.from_numpy(order))
-        parts = []
+            return RowOutputs(*empty), 0, 0
+        found: list[RowOutputs] = []
+        order, tokens = [], 0
         bar = tqdm(
-            total=len(rows),
+            total=rows,
             unit="row",
             disable=not (sys.stderr.isatty() if progress is None else progress),
             delay=_PROGRESS_AFTER_S if progress is None else 0,
         )
         with bar:
             waiting: Callable[[], RowOutputs] | None = None
-            for cut in _cuts(rows.cu_seqlens, batch_tokens):
-                # The next one is packed, and on its way, while the device works on this one.
-                started = self._start(rows[cut], select_rows(options, cut))
+            # The next one is tokenised, packed and on its way, while the device works on this one.
+            for places, micro_batch in _micro_batches(parts, batch_tokens):
+                started = self._start(micro_batch, select_rows(options, torch.from_numpy(places)))
+                order.append(places)
+                tokens += micro_batch.num_tokens
                 if waiting is not None:
-                    parts.append(waiting())
-                    bar.update(len(parts[-1].logits))
+                    found.append(waiting())
+                    bar.update(len(found[-1].logits))
                 waiting = started
-            parts.append(waiting())
-            bar.update(len(parts[-1].logits))
-        place = torch.from_numpy(np.argsort(order))
-        outputs = RowOutputs(*(torch.cat([p.cpu() for p in column])[place] for column in zip(*parts, strict=True)))
-        return outputs, len(parts)
+            found.append(waiting())
+            bar.update(len(found[-1].logits))
+        place = torch.from_numpy(np.argsort(np.concatenate(order)))
+        outputs = RowOutputs(*(torch.cat([x.cpu() for x in column])[place] for column in zip(*found, strict=True)))
+        return outputs, tokens, len(found)
 
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
         # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.
@@ -199,6 +209,29 @@ class Engine:
         logits, exit_layers, exit_probs = outputs
         seconds = time.perf_counter() - started
         return Classification(logits, exit_layers, exit_probs, self.config, tokens, micro_batches, seconds)
+
+
+def _micro_batches(parts: Iterable[_Part], batch_tokens: int) -> Iterator[_Part]:
+    """Rows sorted by length and cut. A part is asked for when those before it fill no more micro-batch; what they leave
+    over waits for it, so that only the last micro-batch may be a small one."""
+    pool: list[_Part] = []
+    tokens = 0
+    for part in parts:
+        pool.append(part)
+        tokens += part[1].num_tokens
+        if tokens > batch_tokens:
+            *full, rest = _sorted_cuts(pool, batch_tokens)
+            pool, tokens = [rest], rest[1].num_tokens
+            yield from full
+    if pool:
+        yield from _sorted_cuts(pool, batch_tokens)
+
+
+def _sorted_cuts(pool: list[_Part], batch_tokens: int) -> list[_Part]:
+    places, rows = np.concatenate([places for places, _ in pool]), join([rows for _, rows in pool])
+    order = np.argsort(-np.array(rows.lengths), kind="stable")
+    places, rows = places[order], rows.take(order)
+    return [(places[cut], rows[cut]) for cut in _cuts(rows.cu_seqlens, batch_tokens)]
 
 
 def _cuts(cu_seqlens: np.ndarray, batch_tokens: int) -> Iterator[slice]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -17,6 +18,11 @@ from engine.executors.base import TokenRows
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAPPING_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 _NO_ROWS = TokenRows(np.empty(0, np.int64), None, ())
+# Characters of text. Up to _AT_ONCE are tokenised together, more of them in parts of _PART: some 4,000 tokens, so that
+# a micro-batch of 16,384 is ready soon, and a text or more for every core at any length.
+_AT_ONCE = 1 << 16
+_PART = 1 << 14
+_SPECIAL = 8  # what a row's special tokens count as: without them, a part of single words would be far too many rows
 
 
 class InputReader:
@@ -44,6 +50,12 @@ class InputReader:
 
         Whole arrays are checked first. Only where something is wrong are rows looked at one by one, to name the first.
         """
+        found = self.open(batch, truncation)
+        return found if isinstance(found, TokenRows) else self._tokens(found.rows, truncation)
+
+    def open(self, batch: Any, truncation: bool) -> TokenRows | Texts:
+        """What ``read`` returns; but where there is much text, all that can be checked without tokenising it has been
+        checked, and its tokens are to be had part by part."""
         if isinstance(batch, Mapping):
             return self._read_mapping(batch, truncation)
         if isinstance(batch, (str, bytes)) or not isinstance(batch, Sequence):
@@ -52,9 +64,8 @@ class InputReader:
                 "batch must be a list of strings, a list of (string, string) pairs, or a mapping with input_ids and "
                 f"attention_mask, got {type(batch).__name__}{hint}"
             )
-        return self._read_text(batch, truncation) if len(batch) else _NO_ROWS
-
-    def _read_text(self, batch: Sequence, truncation: bool) -> TokenRows:
+        if len(batch) == 0:
+            return _NO_ROWS
         if self._backend is None:
             raise ValueError("this model has no tokenizer: pass a mapping with input_ids and attention_mask")
         pairs = isinstance(batch[0], (tuple, list))
@@ -62,16 +73,25 @@ class InputReader:
             _check_text(index, row, pairs)
         if pairs:
             batch = [tuple(row) for row in batch]
+        if len(batch) > 1:
+            sizes = _characters(batch, pairs)
+            if sum(sizes) > _AT_ONCE:
+                return Texts(self, list(batch), sizes, truncation)
+        return self._tokens(batch, truncation)
+
+    def _tokens(self, batch: Sequence, truncation: bool) -> TokenRows:
+        """Of texts that have been checked."""
         encode = self._truncating if truncation else self._backend
         encodings = encode.encode_batch_fast(batch)
         rows = [encoding.ids for encoding in encodings]
         lengths = tuple(map(len, rows))
-        if min(lengths) == 0 or max(map(max, rows)) >= self.vocab_size or max(lengths) > self.max_length:
+        ids = _flat(rows)
+        if min(lengths) == 0 or not _all_below(ids, self.vocab_size) or max(lengths) > self.max_length:
             self._refuse_text(rows)
         types = None
-        if pairs and self.type_vocab_size > 1:  # all 0 for a single text, whatever the family
+        if self.type_vocab_size > 1 and isinstance(batch[0], tuple):  # all 0 for a single text, whatever the family
             types = _flat([encoding.type_ids for encoding in encodings])
-        return TokenRows(_flat(rows), types, lengths)
+        return TokenRows(ids, types, lengths)
 
     def _refuse_text(self, rows: list[list[int]]) -> NoReturn:
         for index, ids in enumerate(rows):
@@ -132,6 +152,53 @@ class InputReader:
         raise AssertionError("no row is at fault")
 
 
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Many texts (or pairs), checked but for what only their tokens show.
+
+    rows   the caller's, in a list of our own: what is tokenised later is what was checked
+    sizes  characters of each row
+    """
+
+    reader: InputReader
+    rows: list
+    sizes: list[int]
+    truncation: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def parts(self) -> Iterator[tuple[np.ndarray, TokenRows]]:
+        """(places in the batch, tokens) of all rows, each part tokenised when it is asked for.
+
+        The longest texts come first: neighbours are alike in length, and a row of too many tokens mostly shows before
+        any other is computed. ValueError names the first row at fault, as ``read`` does.
+        """
+        sizes = np.array(self.sizes) + _SPECIAL
+        order = np.argsort(-sizes, kind="stable")
+        numbers = np.cumsum(sizes[order]) // _PART
+        for places in np.split(order, np.flatnonzero(np.diff(numbers)) + 1):
+            try:
+                tokens = self.reader._tokens([self.rows[place] for place in places.tolist()], self.truncation)
+            except ValueError:
+                self.reader._tokens(self.rows, self.truncation)  # finds the first of all rows at fault
+                raise
+            yield places, tokens
+
+
+def _characters(batch: Sequence, pairs: bool) -> list[int]:
+    return [len(first) + len(second) for first, second in batch] if pairs else list(map(len, batch))
+
+
+def join(parts: Sequence[TokenRows]) -> TokenRows:
+    """The rows of one or more parts, of which all have types or none has."""
+    if len(parts) == 1:
+        return parts[0]
+    types = None if parts[0].types is None else np.concatenate([part.types for part in parts])
+    lengths = tuple(chain.from_iterable(part.lengths for part in parts))
+    return TokenRows(np.concatenate([part.ids for part in parts]), types, lengths)
+
+
 def _without_padding(ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None) -> TokenRows | None:
     """The tokens of [N, S] arrays, N at least 1. None where a row has no token or its mask is not one block of 1s."""
     n, width = ids.shape
@@ -166,7 +233,7 @@ def _all_below(values: np.ndarray, limit: int) -> bool:
 
 
 def _flat(rows: list[list[int]]) -> np.ndarray:
-    return np.array(rows[0] if len(rows) == 1 else list(chain.from_iterable(rows)), np.int64)
+    return np.array(rows[0], np.int64) if len(rows) == 1 else np.fromiter(chain.from_iterable(rows), np.int64)
 
 
 def _block(index: int, mask: list[int]) -> tuple[int, int]:
