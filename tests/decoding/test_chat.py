@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 import engine
 from engine import chat as chat_module
+from engine.generation import DecoderEngine, StreamedToken
 from engine.loading import save_checkpoint
 from tests.decoding.tiny import byte_tokenizer, tiny_decoder
 from tests.test_cli import call, refused
@@ -63,6 +67,36 @@ def test_exits_are_shown(checkpoint, lm):
     out = call("run", checkpoint, "hi", "--max-new-tokens", 9, "--show-exits").stdout
     mean = sum(depths) / len(depths)
     assert out.splitlines()[-1].endswith(f"| mean depth {mean:.1f} of 5 over 8 decoded tokens]")
+
+
+@pytest.mark.parametrize("flags", [["--show-exits"], []], ids=["shown", "not shown"])
+def test_exits_are_colours_on_a_terminal(checkpoint, monkeypatch, flags):
+    """One for each depth; none of it without the flag."""
+    said = [("first", 5), (" shallow", 1), (" deep", 5), (" middle", 3), (" again", 1)]
+
+    @contextmanager
+    def stream(lm, prompt, **options):
+        yield [StreamedToken(text, 7, layer, 0.9) for text, layer in said]
+
+    def terminal():  # as Console() is in front of a person
+        return Console(force_terminal=True, color_system="truecolor", no_color=False, width=80)
+
+    monkeypatch.setattr(chat_module, "Console", terminal)
+    monkeypatch.setattr(DecoderEngine, "stream", stream)
+    answer, *legend = call("run", checkpoint, "hi", *flags).stdout.splitlines()
+    shown = Text.from_ansi(answer)
+    assert shown.plain == "first shallow deep middle again"
+    colours = {shown.plain[span.start : span.end]: span.style.color for span in shown.spans}
+    if not flags:
+        assert not any(colours.values()) and not legend
+        return
+    assert list(colours) == [text for text, _ in said], "a token is not one colour"
+    by_depth = {layer: colours[text] for text, layer in said}
+    assert all(colours[text] == by_depth[layer] for text, layer in said)
+    assert len(set(by_depth.values())) == 3 and None not in by_depth.values()
+    legend = Text.from_ansi(legend[0])
+    named = {legend.plain[span.start : span.end]: span.style.color for span in legend.spans}
+    assert named["layer 1"] == by_depth[1] and named["layer 5"] == by_depth[5]
 
 
 def test_a_chat_keeps_its_messages(lm, monkeypatch, capsys):
