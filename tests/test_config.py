@@ -121,7 +121,7 @@ def test_from_dict_names_keys():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pooler", POOLERS)
 def test_parameters_of_the_exits(family, pooler):
-    """method.md 1.2: L classifiers, L - 1 policies H -> 32 -> 1, and 1, L or 0 poolers begun as the pretrained one."""
+    """L classifiers, L - 1 policies H -> 32 -> 1, and 1, L or 0 poolers begun as the pretrained one."""
     backbone = tiny_backbone(family)
     pretrained = backbone.pooler.dense.weight.detach().clone()
     hidden = backbone.config.hidden_size

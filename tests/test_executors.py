@@ -106,7 +106,7 @@ def test_packed_equals_reference_in_fp64(family, first_tokens_first):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_errs_no_more_than_hugging_face(family, dtype, first_tokens_first):
-    """style.md 7, whole models: error against fp32 at most three times that of the plain modules in the same dtype."""
+    """Whole models: error against fp32 at most three times that of the plain modules in the same dtype."""
     model = tiny_model(family)
     rows = random_rows(60, seed=3)
     options = random_options("scripted", 60, model.config.exit_layers, 4)
@@ -201,7 +201,7 @@ def test_everybody_leaves_at_once(model, layer, first_tokens_first, way):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exits_that_never_fire_equal_exits_removed(family, first_tokens_first, way):
-    """style.md 7: bit for bit where the path is the same."""
+    """Bit for bit where the path is the same."""
     fast, _ = both(tiny_model(family))
     rows = random_rows(30, seed=2)
     never, removed = fast.run(padded(rows), threshold=1.0), fast.run(padded(rows), min_depth=4)

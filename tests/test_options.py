@@ -24,7 +24,7 @@ def runner(request, model):
 
 
 def expected_layers(model, rows, threshold=0.5, min_depth=1, max_depth=None, script=None) -> list[int]:
-    """By hand, row by row: method.md 1.10 with the two limits."""
+    """By hand, row by row: exit when pi > threshold, within the two limits."""
     exits, last = model.config.exit_layers, model.config.num_layers
     z = every_exit(model, rows).policy_logits
 
@@ -78,7 +78,7 @@ def test_threshold_zero_and_one(model, runner):
 
 
 def test_the_comparison_is_strict(model, runner):
-    """method.md 1.10: exit when pi > threshold, so pi = 0.5 stays."""
+    """Exit when pi > threshold, so pi = 0.5 stays."""
     with torch.no_grad():
         for policy in model.exits.policies:
             policy.out.weight.zero_()

@@ -388,7 +388,7 @@ def test_two_engines_on_one_model(model):
 
 
 def test_no_two_layers_share_storage(model):
-    """style.md 7 and 11: nothing is tied on purpose here."""
+    """Nothing is tied on purpose here."""
     places = [p.data_ptr() for p in model.parameters()]
     assert len(set(places)) == len(places)
 

@@ -26,7 +26,7 @@ PLACES = dict(backbone="b", data="d", output="o")
 
 
 def test_defaults_follow_the_method():
-    """method.md 1.3 to 1.9: closed form, hardness reward, ML every round, greedy indicator, w_l = l."""
+    """Closed form, hardness reward, ML every round, greedy indicator, w_l = l."""
     config = TrainConfig(**PLACES)
     policy = config.policy
     assert (policy.method, policy.reward, policy.ml_refresh) == ("closed_form", "hardness", "round")

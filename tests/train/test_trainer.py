@@ -633,7 +633,7 @@ def test_the_sweep_trains_a_policy_per_alpha(options, tmp_path):
 
 
 def test_what_each_phase_changes(options, tmp_path, monkeypatch):
-    """method.md 1.9: init and task train everything but the policies, policy trains nothing else; and a round's
+    """Init and task train everything but the policies, policy trains nothing else; and a round's
     policies go on from those of the round before."""
     stored, original = {}, run_module.write_folder
 
