@@ -55,16 +55,22 @@ class HeadOptions(StepOptions):
 
 @dataclass(frozen=True)
 class TokenTaskOptions(StepOptions):
-    """Eq. 6 at the exits that the frozen policies take, or expect to take; see ``objectives.task_loss``."""
+    """Eq. 6 at the exits that the frozen policies take, or expect to take; see ``objectives.task_loss``.
+
+    adapter  train the backbone's adapter, too (the paper's Eq. 6; its code trains heads alone): the policies, frozen
+             here, then see states that they were not trained on
+    """
 
     epochs: int = 0
     learning_rate: float = 3e-5
     indicator: str = "greedy"
+    adapter: bool = False
     group: ClassVar[str] = "task"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("task.indicator", self.indicator, INDICATORS)
+        check_flag("task.adapter", self.adapter)
 
 
 @dataclass(frozen=True)
@@ -172,8 +178,11 @@ class DecoderTrainConfig:
         for value in (self.threshold, *self.thresholds):
             check_number("threshold", value, 1.0)
         check_flag("answers_only", self.answers_only)
-        if self.heads.adapter and not self.lora_rank:
-            raise ValueError("heads.adapter trains the backbone's adapter, and lora_rank is 0: give it a rank")
+        for step in (self.heads, self.task):
+            if step.adapter and not self.lora_rank:
+                raise ValueError(
+                    f"{step.group}.adapter trains the backbone's adapter, and lora_rank is 0: give it a rank"
+                )
         if self.policy.context != "full" or self.sampled.context != "sampled":
             raise ValueError("policy.context must be 'full' and sampled.context 'sampled': they are two steps")
 

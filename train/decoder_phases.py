@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.models.decoder import MultiExitDecoder
 from engine.train import objectives, policy_gradient
-from engine.train.decoder_config import HeadOptions, StepOptions, TokenPolicyOptions
+from engine.train.decoder_config import HeadOptions, StepOptions, TokenPolicyOptions, TokenTaskOptions
 from engine.train.hardness import memorized_layer
 from engine.train.instructions import TokenizedInstructions
 from engine.train.phases import make_optimiser, progress_bar
@@ -290,21 +290,25 @@ def sampled_exits(
 def train_task(
     model: MultiExitDecoder,
     data: TokenizedInstructions,
-    options: StepOptions,
+    options: TokenTaskOptions,
     seed: int,
     threshold: float = 0.5,
-    indicator: str = "greedy",
 ) -> list[float]:
-    """Mode 3: the heads at the exits that the frozen policies take (Eq. 6), at full context."""
+    """Mode 3: the heads at the exits that the frozen policies take (Eq. 6), at full context; with ``options.adapter``
+    what the backbone trains, too."""
+    parameters = model.head_parameters()
+    if options.adapter:
+        parameters = parameters + _adapter_parameters(model)
 
     def loss_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        with torch.no_grad():
+        with torch.set_grad_enabled(options.adapter):
             states, targets = exit_states(model, batch)
+        with torch.no_grad():  # a constant of Eq. 6: the adapter is not to gain by moving exits
             z = policy_logits(model, states)
         ce, _ = all_losses(model, states, targets)
-        return objectives.task_loss(ce, model.config.exit_layers, z, indicator, threshold), len(ce)
+        return objectives.task_loss(ce, model.config.exit_layers, z, options.indicator, threshold), len(ce)
 
-    return _train(model, data, options, seed, model.head_parameters(), loss_of, "task")
+    return _train(model, data, options, seed, parameters, loss_of, "task", dropout=options.adapter)
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,8 @@ class DecoderTrainer(ResumableRun):
             for name, options in (("policy", c.policy), ("sampled", c.sampled)):
                 if options.epochs:
                     self._phase(name, lambda o=options: self._step(decoder_phases.train_policy, o, alpha=c.alpha))
-            if c.task.epochs and self.model.head_parameters():
-                task = dict(threshold=c.threshold, indicator=c.task.indicator)
-                self._phase("task", lambda: self._step(decoder_phases.train_task, c.task, **task))
+            if c.task.epochs and (self.model.head_parameters() or c.task.adapter):
+                self._phase("task", lambda: self._step(decoder_phases.train_task, c.task, threshold=c.threshold))
         if c.early_exit_classifier.epochs and len(self.model.config.exit_layers) > 1:
             step = decoder_phases.train_early_exit_classifier
             self._phase("early_exit_classifier", lambda: self._step(step, c.early_exit_classifier))

@@ -10,6 +10,7 @@ import torch
 
 from engine.train import decoder_phases as phases
 from engine.train import objectives, policy_gradient
+from engine.train.decoder_config import TokenTaskOptions
 from engine.train.hardness import memorized_layer
 from engine.train.instructions import Instruction, TokenizedInstructions
 from tests.decoding.tiny import LAYERS, byte_tokenizer, tiny_decoder
@@ -277,10 +278,23 @@ def test_policies_in_sampled_context(model, data, reward, per_layer):
 
 def test_task_step_trains_the_heads_at_the_exits_taken(model, data):
     before, share = snapshot(model), phases.measure(model, data).exit_share
-    phases.train_task(model, data, phases.StepOptions(1, 12, 1e-3), seed=0)
+    phases.train_task(model, data, TokenTaskOptions(1, 12, 1e-3), seed=0)
     taken = {k for k in range(LAYERS) if share[k] > 0}
     touched = {int(name.split(".")[2]) for name in changed(model, before)}
     assert touched == taken and all(n.startswith("exits.deltas") for n in changed(model, before))
+
+
+def test_task_step_with_the_adapter(model, data):
+    """Eq. 6 over heads and backbone: the loss at the exits taken falls, and the policies stay."""
+    from peft import LoraConfig, get_peft_model
+
+    model.causal_lm = get_peft_model(model.causal_lm, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    before, ce = snapshot(model), phases.measure(model, data).ce
+    losses = phases.train_task(model, data, TokenTaskOptions(8, 6, 1e-2, adapter=True), seed=0)
+    assert losses[-1] < losses[0] and phases.measure(model, data).ce < ce
+    touched = changed(model, before)
+    assert {n for n in before if "lora_" in n} <= touched
+    assert all("lora_" in n or n.startswith("exits.deltas") for n in touched)
 
 
 def test_measure(model, data):

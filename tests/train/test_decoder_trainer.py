@@ -173,6 +173,9 @@ def test_steps_of_no_epochs_are_left_out(options, tmp_path):
     assert (tmp_path / "ck" / "model.safetensors").exists()
     record = train({**options, "head": "shared", "exit_layers": [5], "lora_rank": 0}, tmp_path / "one")
     assert list(record["phases"]) == []
+    alone = {"epochs": 1, "batch_size": 8, "adapter": True}  # of a shared head an exit has nothing to train
+    record = train({**options, "head": "shared", "heads": none, "sampled": none, "task": alone}, tmp_path / "adapter")
+    assert list(record["phases"])[-1] == "task"
 
 
 def test_another_run_is_not_overwritten(options, whole):
@@ -191,6 +194,8 @@ def test_another_run_is_not_overwritten(options, whole):
         (dict(calibration_share=1), r"calibration_share must lie in \(0, 1\), got 1"),
         (dict(precision="int8"), "precision must be one of float32, bfloat16, got 'int8'"),
         (dict(max_length=100), "no row is left: every prompt has 100 tokens or more"),
+        (dict(lora_rank=0, task={"epochs": 1, "adapter": True}), "task.adapter trains the backbone's adapter, and"),
+        (dict(lora_rank=0, heads={"adapter": True}), "heads.adapter trains the backbone's adapter, and lora_rank is 0"),
         (dict(exit_layers=[1, 9]), r"the last exit must stand at the last layer \(5\)"),
         (dict(data="nowhere"), "nowhere is not a folder"),
     ],
