@@ -125,8 +125,9 @@ class Engine:
         progress      show a progress bar; by default on a terminal when the run takes more than a second
 
         threshold, min_depth, max_depth and exit_layers: one value, or one per row. An empty batch: an empty result.
-        Raises ValueError or TypeError before any row is computed; but of much text, which is tokenised while the device
-        computes what came before, a row that only its tokens show to be wrong (too long, none) is found under way.
+        Raises ValueError or TypeError before any row is computed. (Much text is tokenised while the device computes
+        what came before, but rows that could be too long before anything is; where a tokenizer makes more tokens of a
+        text than it has bytes, such a row is found under way.)
         """
         started = time.perf_counter()
         rows = self._reader.open(batch, truncation)

@@ -36,6 +36,7 @@ class InputReader:
         self.vocab_size, self.type_vocab_size, self.max_length = vocab_size, type_vocab_size, max_length
         self.tokenizer = tokenizer
         self._backend = self._truncating = None
+        self._knows_all: bool | None = None  # whether every text has tokens, all of them the model's
         if tokenizer is not None:
             # The tokenizers library itself: 5 times less overhead for one short text than the transformers call. A
             # copy, because padding and truncation are state of the object that its owner may set.
@@ -92,6 +93,19 @@ class InputReader:
         if self.type_vocab_size > 1 and isinstance(batch[0], tuple):  # all 0 for a single text, whatever the family
             types = _flat([encoding.type_ids for encoding in encodings])
         return TokenRows(ids, types, lengths)
+
+    def _doubtful(self, rows: list, sizes: np.ndarray, truncation: bool) -> np.ndarray:
+        """Which rows might have too many tokens, none, or ids that the model has not. sizes: characters and special
+        tokens; a token is a byte of the text at least, unless a tokenizer's normaliser makes text longer."""
+        if self._knows_all is None:
+            largest = max(self._backend.get_vocab(with_added_tokens=True).values())
+            self._knows_all = largest < self.vocab_size and self._backend.num_special_tokens_to_add(False) > 0
+        if not self._knows_all:
+            return np.ones(len(rows), bool)
+        if truncation:
+            return np.zeros(len(rows), bool)
+        wide = [not (row.isascii() if isinstance(row, str) else all(map(str.isascii, row))) for row in rows]
+        return sizes * np.where(wide, 4, 1) > self.max_length
 
     def _refuse_text(self, rows: list[list[int]]) -> NoReturn:
         for index, ids in enumerate(rows):
@@ -169,21 +183,26 @@ class Texts:
         return len(self.rows)
 
     def parts(self) -> Iterator[tuple[np.ndarray, TokenRows]]:
-        """(places in the batch, tokens) of all rows, each part tokenised when it is asked for.
+        """(places in the batch, tokens) of all rows. ValueError names the first row at fault, as ``read`` does.
 
-        The longest texts come first: neighbours are alike in length, and a row of too many tokens mostly shows before
-        any other is computed. ValueError names the first row at fault, as ``read`` does.
+        A part is tokenised when it is asked for: but those with rows that their tokens might show to be wrong, before
+        the first part is given. They stand in front, then the longest, so that neighbours are alike in length.
         """
         sizes = np.array(self.sizes) + _SPECIAL
-        order = np.argsort(-sizes, kind="stable")
+        doubtful = self.reader._doubtful(self.rows, sizes, self.truncation)
+        order = np.lexsort((-sizes, ~doubtful))
         numbers = np.cumsum(sizes[order]) // _PART
-        for places in np.split(order, np.flatnonzero(np.diff(numbers)) + 1):
-            try:
-                tokens = self.reader._tokens([self.rows[place] for place in places.tolist()], self.truncation)
-            except ValueError:
-                self.reader._tokens(self.rows, self.truncation)  # finds the first of all rows at fault
-                raise
-            yield places, tokens
+        cuts = np.split(order, np.flatnonzero(np.diff(numbers)) + 1)
+        ahead = sum(bool(doubtful[places].any()) for places in cuts)
+        yield from [self._part(places) for places in cuts[:ahead]]
+        yield from (self._part(places) for places in cuts[ahead:])
+
+    def _part(self, places: np.ndarray) -> tuple[np.ndarray, TokenRows]:
+        try:
+            return places, self.reader._tokens([self.rows[place] for place in places.tolist()], self.truncation)
+        except ValueError:
+            self.reader._tokens(self.rows, self.truncation)  # finds the first of all rows at fault
+            raise
 
 
 def _characters(batch: Sequence, pairs: bool) -> list[int]:

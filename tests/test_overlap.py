@@ -44,9 +44,13 @@ class Tokenizer:
         self.tell(len(batch))
         return self.inner.encode_batch_fast(batch)
 
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
 
 def watched(runner, monkeypatch, tell) -> None:
-    monkeypatch.setattr(runner._reader, "_backend", Tokenizer(runner._reader._backend, tell))
+    for name in ("_backend", "_truncating"):
+        monkeypatch.setattr(runner._reader, name, Tokenizer(getattr(runner._reader, name), tell))
 
 
 # -- the same results --------------------------------------------------------------------------------------------
@@ -126,9 +130,9 @@ def test_little_text_is_tokenised_at_once(packed, monkeypatch):
     watched(packed, monkeypatch, calls.append)
     packed.run(random_texts(30), batch_tokens=50)
     packed.run([LONG] * 3, truncation=True)
-    assert calls == [30]  # the other call goes through the tokenizer that truncates
+    assert calls == [30, 3]
     packed.run(["a b c " * 6] * 3000)
-    assert len(calls) > 3 and sum(calls[1:]) == 3000
+    assert len(calls) > 4 and sum(calls[2:]) == 3000
 
 
 def test_parts_of_very_short_texts_hold_no_more_tokens_than_others(packed, monkeypatch):
@@ -143,6 +147,15 @@ def test_parts_of_very_short_texts_hold_no_more_tokens_than_others(packed, monke
 
 def test_a_part_is_tokenised_while_a_micro_batch_is_on_its_way(packed, in_parts, monkeypatch):
     """From the first micro-batch on, whenever the tokenizer works, the device has something to do."""
+    idle, on_its_way, waited_for = observed(packed, monkeypatch)
+    packed.run(random_texts(200, seed=7), batch_tokens=200, truncation=True)
+    first = idle.index(False)
+    assert first <= 3 and len(idle) > 10 and not any(idle[first:])
+    assert len(waited_for) == len(on_its_way)
+
+
+def observed(packed, monkeypatch):
+    """(whether the device had nothing to do, at every call of the tokenizer; what was started; what was waited for)"""
     on_its_way, waited_for, idle = [], [], []
     original = packed.executor.submit
 
@@ -158,10 +171,32 @@ def test_a_part_is_tokenised_while_a_micro_batch_is_on_its_way(packed, in_parts,
 
     monkeypatch.setattr(packed.executor, "submit", submit)
     watched(packed, monkeypatch, lambda rows: idle.append(len(on_its_way) - len(waited_for) == 0))
-    packed.run(random_texts(200, seed=7), batch_tokens=200)
+    return idle, on_its_way, waited_for
+
+
+def test_rows_that_could_be_too_long_are_tokenised_before_the_rest(packed, in_parts, monkeypatch):
+    """By their bytes: of 40 characters each, but one that takes two bytes and one long one."""
+    idle, *_ = observed(packed, monkeypatch)
+    short = ["a b c " * 5] * 100
+    assert 30 + inputs._SPECIAL <= MAX_LENGTH < 4 * 30
+    packed.run([*short, "a b \u00e9 " * 5, "a b c " * 12], batch_tokens=200)
+    ahead = packed._reader._doubtful([*short, "a b \u00e9 " * 5, "a b c " * 12], np.array([38] * 101 + [80]), False)
+    assert ahead.tolist() == [False] * 100 + [True] * 2
     first = idle.index(False)
-    assert first <= 3 and len(idle) > 10 and not any(idle[first:])
-    assert len(waited_for) == len(on_its_way)
+    assert first <= 3 and len(idle) > 5 and not any(idle[first:])
+
+
+@pytest.mark.parametrize("what", ["a vocabulary that the model has not", "no special tokens"])
+def test_where_any_row_could_be_wrong_all_are_tokenised_first(packed, in_parts, what, monkeypatch):
+    idle, *_ = observed(packed, monkeypatch)
+    packed._reader._knows_all = None
+    if what == "no special tokens":
+        monkeypatch.setattr(Tokenizer, "num_special_tokens_to_add", lambda self, pair: 0, raising=False)
+    else:
+        monkeypatch.setattr(Tokenizer, "get_vocab", lambda self, **options: {"a": 10**9}, raising=False)
+    packed.run(random_texts(100, seed=7), batch_tokens=200, truncation=True)
+    packed._reader._knows_all = None
+    assert len(idle) > 5 and all(idle)
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------
@@ -190,8 +225,10 @@ def test_the_first_row_of_too_many_tokens_is_named(packed, in_parts, monkeypatch
         at_once(packed, texts, monkeypatch)
     good = random_texts(100, seed=9)
     before = packed.run(good)
-    with pytest.raises(ValueError) as caught:
-        packed.run(texts, batch_tokens=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(packed.executor, "submit", lambda *a: pytest.fail("work was done before the check"))
+        with pytest.raises(ValueError) as caught:
+            packed.run(texts, batch_tokens=100)
     assert str(caught.value) == str(whole.value) and "row 30 " in str(caught.value)
     assert_same(packed.run(good), before, atol=0)
 
