@@ -119,8 +119,8 @@ class Engine:
         max_depth     every row has left by this layer, at the deepest exit not beyond it. Default: all layers
         criterion     "policy", "scripted" or a Criterion. Default: the model's
         exit_layers   for "scripted": the layer each row leaves at
-        batch_tokens  tokens computed together; rows are sorted by length (of much text: by characters, then by tokens
-                      among neighbours) and cut by this
+        batch_tokens  tokens computed together; rows are sorted by length (of much text: by characters, those that could
+                      be too long first, then by tokens among neighbours) and cut by this
         truncation    shorten texts beyond the model's limit instead of refusing them
         progress      show a progress bar; by default on a terminal when the run takes more than a second
 

@@ -1,4 +1,5 @@
-"""From what a caller passes to tokenised rows, with every mistake found before any work is done."""
+"""From what a caller passes to tokenised rows; of much text part by part, mistakes being looked for before any of it
+is computed (``Texts``)."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from engine.executors.base import TokenRows
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAPPING_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 _NO_ROWS = TokenRows(np.empty(0, np.int64), None, ())
-# Characters of text. Up to _AT_ONCE are tokenised together, more of them in parts of _PART: some 4,000 tokens, so that
-# a micro-batch of 16,384 is ready soon, and a text or more for every core at any length.
+# Characters of text. Up to _AT_ONCE are tokenised together, more of them in parts of _PART: some 4,000 tokens of
+# English, so that a micro-batch of 16,384 is ready soon, and a text or more for every core at any length.
 _AT_ONCE = 1 << 16
 _PART = 1 << 14
 _SPECIAL = 8  # what a row's special tokens count as: without them, a part of single words would be far too many rows
@@ -200,9 +201,10 @@ class Texts:
     def _part(self, places: np.ndarray) -> tuple[np.ndarray, TokenRows]:
         try:
             return places, self.reader._tokens([self.rows[place] for place in places.tolist()], self.truncation)
-        except ValueError:
-            self.reader._tokens(self.rows, self.truncation)  # finds the first of all rows at fault
-            raise
+        except ValueError as error:
+            wrong = error  # numbered within the part
+        self.reader._tokens(self.rows, self.truncation)  # names the first of all rows at fault
+        raise wrong
 
 
 def _characters(batch: Sequence, pairs: bool) -> list[int]:

@@ -176,26 +176,28 @@ def observed(packed, monkeypatch):
 
 def test_rows_that_could_be_too_long_are_tokenised_before_the_rest(packed, in_parts, monkeypatch):
     """By their bytes: of 40 characters each, but one that takes two bytes and one long one."""
-    idle, *_ = observed(packed, monkeypatch)
-    short = ["a b c " * 5] * 100
+    texts = [*["a b c " * 5] * 100, "a b \u00e9 " * 5, "a b c " * 12]
     assert 30 + inputs._SPECIAL <= MAX_LENGTH < 4 * 30
-    packed.run([*short, "a b \u00e9 " * 5, "a b c " * 12], batch_tokens=200)
-    ahead = packed._reader._doubtful([*short, "a b \u00e9 " * 5, "a b c " * 12], np.array([38] * 101 + [80]), False)
-    assert ahead.tolist() == [False] * 100 + [True] * 2
-    first = idle.index(False)
-    assert first <= 3 and len(idle) > 5 and not any(idle[first:])
+    read, started = [], []
+    submit = packed.executor.submit
+    monkeypatch.setattr(packed.executor, "submit", lambda *a: (started.append(len(read)), submit(*a))[1])
+    monkeypatch.setattr(inputs, "_PART", 60)  # a text or two
+    tokens = packed._reader._tokens
+    monkeypatch.setattr(packed._reader, "_tokens", lambda rows, t: (read.extend(rows), tokens(rows, t))[1])
+    packed.run(texts, batch_tokens=200)
+    assert len(read) == 102 and set(texts[100:]) <= set(read[:4]), "in front of all others, though they came last"
+    assert started[0] < 40, "and the rest while passes run"
 
 
 @pytest.mark.parametrize("what", ["a vocabulary that the model has not", "no special tokens"])
 def test_where_any_row_could_be_wrong_all_are_tokenised_first(packed, in_parts, what, monkeypatch):
     idle, *_ = observed(packed, monkeypatch)
-    packed._reader._knows_all = None
+    monkeypatch.setattr(packed._reader, "_knows_all", None)
     if what == "no special tokens":
         monkeypatch.setattr(Tokenizer, "num_special_tokens_to_add", lambda self, pair: 0, raising=False)
     else:
         monkeypatch.setattr(Tokenizer, "get_vocab", lambda self, **options: {"a": 10**9}, raising=False)
     packed.run(random_texts(100, seed=7), batch_tokens=200, truncation=True)
-    packed._reader._knows_all = None
     assert len(idle) > 5 and all(idle)
 
 
@@ -230,6 +232,26 @@ def test_the_first_row_of_too_many_tokens_is_named(packed, in_parts, monkeypatch
         with pytest.raises(ValueError) as caught:
             packed.run(texts, batch_tokens=100)
     assert str(caught.value) == str(whole.value) and "row 30 " in str(caught.value)
+    assert_same(packed.run(good), before, atol=0)
+
+
+def test_a_row_that_grows_in_its_tokenizer_is_found_under_way(packed, in_parts, monkeypatch):
+    """More tokens than bytes, from a normaliser that spells things out: no result, and nothing left behind."""
+    good, waited = random_texts(100, seed=9), []
+    before = packed.run(good)
+
+    class Spelling(Tokenizer):
+        def encode_batch_fast(self, batch):
+            return self.inner.encode_batch_fast([LONG if text == "a" else text for text in batch])
+
+    texts = ["b c d e " * 2] * 200 + ["a"]
+    submit = packed.executor.submit
+    with monkeypatch.context() as patch:
+        patch.setattr(packed._reader, "_backend", Spelling(packed._reader._backend, None))
+        patch.setattr(packed.executor, "submit", lambda *a: (waited.append(1), submit(*a))[1])
+        with pytest.raises(ValueError, match="row 200 has") as caught:
+            packed.run(texts, batch_tokens=100)
+    assert waited and caught.value.__context__ is None
     assert_same(packed.run(good), before, atol=0)
 
 

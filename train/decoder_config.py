@@ -58,7 +58,7 @@ class TokenTaskOptions(StepOptions):
     """Eq. 6 at the exits that the frozen policies take, or expect to take; see ``objectives.task_loss``.
 
     adapter  train the backbone's adapter, too (the paper's Eq. 6; its code trains heads alone): the policies, frozen
-             here, then see states that they were not trained on
+             here, then see states that they were not trained on, and the exits taken are those under its dropout
     """
 
     epochs: int = 0
