@@ -62,7 +62,8 @@ def load(
     state_copy   of a decoder: "lazy" (the default: keys and values of skipped layers are worked out when their layer is
                  next visited) or "eager" (as soon as a token has left; for the packed executor, which "auto" then is)
     Raises ValueError or TypeError for a wrong argument, before anything is read; for cache_bytes or state_copy with an
-    encoder, before its weights are, and for cache_bytes without room for one block of positions, behind them.
+    encoder, before its weights are read (a hub id's files are here by then), and for cache_bytes without room for one
+    block of positions, behind them.
     FileNotFoundError, OSError or ValueError that names the file, tensor or key that is wrong.
     """
     from engine.loading import load_model, read_config, resolve_checkpoint
@@ -74,9 +75,10 @@ def load(
         device, "cuda" if torch.cuda.is_available() else "cpu", torch.float32 if explicit is None else explicit
     )
     automatic = torch.float16 if chosen_device.type == "cuda" else torch.float32
-    if for_decoders and isinstance(read_config(resolve_checkpoint(checkpoint))[1], EarlyExitConfig):
+    folder = resolve_checkpoint(checkpoint)
+    if for_decoders and isinstance(read_config(folder)[1], EarlyExitConfig):
         raise _no_decoder(for_decoders, str(checkpoint))
-    model, tokenizer = load_model(checkpoint, dtype=automatic if explicit is None else explicit)
+    model, tokenizer = load_model(folder, dtype=automatic if explicit is None else explicit)
     made = DecoderEngine if isinstance(model, MultiExitDecoder) else Engine
     loaded = made(model.to(chosen_device), tokenizer, executor, private=True, **for_decoders)
     for rows, tokens in sizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -12,38 +13,74 @@ from torch import Tensor
 from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, no_allocation
 
 CAPTURES = 5
+# Of the process. Whoever rehearses allocates, and may wait for the whole device, which ends any capture; and
+# collections are off and on for everybody.
+_turn = threading.Lock()
+# What a capture says that another thread has ended, or one that another thread's capture keeps from what it needs: by
+# CUDA's texts and names, as torch, Triton and ``GraphBuilder`` pass them on, or by torch's code.
+_CODES = (900, 901)
+_TEXTS = (
+    "operation not permitted when stream is capturing",
+    "operation failed due to a previous error during capture",
+    "StreamCaptureUnsupported",
+    "StreamCaptureInvalidated",
+    "STREAM_CAPTURE_UNSUPPORTED",
+    "STREAM_CAPTURE_INVALIDATED",
+    "capture was invalidated",
+    "no longer being captured",
+)
+
+
+def passing(error: BaseException) -> str | None:
+    """What kept a program from being captured that ended with ``error``, where another time may be luckier, or None."""
+    if isinstance(error, AllocationError):
+        return "other threads allocate while a graph is captured"
+    if getattr(error, "error_code", None) in _CODES or any(text in str(error) for text in _TEXTS):
+        return f"a capture was disturbed, perhaps by another thread ({error})"
+    return None
 
 
 def captured(
     builder: GraphBuilder,
     stream: torch.cuda.Stream,
     record: Callable[[Callable[[Tensor], AbstractContextManager[None]]], None],
-    attempts: int = CAPTURES,
+    after: torch.cuda.Stream | None = None,
 ) -> Graph:
     """The graph of what ``record(builder.when)`` launches on ``stream``; the builder is closed, whatever happens.
 
     Rehearsed first, which compiles what is not compiled: buffers are to hold no rows. Inside a capture nothing may
-    allocate; tried again where something did, since it may have been another thread and a capture is short.
+    allocate; tried again where something did or CUDA was disturbed, since it may have been another thread and a capture
+    is short. Threads take turns. Nothing runs on the stream any more when this returns or raises.
 
-    AllocationError where something allocated in all attempts; whatever else record, compilers or CUDA raise.
+    after  a stream that first comes to the end of what it has been given so far: where the buffers are being made
+
+    What was ``passing`` in all attempts is raised; and whatever else record, compilers or CUDA raise.
     """
-    collecting = gc.isenabled()
-    try:
-        with builder.rehearse(stream):
-            record(builder.when)
-        stream.synchronize()
-        gc.disable()  # what a collection frees may touch the stream that is captured
-        for attempt in range(attempts):
+    with _turn:
+        collecting = gc.isenabled()
+        try:
+            if after is not None:  # inside the turn: the streams of torch's pool come round, and one may be captured
+                stream.wait_stream(after)
             try:
-                with no_allocation(stream.device), builder.capture(stream):
+                with builder.rehearse(stream):
                     record(builder.when)
-                break
-            except AllocationError:
-                builder.abort()
-                if attempt == attempts - 1:
-                    raise
-        return builder.instantiate()
-    finally:
-        if collecting:
-            gc.enable()
-        builder.close()
+            finally:
+                # Where it failed, what it began still runs, in buffers that the allocator would give to somebody else.
+                stream.synchronize()
+            gc.disable()  # what a collection frees may touch the stream that is captured
+            for attempt in range(CAPTURES):
+                try:
+                    with no_allocation(stream.device), builder.capture(stream):
+                        record(builder.when)
+                    break
+                except Exception as error:
+                    if passing(error) is None:
+                        raise
+                    builder.abort()
+                    if attempt == CAPTURES - 1:
+                        raise
+            return builder.instantiate()
+        finally:
+            if collecting:
+                gc.enable()
+            builder.close()

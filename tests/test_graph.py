@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +20,8 @@ from engine.criteria import Policy, make_criterion
 from engine.executors import graph as graph_module
 from engine.executors import graph_pass
 from engine.executors.graph import Capacity, capacity_for
+from engine.kernels import capture
+from engine.kernels.graphs import AllocationError
 from tests.test_executors import FP32, assert_equals_reference, random_options
 from tests.tiny import FAMILIES, MAX_LENGTH, POOLERS, assert_same, every_exit, padded, random_rows, tiny_model
 
@@ -438,6 +442,59 @@ def test_float64_is_packed(device):
     assert_same(got, oracle.run(padded(random_rows(5))), rtol=1e-6, atol=1e-9)
 
 
+NO_LUCK = RuntimeError("CUDA: no luck")
+ENDED = RuntimeError("CUDA: end capture: operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """An engine whose executor believes it has a stream, and the oracle; captures raise what its ``error`` is."""
+    fast, oracle = both(tiny_model())
+    executor, found = fast.executor, SimpleNamespace(fast=fast, oracle=oracle, tries=0, error=None)
+
+    def fail(program, stream):
+        found.tries += 1
+        raise found.error
+
+    monkeypatch.setattr(graph_module._Program, "capture", fail)
+    monkeypatch.setattr(executor, "_own_stream", nullcontext)
+    monkeypatch.setattr(executor, "_stream", object())
+    return found
+
+
+def test_a_warning_for_what_passes_one_for_options_and_one_for_good(failing):
+    rows = padded(random_rows(9))
+    want = failing.oracle.run(rows).exit_layers
+
+    def said(error, **options):
+        failing.error = error
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                got = failing.fast.run(rows, **options)
+                assert options or torch.equal(got.exit_layers, want)
+        return [str(w.message) for w in caught if "packed serves instead" in str(w.message)]
+
+    (message,) = said(None, criterion=Half())
+    assert "'half' is neither" in message and failing.tries == 0
+    (message,) = said(ENDED)
+    assert "a capture was disturbed, perhaps by another thread" in message and "previous error" in message
+    assert failing.fast.executor._problem is None and failing.tries == 2, "each batch tries again"
+    assert said(AllocationError("1 allocations")) == []
+    (message,) = said(NO_LUCK)
+    assert "a capture failed (RuntimeError: CUDA: no luck)" in message
+    tries = failing.tries
+    assert said(NO_LUCK) == [] and failing.tries == tries
+
+
+def test_out_of_memory_of_the_driver_is_the_callers(failing):
+    failing.error = RuntimeError("CUDA: instantiate: out of memory")
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="a graph could not be made: CUDA: instantiate: out of memory"):
+            failing.fast.executor._made(lambda: graph_module._Program.capture(None, None))
+    assert failing.fast.executor._problem is None
+
+
 @pytest.mark.gpu
 def test_a_failing_capture_falls_back(gpu, monkeypatch):
     def fail(self, stream):
@@ -458,7 +515,7 @@ def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(gpu, monk
 
     def disturbed(self, stream):
         tries.append(1)
-        if len(tries) in (1, 2, *range(4, 4 + graph_module._CAPTURES)):
+        if len(tries) in (1, 2, *range(4, 4 + capture.CAPTURES)):
             torch.empty(1 << 20, device="cuda")
         return original(self, stream)
 

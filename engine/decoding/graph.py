@@ -26,9 +26,9 @@ from engine.decoding.graph_step import Given, Step, StepArena, StepWeights, give
 from engine.decoding.packed import Done, LaunchedStep, PackedDecoder, StepOutputs, logits_by_exit, step_limits
 from engine.decoding.requests import Generating
 from engine.executors.weights import WatchedWeights
-from engine.kernels.capture import captured
+from engine.kernels.capture import captured, passing
 from engine.kernels.gpu_common import triton
-from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem
+from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem
 from engine.models.decoder import MultiExitDecoder
 
 _MAX_ROWS = 64
@@ -54,26 +54,32 @@ class GraphDecoder(PackedDecoder):
     and limits are known ahead, so while the host reads what one step came to, the device is at the next.
     Calls from several threads take turns: programs share their buffers.
 
-    Falls back to the packed way, with one warning that says why, where a program cannot be captured: for the rest of
-    the run where other threads allocated in every attempt, for good after any other error. A step has touched nothing
-    of its sequences by then. Out of memory is the caller's: fewer rows may do.
+    Falls back to the packed way where a program cannot be captured: until a run or stream next begins where other
+    threads disturbed every attempt, for good after any other error; each with one warning that says why. A step has
+    touched nothing of its sequences by then. Out of memory is the caller's: fewer rows may do.
     """
 
     def __init__(self, model: MultiExitDecoder, cache: PagedCache, watching: bool = True):
         super().__init__(model, cache, "lazy", watching)
-        self._step_weights = WatchedWeights(model, watching, step_weights)
+        self._step_weights: WatchedWeights[StepWeights] | None = WatchedWeights(model, watching, step_weights)
+        # Both None where there is no room for them, and where there will be no programs any more.
         self._current: StepWeights | None = None
         self._arena: StepArena | None = None
+        self._without_head = False  # see ``StepWeights.head``
         self._programs: dict[tuple[int, str | None], _Program] = {}
-        self._given_up: set[tuple[int, str | None]] = set()  # of this run: programs that other threads kept from us
+        # Programs that other threads kept from us, until the next ``look``: one for all who are under way, so a stream
+        # that begins has a run that goes on try them again.
+        self._given_up: set[tuple[int, str | None]] = set()
         self._problem: str | None = None  # why there will be no programs any more
-        self._warned = False
+        self._warned: set[bool] = set()  # of what passes; of what is for good: True
         self._under_way: list[_Launched] = []  # steps whose results have not been read, in their order
         self._lock = threading.RLock()
 
     def watch(self) -> None:
         super().watch()
-        self._step_weights.watching = True
+        weights = self._step_weights
+        if weights is not None:
+            weights.watching = True
 
     def look(self) -> None:
         """Programs are made for tensors at fixed places: where those have moved, all are made anew."""
@@ -86,9 +92,14 @@ class GraphDecoder(PackedDecoder):
             found = self._step_weights.current()
             if found is not self._current:
                 self._close()
-                self._current = found
+                # There may be no room for the new ones: steps then go the packed way, and the next look tries again.
+                self._current = self._arena = None
                 longest = self.cache.shape.block_size * self.cache.blocks_for(self.model.config.max_length)
-                self._arena = StepArena(found, self.cache, _MAX_ROWS, longest)
+                arena = StepArena(found, self.cache, _MAX_ROWS, longest)
+                device = found.embedding.device
+                if device.type == "cuda":  # whoever makes a program of them may do so on another stream
+                    torch.cuda.current_stream(device).synchronize()
+                self._arena, self._without_head, self._current = arena, found.head is None, found
 
     def _close(self) -> None:
         for program in self._programs.values():
@@ -120,7 +131,7 @@ class GraphDecoder(PackedDecoder):
         )
         measures = {None} if stays else {"policy" if r.criterion == "scripted" else r.criterion for r in requests}
         # Where the modules are the head, nobody else knows how sure an exit is.
-        without_head = "softmax" in measures and self._current.head is None
+        without_head = "softmax" in measures and self._without_head
         if len(batch) > _MAX_ROWS or len(measures) > 1 or without_head:
             with self._lock:
                 self._wait()
@@ -135,33 +146,38 @@ class GraphDecoder(PackedDecoder):
         return Done(super().step(batch))
 
     def _program(self, rows: int, measure: str | None) -> _Program | None:
-        """The program of up to ``rows`` rows, made where there is none yet; None where it cannot be captured."""
+        """The program of up to ``rows`` rows, made where there is none yet; None where it cannot be had."""
         key = rows, measure
         if key in self._programs:
             return self._programs[key]
-        if self._problem is not None or key in self._given_up:
+        if self._current is None or key in self._given_up:
             return None
         program = _Program(self.model, self._current, self._arena, self.cache, rows, measure)
         try:
             program.capture()
-        except torch.OutOfMemoryError:
-            raise
-        except AllocationError:
-            self._given_up.add(key)
-            problem = "other threads allocate while a graph is captured"
-        except Exception as error:  # Triton's and the compiler's share no base class
-            if "out of memory" in str(error):  # of the driver, not of torch's allocator
+        except BaseException as error:  # Triton's and the compiler's share no base class
+            program.close()
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
-            problem = self._problem = f"a capture failed ({type(error).__name__}: {error})"
+            problem = passing(error)
+            if problem is not None:
+                self._given_up.add(key)
+            elif "out of memory" in str(error):  # of the driver, not of torch's allocator, which holds the rest
+                torch.cuda.empty_cache()
+                raise torch.OutOfMemoryError(
+                    f"a graph could not be made: {error}: run fewer rows, or make the cache smaller (cache_bytes)"
+                ) from error
+            else:
+                problem = self._problem = f"a capture failed ({type(error).__name__}: {error})"
         else:
             self._programs[key] = program
             return program
-        program.close()
-        if self._problem is not None:
+        for_good = self._problem is not None
+        if for_good:
             self._close()
-            self._arena = None
-        if not self._warned:
-            self._warned = True
+            self._current = self._arena = self._step_weights = None
+        if for_good not in self._warned:
+            self._warned.add(for_good)
             # The caller of the engine's ``run``.
             warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=7)
         return None
@@ -270,16 +286,19 @@ class _Program:
         device = self._device_given.device
         if device.type != "cuda":
             return
-        stream, builder = torch.cuda.Stream(device), GraphBuilder()
-        torch.cuda.synchronize(device)
+        # By streams: waiting for the device would end whatever another thread captures. Buffers of our own are made on
+        # the current one, the arena was ready when it was looked at, and nobody's step is under way.
         # No row is live: what is not written yet is not read.
-        self._graph = captured(builder, stream, self._step.record)
+        self._graph = captured(
+            GraphBuilder(), torch.cuda.Stream(device), self._step.record, after=torch.cuda.current_stream(device)
+        )
         self._graph.upload()
 
     def close(self) -> None:
-        device = self._device_given.device
-        if device.type == "cuda":  # a rehearsal that failed may still run, on a stream that the allocator does not know
-            torch.cuda.synchronize(device)
+        """Behind all steps, whose streams the allocator does not know. What was captured has left nothing running."""
+        for host in self._hosts:
+            if host.done is not None:
+                host.done.synchronize()
         if self._graph is not None:
             self._graph.close()
 
@@ -294,21 +313,29 @@ class _Program:
         host = self._hosts[0]
         self._hosts.reverse()
         self._fill(host, batch, ahead)
+        try:
+            return self._enqueue(host, len(batch), ahead, wants_logits)
+        except BaseException:
+            if host.done is not None:  # nobody will ever ask for what is under way, so nobody would wait for it
+                torch.cuda.current_stream(self._device_given.device).synchronize()
+            raise
+
+    def _enqueue(self, host: _Host, n: int, ahead: int, wants_logits: bool) -> Callable[[], StepOutputs]:
         given = slice(0, self._known) if ahead else slice(None)
         self._device_given[given].copy_(host.given[given], non_blocking=True)
         if self._graph is None:
             self._step.record(lambda flag: nullcontext())
         else:
             self._graph.launch()
-        a, n = self._arena, len(batch)
+        a = self._arena
         if not self.tells_tokens:
             layers, probs = a.exit_layers[:n].tolist(), a.exit_probs[:n].tolist()
             outputs = StepOutputs(logits_by_exit(self._model, a.normed[:n], layers), layers, probs)
+            self._mark(host)
             return lambda: outputs
         logits = a.logits[:n].clone() if wants_logits else None
         host.told.copy_(self._step.told, non_blocking=True)
-        if host.done is not None:
-            host.done.record(torch.cuda.current_stream(self._device_given.device))
+        self._mark(host)
 
         def read() -> StepOutputs:
             if host.done is not None:
@@ -318,6 +345,11 @@ class _Program:
             return StepOutputs(logits, told[:, 1].tolist(), probs.tolist(), told[:, 0].tolist())
 
         return read
+
+    def _mark(self, host: _Host) -> None:
+        """Here ends what the step does in buffers of the program and the arena."""
+        if host.done is not None:
+            host.done.record(torch.cuda.current_stream(self._device_given.device))
 
     def _fill(self, host: _Host, batch: list[tuple[Generating, Pages]], ahead: int) -> None:
         h, size = host.fields, self._cache.shape.block_size

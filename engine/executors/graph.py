@@ -1,9 +1,9 @@
 """A whole pass as one CUDA graph launch: decisions stay on the device, rows that leave are removed, nothing waits.
 
-The only file that knows CUDA graphs. A *program* is the fixed sequence of kernels (``graph_pass``) for one capacity
-(rows, tokens, longest row); the live counts are values on the device that every kernel reads (``kernels/gpu_*``), so
-one graph serves any batch up to its capacity and whatever is left of it behind each exit. Conditional nodes stand at
-stages: behind one at which no row is left, the rest of the pass is skipped; between two, empty kernels return at once.
+A *program* is the fixed sequence of kernels (``graph_pass``) for one capacity (rows, tokens, longest row); the live
+counts are values on the device that every kernel reads (``kernels/gpu_*``), so one graph serves any batch up to its
+capacity and whatever is left of it behind each exit. Conditional nodes stand at stages: behind one at which no row is
+left, the rest of the pass is skipped; between two, empty kernels return at once.
 
 Where there is no CUDA device the same program runs step by step through the kernels' torch twins: what the tests hold
 against the other executors.
@@ -27,11 +27,10 @@ from engine.executors.base import ExitOptions, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights, derive
-from engine.kernels.capture import CAPTURES as _CAPTURES
-from engine.kernels.capture import captured
+from engine.kernels.capture import captured, passing
 from engine.kernels.exit_rows import ExitDestinations
 from engine.kernels.gpu_common import triton
-from engine.kernels.graphs import AllocationError, Graph, GraphBuilder, conditional_nodes_problem
+from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem
 from engine.models.encoder import MultiExitEncoder
 
 _MAX_PROGRAMS = 64
@@ -170,7 +169,7 @@ class _Program:
 
     def capture(self, stream: torch.cuda.Stream) -> None:
         """Rehearse (compiles what is not compiled, on no rows), then capture: see ``captured``."""
-        self.graph = captured(GraphBuilder(), stream, self._pass.record, _CAPTURES)
+        self.graph = captured(GraphBuilder(), stream, self._pass.record)
         self.graph.upload(stream)
 
     def submit(self, rows: TokenRows, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
@@ -238,8 +237,9 @@ class _Program:
 class GraphExecutor:
     """Runs a MultiExitEncoder whose device is a GPU, in fp16, bf16 or fp32. Batches and options stay on the host.
 
-    Falls back to ``packed``, with one warning that says why, where graphs cannot serve: no conditional nodes, a capture
-    that failed, a criterion that is neither a policy threshold nor a script, float64.
+    Falls back to ``packed`` where graphs cannot serve: for good without conditional nodes or after a capture that
+    failed; for one batch where other threads disturbed every attempt to capture; and for a criterion that is neither a
+    policy threshold nor a script, and float64. Each of the three with one warning that says why.
     """
 
     name = "graph"
@@ -248,6 +248,7 @@ class GraphExecutor:
         self._model = model
         self.weights = WatchedWeights(model, watching, partial(derive, product=PlainLinear))
         self._packed: PackedExecutor | None = None
+        self._warned: set[str] = set()
         self._problem: str | None = None
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
@@ -303,15 +304,18 @@ class GraphExecutor:
                 return program.submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
             problem = self._trouble(options)
+            kind = "options"
             if problem is None:
                 with self._own_stream():
                     weights = self.weights.current()  # what it refuses is the caller's to mend
-                    program = self._made(lambda: self._program(weights, rows, options))
-                    if program is not None:
-                        self._remember(options, seen, program)
-                        return program.submit(rows, options, self._stream)
-                    problem = self._problem or "other threads allocate while a graph is captured"
-        return self._fall_back(problem, rows, options)
+                    made = self._made(lambda: self._program(weights, rows, options))
+                    if not isinstance(made, str):
+                        self._remember(options, seen, made)
+                        return made.submit(rows, options, self._stream)
+                    problem, kind = made, "passing"
+            if self._problem is not None:
+                kind = "for good"
+        return self._fall_back(problem, kind, rows, options)
 
     def _remember(self, options: ExitOptions, seen: tuple, program: _Program) -> None:
         """The way of a batch like this one is short from now on, while nobody changes the model: same sizes, same
@@ -331,16 +335,17 @@ class GraphExecutor:
             self._place(self._model.device)
         return self._problem or _unserved(self._model, options)
 
-    def _made(self, make: Callable[[], _Program]) -> _Program | None:
-        """What ``make`` returns; None where the program cannot be had, which is then this executor's problem (but for
-        what other threads did). Out of memory is the caller's: a smaller batch may do."""
+    def _made(self, make: Callable[[], _Program]) -> _Program | str:
+        """What ``make`` returns; or why the program cannot be had, which is then this executor's problem (but for what
+        other threads did). Out of memory is the caller's: a smaller batch may do."""
         try:
             return make()
         except torch.OutOfMemoryError:
             raise
-        except AllocationError:
-            return None
         except Exception as error:  # Triton's and the compiler's share no base class
+            disturbed = passing(error)
+            if disturbed is not None:
+                return disturbed
             if self._stream is None:
                 raise
             self._forget()
@@ -348,7 +353,7 @@ class GraphExecutor:
                 torch.cuda.empty_cache()
                 raise torch.OutOfMemoryError(f"a graph could not be made: {error}") from error
             self._problem = f"a capture failed ({type(error).__name__}: {error})"
-            return None
+            return self._problem
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -452,9 +457,11 @@ class GraphExecutor:
             self._arena = Arena(tokens, weights.word.shape[1], wide, weights.word)
         return self._arena
 
-    def _fall_back(self, problem: str, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
-        if self._packed is None:
+    def _fall_back(self, problem: str, kind: str, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=4)
+        if self._packed is None:
             self._packed = PackedExecutor(self._model, self.weights.watching)
         return self._packed.submit(rows, options)
 

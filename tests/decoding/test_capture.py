@@ -7,9 +7,11 @@ step's kernels one by one.
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +110,100 @@ def test_a_capture_that_is_always_disturbed(others):
     with pytest.raises(AllocationError, match="1 allocations"):
         capture.captured(builder, Stream(), lambda when: others.meddle(builder))
     assert builder.calls == ["rehearse", *["capture", "abort"] * capture.CAPTURES, "close"] and gc.isenabled()
+
+
+# As torch, the builder and Triton word it.
+DISTURBED = [
+    RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for `cudaErrorStreamCapture..."),
+    RuntimeError("CUDA: end capture: operation failed due to a previous error during capture"),
+    RuntimeError("the capture was invalidated: something recorded in it is not allowed in a graph"),
+    RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing"),
+    RuntimeError("cudaErrorStreamCaptureInvalidated"),
+]
+
+
+@pytest.mark.parametrize("error", DISTURBED, ids=range(len(DISTURBED)))
+@pytest.mark.parametrize("times", [1, capture.CAPTURES])
+def test_a_capture_that_another_thread_ended_is_tried_again(others, times, error):
+    builder = Builder()
+
+    def record(when):
+        if builder.capturing and builder.calls.count("capture") <= times:
+            raise error
+
+    if times == 1:
+        assert capture.captured(builder, Stream(), record) == "a graph"
+        assert builder.calls == ["rehearse", "capture", "abort", "capture", "instantiate", "close"]
+    else:
+        with pytest.raises(RuntimeError) as raised:
+            capture.captured(builder, Stream(), record)
+        assert raised.value is error and "disturbed, perhaps by another thread" in capture.passing(error)
+        assert builder.calls == ["rehearse", *["capture", "abort"] * times, "close"]
+    assert gc.isenabled()
+
+
+def test_what_passes():
+    coded = RuntimeError("in other words")
+    coded.error_code = 901
+    assert capture.passing(coded) and capture.passing(AllocationError("1")).startswith("other threads allocate")
+    coded.error_code = 700
+    for error in (coded, NO_LUCK, torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()):
+        assert capture.passing(error) is None
+
+
+@pytest.mark.parametrize("rehearsing", [True, False])
+def test_nothing_runs_any_more_when_it_is_over(others, rehearsing):
+    builder, stream, order = Builder(), Stream(), []
+    stream.wait_stream = lambda other: order.append(("wait", other))
+    stream.synchronize = lambda: order.append("synchronise")
+
+    def record(when):
+        order.append("record")
+        if builder.capturing or rehearsing:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture.captured(builder, stream, record, after="theirs")
+    assert order == [("wait", "theirs"), "record", "synchronise", *([] if rehearsing else ["record"])]
+    assert builder.calls[-1] == "close" and gc.isenabled() and not capture._turn.locked()
+
+
+def test_two_threads_take_turns_and_collections_are_on_again(others):
+    """The second one's rehearsal, and its look at the collector, would meet the first one's capture, and outlast it."""
+    meeting, capturing, was = threading.Barrier(2), threading.Event(), gc.isenabled()
+    first_builder, second_builder = Builder(), Builder()
+
+    def meet():
+        try:
+            meeting.wait(0.3)
+        except threading.BrokenBarrierError:
+            pass
+
+    def record_first(when):
+        if first_builder.capturing:
+            capturing.set()
+            meet()
+
+    def record_second(when):
+        if not second_builder.capturing:
+            meet()
+            first.join(10)
+
+    first = threading.Thread(target=capture.captured, args=(first_builder, Stream(), record_first))
+    second = threading.Thread(target=capture.captured, args=(second_builder, Stream(), record_second))
+    try:
+        gc.enable()
+        first.start()
+        assert capturing.wait(10)
+        second.start()
+        # Not joined by this thread first: the first one ends while the second waits, or rehearses.
+        second.join(10)
+        assert meeting.broken, "one rehearsed while the other captured"
+        assert gc.isenabled(), "collections are off for good"
+    finally:
+        first.join(10)
+        (gc.enable if was else gc.disable)()
+    assert first_builder.calls == second_builder.calls == ["rehearse", "capture", "instantiate", "close"]
 
 
 def test_other_errors_are_not_tried_again(others):
@@ -225,6 +321,33 @@ def test_always_disturbed_is_packed_and_tried_again_by_the_next_run(twins, other
     assert all(graph.launches for graph in twins.graphs)
 
 
+def test_ended_by_others_every_time_is_packed_for_this_run(twins):
+    twins.error = DISTURBED[0]
+    model = tiny_decoder(seed=2)
+    lm = DecoderEngine(model, executor="graph")
+    want = DecoderEngine(model, executor="packed").run(PROMPTS, **OPTIONS).token_ids
+    with pytest.warns(UserWarning, match="cannot serve .a capture was disturbed, .*stream is capturing") as warned:
+        for _ in range(2):
+            assert lm.run(PROMPTS, **OPTIONS).token_ids == want
+    assert len(warned) == 1 and lm._decoder._problem is None
+    twins.error = None
+    with no_warning():
+        assert lm.run(PROMPTS, **OPTIONS).token_ids == want
+    assert lm._decoder._programs and all(graph.launches for graph in twins.graphs)
+
+
+def test_what_passes_does_not_hide_what_is_for_good(twins, others):
+    others.busy = 10**6
+    lm = DecoderEngine(tiny_decoder(seed=2), executor="graph")
+    with pytest.warns(UserWarning, match="other threads allocate"):
+        lm.run(PROMPTS, **OPTIONS)
+    others.busy, twins.error = 0, NO_LUCK
+    with pytest.warns(UserWarning, match="a capture failed .*no luck") as warned:
+        for _ in range(2):
+            lm.run(PROMPTS, **OPTIONS)
+    assert len(warned) == 1
+
+
 def test_a_failing_capture_is_packed_for_good(twins):
     twins.error = NO_LUCK
     model, requests = with_classifier(3), free_running(6)
@@ -239,7 +362,30 @@ def test_a_failing_capture_is_packed_for_good(twins):
     assert [str(w.message) for w in warned] == [
         "the graph executor cannot serve (a capture failed (RuntimeError: CUDA: no luck)): packed serves instead"
     ]
-    assert len(twins.tries) == 1 and decoder._arena is None
+    assert len(twins.tries) == 1
+    assert decoder._arena is decoder._current is decoder._step_weights is None, "memory for nothing"
+    decoder.watch()
+
+
+def test_heads_of_their_own_are_packed_for_good_too(twins):
+    """What the weights said of the head is still known when they are gone."""
+    twins.error = NO_LUCK
+    model = tiny_decoder(seed=3, head="own")
+    decoder = GraphDecoder(model, room(model))
+
+    def run(**fields):
+        requests = free_running(3, **fields)
+        sequences = begin(requests)
+        for _ in generate_packed(decoder, sequences, 5):
+            pass
+        assert tokens(sequences) == tokens(by_reference(model, requests))
+
+    with pytest.warns(UserWarning, match="no luck"):
+        run()
+    assert decoder._current is None
+    with no_warning():
+        run(criterion="softmax", threshold=0.1)
+        run()
 
 
 @pytest.mark.parametrize("disturbed", [True, False])
@@ -304,19 +450,90 @@ def test_a_stream_goes_on_where_the_capture_of_a_run_fails(twins):
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("CUDA: upload: out of memory"),
 ], ids=["torch", "driver"])  # fmt: skip
-def test_out_of_memory_is_the_callers(twins, error):
+def test_out_of_memory_is_the_callers(twins, monkeypatch, error):
     model = tiny_decoder(seed=2)
     lm = DecoderEngine(model, executor="graph")
     want = DecoderEngine(model, executor="packed").run(PROMPTS, **OPTIONS).token_ids
     twins.error = error
     free = lm._decoder.cache.free_blocks
-    with no_warning(), pytest.raises(type(error), match="out of memory") as raised:
+    closed, close = [], graph_module._Program.close
+    monkeypatch.setattr(graph_module._Program, "close", lambda program: (closed.append(program), close(program)))
+    with no_warning(), pytest.raises(torch.OutOfMemoryError, match="out of memory") as raised:
         lm.run(PROMPTS, **OPTIONS)
-    assert raised.value is error and lm._decoder.cache.free_blocks == free
+    if isinstance(error, torch.OutOfMemoryError):
+        assert raised.value is error
+    else:
+        assert raised.value.__cause__ is error and "fewer rows" in str(raised.value)
+        assert "cache_bytes" in str(raised.value)
+    assert lm._decoder.cache.free_blocks == free and len(closed) == 1 and not lm._decoder._programs
     twins.error = None
     with no_warning():
         assert lm.run(PROMPTS, **OPTIONS).token_ids == want
     assert lm._decoder._programs
+
+
+def test_an_interrupted_capture_is_closed(twins, monkeypatch):
+    closed, close = [], graph_module._Program.close
+    monkeypatch.setattr(graph_module._Program, "close", lambda program: (closed.append(program), close(program)))
+    lm = DecoderEngine(tiny_decoder(seed=2), executor="graph")
+    twins.error = KeyboardInterrupt()
+    with no_warning(), pytest.raises(KeyboardInterrupt):
+        lm.run(PROMPTS, **OPTIONS)
+    assert len(closed) == 1 and lm._decoder._problem is None and not lm._decoder._programs
+
+
+def test_no_room_for_the_arena_is_the_callers_and_tried_again(twins, monkeypatch):
+    """Also where weights have changed under a stream, which goes on."""
+    model = tiny_decoder(seed=2)
+    lm, packed = (DecoderEngine(model, executor=name) for name in ("graph", "packed"))
+    want, arena = packed.run(PROMPTS, **OPTIONS).token_ids, graph_module.StepArena
+    stream = lm.stream(PROMPTS[0], **OPTIONS)
+    told = [next(stream).token_id for _ in range(4)]
+
+    def full(*sizes):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph_module, "StepArena", full)
+    lm._decoder._step_weights.refresh()  # the same values elsewhere
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            lm.run(PROMPTS, **OPTIONS)
+    with no_warning():
+        told += [token.token_id for token in stream]
+        assert told == want[0] and not lm._decoder._programs
+        monkeypatch.setattr(graph_module, "StepArena", arena)
+        assert lm.run(PROMPTS, **OPTIONS).token_ids == want
+    assert lm._decoder._programs
+
+
+def test_programs_wait_for_streams_and_never_for_the_device(monkeypatch):
+    """With everything of CUDA told, not done: a wait for the device ends what another thread captures."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: pytest.fail("waits for the device"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "own")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: theirs)
+    monkeypatch.setattr(graph_module, "GraphBuilder", lambda: "builder")
+    theirs = SimpleNamespace(synchronize=lambda: told.append("theirs"))
+    graph = SimpleNamespace(upload=lambda: told.append("upload"), close=lambda: told.append("close"))
+    monkeypatch.setattr(graph_module, "captured", lambda *given, after: told.append((*given, after)) or graph)
+    program = object.__new__(graph_module._Program)
+    program._device_given = SimpleNamespace(device=torch.device("cuda"))
+    program._step, program._graph = SimpleNamespace(record="record"), None
+    events = [SimpleNamespace(synchronize=lambda k=k: told.append(k)) for k in range(2)]
+    program._hosts = [SimpleNamespace(done=event) for event in events]
+    program.capture()
+    program.close()
+    assert told == [("builder", "own", "record", theirs), "upload", 0, 1, "close"]
+    told.clear()
+
+    def lost(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph_module._Program, "_fill", lambda *given: None)
+    monkeypatch.setattr(graph_module._Program, "_enqueue", lost)
+    with pytest.raises(torch.OutOfMemoryError):
+        program.launch([], 0, False)
+    assert told == ["theirs"], "a step that nobody can ask for is under way"
 
 
 def test_no_conditional_nodes(monkeypatch):

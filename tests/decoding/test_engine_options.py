@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_an_encoder_refuses_them(encoder, monkeypatch, options, named):
     monkeypatch.setattr("engine.loading.load_model", None)  # said before the weights are read
     with pytest.raises(ValueError, match=named.format(encoder)):
         engine.load(encoder, device="cpu", **options)
+
+
+@pytest.mark.parametrize("options", [{}, dict(cache_bytes=9 * BLOCK)])
+def test_a_hub_id_is_resolved_once(decoder, monkeypatch, options):
+    """Asked twice, a model of several files might be one of two revisions."""
+    asked = []
+    monkeypatch.setattr("engine.loading.hub_snapshot", lambda name, **_: (asked.append(name), Path(decoder))[1])
+    engine.load("somebody/some-model", device="cpu", **options)
+    assert asked == ["somebody/some-model"]
 
 
 def test_an_encoder_without_them(encoder):
