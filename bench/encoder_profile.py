@@ -2,7 +2,8 @@
 
 Kernels start while the one in front of them ends and wait on the device for what they need, so their own durations
 overlap and add up to more than the pass. What counts is by how much each moves the end of the pass: from the end of the
-kernel that ended before it to its own end. These shares and the gaps in which no kernel ran add up to the pass exactly.
+kernel that ended before it to its own end. These shares and the gaps in which no kernel ran add up to the pass that was
+profiled, exactly; compare it with the time of one that was not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.bench.encoder_competitors import Batch
+from engine.bench.encoder_competitors import Batch, one_line
+from engine.bench.encoder_figures import OURS
 from engine.bench.encoder_session import Session, Subject, check_served, half_depth, prepared, run_ours
 
 _REPLAYS = 9
@@ -33,7 +35,7 @@ def short_name(name: str) -> str:
     """Of a kernel, without namespaces, arguments and templates: but of a product, whether it applies GELU."""
     bare = re.sub(r"^void\s+", "", name)
     plain = re.split(r"[<(]", bare.replace("(anonymous namespace)::", ""), maxsplit=1)[0].rpartition("::")[2]
-    plain = plain.removesuffix("_kernel").strip("_")
+    plain = re.sub(r"_0d\w*$", "", plain).removesuffix("_kernel").strip("_")
     if plain != _PRODUCT:
         return plain
     flags = re.findall(r"true|false|\(bool\)[01]", name)
@@ -93,14 +95,17 @@ def profile_rows(session: Session, subject: Subject, batch: Batch, where: Mappin
     }
     found = []
     for setting, case in cases.items():
-        row = {**where, "competitor": "ours", "setting": setting}
+        row = {**where, "competitor": OURS, "setting": setting}
         if session.device.type != "cuda":
             found.append(row | {"left_out": f"needs a CUDA device, the model is on {session.device}"})
             continue
         run_ours(subject.engine, batch, case)
         check_served(subject.engine)
         replay = subject.engine.executor.replayer(*prepared(subject.engine, batch, case))
-        found.append(row | typical([shares(spans) for spans in _recorded(session, replay)]))
+        try:
+            found.append(row | typical([shares(spans) for spans in _recorded(session, replay)]))
+        except (RuntimeError, ValueError) as error:  # one setting without a profile is not the end of the run
+            found.append(row | {"error": one_line(error)})
     return found
 
 
@@ -116,7 +121,7 @@ def _recorded(session: Session, replay: Any) -> list[list[Span]]:
         spans = [
             Span(event.name, event.time_range.start, event.time_range.end)
             for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Mem", "Context"))
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Context")
         ]
         if not spans:
             raise RuntimeError("the profiler recorded no kernel: it may lack the right to read the device's counters")

@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from engine.bench import sanitize
+from engine.bench.encoder_profile import short_name
 from engine.bench.record import RESULTS, figure, write_result
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-_PLACE = re.compile(r"(Write|Read) access at (\w+?)(?:_0d\w*)?\+0x[0-9a-f]+ in (\S+?:\d+)")
+# Beyond its limit for printing a tool says once more how many "were not printed".
+_SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)\b(?! were not)")
+_PLACE = re.compile(r"(Write|Read) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?:\d+))?")
 
 
 def read_report(text: str) -> dict[str, Any]:
     """errors (None where the tool came to no end), and by which accesses of the source races were reported."""
     summaries = _SUMMARY.findall(text)
-    places = sorted({f"{kind} {kernel} {place}" for kind, kernel, place in _PLACE.findall(text)})
+    places = sorted({f"{kind} {short_name(kernel)} {place}".strip() for kind, kernel, place in _PLACE.findall(text)})
     row: dict[str, Any] = {"errors": sum(map(int, summaries)) if summaries else None}
     return row | ({"places": places} if places else {})
 
@@ -52,7 +54,8 @@ def run_one(sanitizer: str, tool: str, group: str, timeout_s: float) -> dict[str
     said = done.stdout + done.stderr
     row |= read_report(said) | {"seconds": round(time.perf_counter() - started, 1)}
     if f"{group}: ran" not in said:
-        lines = [line for line in said.splitlines() if line.strip() and not line.startswith("=====")]
+        told = (line for line in said.splitlines() if line.strip())
+        lines = [line for line in told if not line.startswith("=====") or line.startswith("========= Error:")]
         row |= {"errors": None, "problem": (lines or [f"exit status {done.returncode}"])[-1][:300]}
     return row
 

@@ -13,10 +13,7 @@ PRODUCT = "void consistentee::cuda::product_kernel<{}, {}, false, 31>(consistent
 
 
 def test_names_without_what_is_around_them():
-    assert (
-        short_name("_exit_norm_kernel") == "exit_norm"
-        and short_name("_first_token_kernel_0d1d") == "first_token_kernel_0d1d"
-    )
+    assert short_name("_exit_norm_kernel") == "exit_norm" and short_name("_first_token_kernel_0d1d") == "first_token"
     assert short_name("void consistentee::(anonymous namespace)::survivors_kernel<1024>(int*, int)") == "survivors"
     assert short_name(PRODUCT.format("true", "false")) == "product"
     assert short_name(PRODUCT.format("false", "true")) == "product + gelu"

@@ -19,8 +19,16 @@ triton qkv: ran
 
 
 def test_reports_are_read():
-    assert sanitizers.read_report(RACE) == {"errors": 9, "places": ["Write _rows_kernel gpu_qkv.py:191"]}
+    assert sanitizers.read_report(RACE) == {"errors": 9, "places": ["Write rows gpu_qkv.py:191"]}
     assert sanitizers.read_report("========= ERROR SUMMARY: 0 errors\n") == {"errors": 0}
+    much = (
+        "========= ERROR SUMMARY: 255 errors\n========= ERROR SUMMARY: 155 errors were not printed. Use --print-limit\n"
+    )
+    assert sanitizers.read_report(much) == {"errors": 255}
+    kernel = "void consistentee::cuda::product_kernel<(bool)0, (bool)0, 4>(consistentee::cuda::ProductArgs)"
+    one = f"========= Error: Race reported between Write access at {kernel}+0x150\n"
+    one += "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    assert sanitizers.read_report(one) == {"errors": 1, "places": ["Write product"]}
     assert sanitizers.read_report("killed") == {"errors": None}
 
 
@@ -47,7 +55,7 @@ print({RACE!r} if race else "========= ERROR SUMMARY: 0 errors")
     rows = {(row["tool"], row["group"]): row for row in found["rows"]}
     assert len(rows) == 4 and {key for key, row in rows.items() if row["errors"]} == {("racecheck", "graph")}
     assert [(f["value"], f["met"], f["groups"]) for f in found["figures"]] == [(0, True, []), (9, False, ["graph"])]
-    assert "Write _rows_kernel gpu_qkv.py:191" in capsys.readouterr().out
+    assert "Write rows gpu_qkv.py:191" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,7 @@ print({RACE!r} if race else "========= ERROR SUMMARY: 0 errors")
     [
         ("print('nothing to sanitize: there is no CUDA device', file=sys.stderr); sys.exit(1)", (), "no CUDA device"),
         ("print('========= ERROR SUMMARY: 0 errors'); print(f'{group}: left out, no triton')", (), "left out"),
+        ("print('========= Error: Device not supported.')", (), "Device not supported"),
         ("import time; time.sleep(30)", ("--timeout", "0.5"), "did not end within 0.5 s"),
     ],
 )
