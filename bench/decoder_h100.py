@@ -30,11 +30,12 @@ and of the head, at the memory's bandwidth.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +47,7 @@ from engine.bench import gpt_fast
 from engine.bench.decoder_cpu import spread
 from engine.bench.encoder_competitors import one_line
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
-from engine.bench.report import memory_bandwidth
+from engine.bench.report import calls_inside, may_wait, memory_bandwidth
 from engine.config import DecoderExitConfig
 from engine.decoding.packed import Done, PackedDecoder, cache_shape
 from engine.generation import DecoderEngine
@@ -245,28 +246,14 @@ def inside_a_step(lm: DecoderEngine, prompts: list[list[int]], new: int, **optio
         with _watched(lm._packed()) as steps:
             lm.run(prompts, **options)
     events = list(trace.events())
-
-    def inside(name: str) -> list[str]:
-        spans = [event.time_range for event in events if event.name == name]
-        return [
-            event.name
-            for event in events
-            if event.name.startswith("cu") and any(s.start <= event.time_range.start < s.end for s in spans)
-        ]
-
-    started, waited = inside(_START), inside(_RESULTS)
+    started, waited = calls_inside(events, _START), calls_inside(events, _RESULTS)
     return {
         "steps": len(steps),
         "graph_launches": started.count("cudaGraphLaunch"),
         "kernel_launches": sum("LaunchKernel" in name for name in started),
-        "synchronisations": sum(map(_waits, started)),
-        "waits_for_results": sum(map(_waits, waited)),
+        "synchronisations": sum(map(may_wait, started)),
+        "waits_for_results": sum(map(may_wait, waited)),
     }
-
-
-def _waits(call: str) -> bool:
-    """Whether a call of CUDA may come back only after the device has done what was asked for before."""
-    return "Synchronize" in call or call in ("cudaMemcpy", "cudaMemcpy2D", "cudaMemset", "cudaFree", "cudaFreeHost")
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -315,6 +302,13 @@ def main() -> None:
     warnings.filterwarnings("error", message="the graph executor cannot serve")
     lm = DecoderEngine(model, executor="graph", private=True, cache_bytes=room)
     shares = {TRAINED: shipped_share(), GENERATED: generated_share()}
+    memory = {
+        "cache_bytes": lm._packed().cache.bytes,
+        "kv_bytes_a_position": 2 * layers * model.language_model.config.num_key_value_heads
+        * model.backbone.layers[0].self_attn.head_dim * torch.finfo(dtype).bits // 8,
+        "exit_state_bytes_a_position": model.language_model.config.hidden_size * torch.finfo(dtype).bits // 8,
+    }  # fmt: skip
+    about = {"prompt": o.prompt, "new_tokens": new, "memory": {shape: memory}}
     rows: list[dict[str, Any]] = []
     for batch in o.batches:
         prompts = torch.randint(0, model.language_model.config.vocab_size, (batch, o.prompt)).tolist()
@@ -379,17 +373,13 @@ def main() -> None:
             row = {"shape": shape, "batch": batch, "name": INSIDE, "setting": setting}
             try:
                 row |= inside_a_step(lm, prompts, min(few, new), **settings[setting])
-            except RuntimeError as error:
+            except Exception as error:  # also the warning of a fallback: times are measured, what is counted is not
                 row["error"] = one_line(error)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    memory = {
-        "cache_bytes": lm.run([[1, 2]], max_new_tokens=2).stats.cache_bytes,
-        "kv_bytes_a_position": 2 * layers * model.language_model.config.num_key_value_heads
-        * model.backbone.layers[0].self_attn.head_dim * torch.finfo(dtype).bits // 8,
-        "exit_state_bytes_a_position": model.language_model.config.hidden_size * torch.finfo(dtype).bits // 8,
-    }  # fmt: skip
-    write_result(o.output, figures(rows), rows, prompt=o.prompt, new_tokens=new, memory={shape: memory})
+        with redirect_stdout(io.StringIO()):  # a later batch may fail; the table of figures is for the end
+            write_result(o.output, figures(rows), rows, **about)
+    write_result(o.output, figures(rows), rows, **about)
 
 
 def merge(files: Sequence[Path], output: Path) -> None:

@@ -62,6 +62,7 @@ from engine.bench.encoder_session import (
 )
 from engine.bench.plots import check_path
 from engine.bench.record import RESULTS, write_result
+from engine.bench.report import calls_inside, may_wait
 from engine.criteria import make_criterion
 from engine.executors.graph import capacity_for
 
@@ -225,16 +226,6 @@ def mixes_part(session: Session) -> Iterator[Rows]:
         yield mix_rows(session, one, batch, _where(session, "mixes", one, batch, mix))
 
 
-_WAITS = {
-    f"{prefix}{name}"
-    for prefix, names in {
-        "cuda": ("DeviceSynchronize", "StreamSynchronize", "EventSynchronize", "Memcpy", "Memcpy2D", "Memset"),
-        "cu": ("CtxSynchronize", "StreamSynchronize", "EventSynchronize"),
-    }.items()
-    for name in names
-}
-
-
 def sync_part(session: Session) -> Iterator[Rows]:
     """One pass under a profiler: graph launches, and calls that wait, up to the wait for its results."""
     one = subject(session, "bert-base")
@@ -264,18 +255,13 @@ def sync_part(session: Session) -> Iterator[Rows]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     events = list(profile.events())
-
-    def inside(name: str) -> list[str]:
-        span = next(e.time_range for e in events if e.name == name and e.device_type == torch.autograd.DeviceType.CPU)
-        return [e.name for e in events if span.start <= e.time_range.start < span.end]
-
-    started, waited = inside("start a pass"), inside("wait for results")
+    started, waited = calls_inside(events, "start a pass"), calls_inside(events, "wait for results")
     yield [
         row
         | {
             "graph_launches": started.count("cudaGraphLaunch"),
-            "synchronisations": sum(name in _WAITS for name in started),
-            "waits_for_results": sum(name in _WAITS for name in waited),
+            "synchronisations": sum(map(may_wait, started)),
+            "waits_for_results": sum(map(may_wait, waited)),
             "sync_debug_mode": "passed",
         }
     ]

@@ -2,8 +2,12 @@
 
 Kernels start while the one in front of them ends and wait on the device for what they need, so their own durations
 overlap and add up to more than the pass. What counts is by how much each moves the end of the pass: from the end of the
-kernel that ended before it to its own end. These shares and the gaps in which no kernel ran add up to the pass that was
-profiled, exactly; compare it with the time of one that was not.
+kernel that ended before it to its own end. These shares and the gaps in which nothing ran add up to the pass that was
+PROFILED, exactly, and to no other: profiling may change a pass. ``device_us`` is the time of the same replay without a
+profiler, by events on the device: where it is far from ``pass_us``, shares say little about it.
+
+Copies and fills on the device ("Memcpy DtoD", "Memset") have shares like kernels. ``graph_nodes`` counts the nodes of
+the graph, those of bodies that did not run, too; ``launches`` what ran.
 """
 
 from __future__ import annotations
@@ -15,16 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.bench.encoder_competitors import Batch, one_line
+from engine.bench import encoder_session
+from engine.bench.encoder_competitors import Batch, Competitor, one_line
 from engine.bench.encoder_figures import OURS
 from engine.bench.encoder_session import Session, Subject, check_served, half_depth, prepared, run_ours
 
 _REPLAYS = 9
+_CALLS = 10  # in a row, of a replay that is timed without a profiler
 _PRODUCT = "product"
 
 
 class Span(NamedTuple):
-    """One kernel on the device; microseconds."""
+    """One kernel, copy or fill on the device; microseconds."""
 
     name: str
     start: float
@@ -35,7 +41,7 @@ def short_name(name: str) -> str:
     """Of a kernel, without namespaces, arguments and templates: but of a product, whether it applies GELU."""
     bare = re.sub(r"^void\s+", "", name)
     plain = re.split(r"[<(]", bare.replace("(anonymous namespace)::", ""), maxsplit=1)[0].rpartition("::")[2]
-    plain = re.sub(r"_0d\w*$", "", plain).removesuffix("_kernel").strip("_")
+    plain = re.sub(r"_0d\w*$", "", plain).removesuffix("_kernel").strip("_ ")
     if plain != _PRODUCT:
         return plain
     flags = re.findall(r"true|false|\(bool\)[01]", name)
@@ -99,14 +105,40 @@ def profile_rows(session: Session, subject: Subject, batch: Batch, where: Mappin
         if session.device.type != "cuda":
             found.append(row | {"left_out": f"needs a CUDA device, the model is on {session.device}"})
             continue
-        run_ours(subject.engine, batch, case)
-        check_served(subject.engine)
-        replay = subject.engine.executor.replayer(*prepared(subject.engine, batch, case))
         try:
-            found.append(row | typical([shares(spans) for spans in _recorded(session, replay)]))
-        except (RuntimeError, ValueError) as error:  # one setting without a profile is not the end of the run
+            found.append(row | _profile(session, subject, batch, case))
+        except Exception as error:  # one setting without a profile is not the end of the run
             found.append(row | {"error": one_line(error)})
+            print(f"{where['part']} {setting}: {one_line(error)}", flush=True)
     return found
+
+
+def _profile(session: Session, subject: Subject, batch: Batch, case: Mapping[str, Any]) -> dict[str, Any]:
+    run_ours(subject.engine, batch, case)
+    check_served(subject.engine)
+    executor = subject.engine.executor
+    replay = executor.replayer(*prepared(subject.engine, batch, case))
+    found = typical([shares(spans) for spans in _recorded(session, replay)])
+    alone = Competitor(on_device=replay, from_host=replay, stream=executor._stream)
+    seconds = [encoder_session._queued_seconds(session, alone, _CALLS) for _ in range(_REPLAYS)]
+    return found | {"device_us": 1e6 * median(seconds)} | _graph_nodes(executor)
+
+
+def _graph_nodes(executor: Any) -> dict[str, int]:
+    """Of the program that the executor used last, where it says so."""
+    program = next(reversed(getattr(executor, "_programs", {}).values()), None)  # the last used is moved to the end
+    nodes = getattr(getattr(program, "graph", None), "num_nodes", None)
+    return {} if nodes is None else {"graph_nodes": nodes}
+
+
+def _spans(events: Iterable[Any]) -> list[Span]:
+    """What ran on the device, by a profiler's events. Waits of a stream or the device stand there, too: nothing ran."""
+    return [
+        Span(event.name, event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Context", "Stream", "Event"))
+    ]
 
 
 def _recorded(session: Session, replay: Any) -> list[list[Span]]:
@@ -118,11 +150,7 @@ def _recorded(session: Session, replay: Any) -> list[list[Span]]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             replay()
             session.synchronise()
-        spans = [
-            Span(event.name, event.time_range.start, event.time_range.end)
-            for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Context")
-        ]
+        spans = _spans(profile.events())
         if not spans:
             raise RuntimeError("the profiler recorded no kernel: it may lack the right to read the device's counters")
         passes.append(spans)
@@ -141,4 +169,6 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{c['us']:.1f} ({c['launches']})" if c else "" for c in cells) + " |")
     lines.append("| nothing runs | " + " | ".join(f"{row['idle_us']:.1f}" for row in measured) + " |")
     lines.append("| pass | " + " | ".join(f"{row['pass_us']:.1f} ({row['launches']})" for row in measured) + " |")
+    times = (f"{row['device_us']:.1f}" if "device_us" in row else "" for row in measured)
+    lines.append("| pass, not profiled | " + " | ".join(times) + " |")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,29 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+# -- what the host calls -------------------------------------------------------------------------------------------
+
+
+def calls_inside(events: Iterable[Any], name: str) -> list[str]:
+    """CUDA's functions that the host called, by a profiler's events, while it was inside any span of that name."""
+    # A span that launches something stands in the record a second time, where the device ran it.
+    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    spans = [event.time_range for event in on_host if event.name == name]
+    return [
+        event.name
+        for event in on_host
+        if event.name.startswith("cu") and any(span.start <= event.time_range.start < span.end for span in spans)
+    ]
+
+
+def may_wait(call: str) -> bool:
+    """Whether a function of CUDA may come back only after the device has done what was asked for before.
+
+    Copies and fills without "Async" may; who frees memory waits for all that could use it.
+    """
+    return "Synchronize" in call or call in ("cudaMemcpy", "cudaMemcpy2D", "cudaMemset", "cudaFree", "cudaFreeHost")
 
 
 # -- showing -----------------------------------------------------------------------------------------------------

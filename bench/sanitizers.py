@@ -3,20 +3,24 @@
     python -m engine.bench.sanitizers [--output bench/results/sanitizers.json] [--jobs 8]
 
 Every tool of compute-sanitizer runs every group of ``sanitize`` in a process of its own. A row has the number of errors
-(of hazards, for racecheck) and, for a race, the places in the source that the tool names.
+(of hazards, for racecheck) and, for a race, the places in the source that the tool names. The result file is written
+after every row; those still to come stand in it without a number.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +42,40 @@ def read_report(text: str) -> dict[str, Any]:
     return row | ({"places": places} if places else {})
 
 
-def run_one(sanitizer: str, tool: str, group: str, timeout_s: float) -> dict[str, Any]:
-    """One tool over one group. What stopped it, where something did, is in ``problem``."""
+def stop(process: subprocess.Popen) -> None:
+    """End a process and all it started: a tool that is killed alone leaves its Python behind, on the device."""
+    with contextlib.suppress(ProcessLookupError):  # ended by itself meanwhile
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_one(
+    sanitizer: str, tool: str, group: str, timeout_s: float, running: set[subprocess.Popen] | None = None
+) -> dict[str, Any]:
+    """One tool over one group. What stopped it, where something did, is in ``problem``.
+
+    running  holds the process while it runs, for who may have to ``stop`` it
+    """
+    running = set() if running is None else running
     # Blocks of torch's caching allocator hide overruns, and what an earlier owner has written.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     call = [sanitizer, "--tool", tool, sys.executable, "-m", "engine.bench.sanitize", "--only", group]
     started = time.perf_counter()
     row: dict[str, Any] = {"tool": tool, "group": group}
-    try:
-        done = subprocess.run(
-            call, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return row | {"errors": None, "problem": f"did not end within {timeout_s:g} s"}
-    said = done.stdout + done.stderr
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    with subprocess.Popen(call, env=environment, start_new_session=True, **pipes) as process:
+        running.add(process)
+        try:
+            said = "".join(process.communicate(timeout=timeout_s))
+        except subprocess.TimeoutExpired:
+            stop(process)
+            return row | {"errors": None, "problem": f"did not end within {timeout_s:g} s"}
+        finally:
+            running.discard(process)
     row |= read_report(said) | {"seconds": round(time.perf_counter() - started, 1)}
     if f"{group}: ran" not in said:
         told = (line for line in said.splitlines() if line.strip())
         lines = [line for line in told if not line.startswith("=====") or line.startswith("========= Error:")]
-        row |= {"errors": None, "problem": (lines or [f"exit status {done.returncode}"])[-1][:300]}
+        row |= {"errors": None, "problem": (lines or [f"exit status {process.returncode}"])[-1][:300]}
     return row
 
 
@@ -93,12 +112,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{o.sanitizer or 'compute-sanitizer'} is not there: install the CUDA toolkit, or name it by --sanitizer"
         )
     todo = [(tool, group) for tool in o.tools for group in o.groups]
+    # Who has not had its turn when the run is cut short must not look clean.
+    rows = [{"tool": tool, "group": group, "errors": None, "problem": "not run yet"} for tool, group in todo]
+    running: set[subprocess.Popen] = set()
     with ThreadPoolExecutor(o.jobs) as pool:
-        rows = list(pool.map(lambda one: run_one(sanitizer, *one, o.timeout), todo))
-    for row in rows:
-        if row["errors"] != 0:
-            print(f"{row['tool']} {row['group']}: {row['errors']} {row.get('problem', '')}")
-            print("".join(f"  {place}\n" for place in row.get("places", [])), end="")
+        turns = {pool.submit(run_one, sanitizer, *one, o.timeout, running): i for i, one in enumerate(todo)}
+        try:
+            for turn in as_completed(turns):
+                row = rows[turns[turn]] = turn.result()
+                with contextlib.redirect_stdout(io.StringIO()):  # the table of figures is for the end
+                    write_result(o.output, figures(rows), rows)
+                if row["errors"] != 0:
+                    print(f"{row['tool']} {row['group']}: {row['errors']} {row.get('problem', '')}", flush=True)
+                    print("".join(f"  {place}\n" for place in row.get("places", [])), end="", flush=True)
+        except BaseException:  # sessions of their own do not hear of Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(running):
+                stop(process)
+            raise
     write_result(o.output, figures(rows), rows)
 
 

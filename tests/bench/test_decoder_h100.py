@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from engine.bench import decoder_h100 as bench
 from engine.bench import gpt_fast
 from engine.bench.record import RESULTS
+from engine.bench.report import calls_inside, may_wait
 from engine.decoding import graph
 from engine.generation import DecoderEngine
 
@@ -215,6 +218,61 @@ def test_what_the_host_does_in_steps(tiny, monkeypatch):
     assert tuple(bench.inside_a_step(tiny, prompts, 9, **options).values()) == (8, 8, 0, 0, 8)
     calling(graph._Program, "_fill", "cudaStreamSynchronize", "cuLaunchKernelEx")
     assert tuple(bench.inside_a_step(tiny, prompts, 9, **options).values()) == (8, 8, 8, 8, 8)
+
+
+def test_calls_inside_a_span_are_the_hosts():
+    def event(name, start, end, device="CPU"):
+        kind = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [
+        event("a", 0, 10), event("cudaGraphLaunch", 1, 2), event("aten::add", 2, 3), event("cudaFree", 4, 5),
+        event("cudaMemcpy", 10, 11), event("b", 11, 12), event("cudaMemset", 11, 12), event("a", 20, 30),
+        event("cuEventSynchronize", 20, 25), event("cuda_rows_kernel", 21, 22, "CUDA"),
+        event("a", 40, 90, "CUDA"), event("cudaStreamSynchronize", 50, 60),
+    ]  # fmt: skip
+    found = calls_inside(events, "a")
+    assert found == ["cudaGraphLaunch", "cudaFree", "cuEventSynchronize"]
+    assert [may_wait(name) for name in found] == [False, True, True]
+    assert calls_inside(events, "none") == []
+    assert may_wait("cudaMemcpy") and may_wait("cuCtxSynchronize") and not may_wait("cudaMemcpyAsync")
+
+
+class OnGpu:
+    """What ``main`` asks of the device to know that it counts inside a step: a device that says it is a GPU."""
+
+    type = "cuda"
+
+
+def test_what_was_measured_outlives_what_follows(tmp_path, monkeypatch, capsys):
+    """A fallback while calls are counted is an error in its row; a batch that fails leaves those in front of it."""
+    output, cpu, model = tmp_path / "out.json", torch.device("cpu"), bench.random_decoder
+    arguments = ["--shape", "tiny", "--batches", "2", "3", "--prompt", "5", "--new-tokens", "4", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["decoder_h100", *arguments, "--output", str(output)])
+    monkeypatch.setattr(bench, "torch", SimpleNamespace(**vars(torch) | {"device": lambda name: OnGpu}))
+    monkeypatch.setattr(bench, "random_decoder", lambda shape, _, __, positions: model(shape, cpu, torch.float32, 64))
+    monkeypatch.setattr(bench, "memory_bandwidth", lambda _: 1e12)
+
+    def falls_back(*_, **__):
+        warnings.warn("the graph executor cannot serve here", stacklevel=1)
+
+    class Fails(bench.Ours):
+        def __call__(self):
+            if len(self._prompts) == 3:
+                raise UserWarning("no room for three")
+            return super().__call__()
+
+    monkeypatch.setattr(bench, "inside_a_step", falls_back)
+    monkeypatch.setattr(bench, "Ours", Fails)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="no room for three"):
+        bench.main()
+    result = json.loads(output.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == [bench.REMOVED, bench.TRAINED, bench.GENERATED, bench.INSIDE]
+    assert rows[bench.INSIDE]["error"] == "UserWarning: the graph executor cannot serve here"
+    assert {row["batch"] for row in result["rows"]} == {2} and result["memory"]["tiny"]["cache_bytes"] > 0
+    assert (result["prompt"], result["new_tokens"]) == (5, 4)
+    assert "out.json" not in capsys.readouterr().out
 
 
 def test_figures_of_what_is_counted():

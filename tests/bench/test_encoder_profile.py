@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from engine.bench import encoder_h100
+from engine.bench import encoder_h100, encoder_profile, encoder_session
+from engine.bench.encoder_figures import OURS
 from engine.bench.encoder_profile import Span, shares, short_name, table, typical
 
 PRODUCT = "void consistentee::cuda::product_kernel<{}, {}, false, 31>(consistentee::cuda::ProductArgs)"
@@ -18,6 +22,75 @@ def test_names_without_what_is_around_them():
     assert short_name(PRODUCT.format("true", "false")) == "product"
     assert short_name(PRODUCT.format("false", "true")) == "product + gelu"
     assert short_name(PRODUCT.format("(bool)0", "(bool)1")) == "product + gelu"
+    assert short_name("Memset (Device)") == "Memset" and short_name("Memcpy DtoD (Device -> Device)") == "Memcpy DtoD"
+
+
+def event(name, start, end, device="CUDA"):
+    kind = getattr(torch.autograd.DeviceType, device)
+    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+
+def test_copies_and_fills_are_work_and_waits_are_not():
+    found = encoder_profile._spans([
+        event("cudaGraphLaunch", 0.0, 9.0, "CPU"),
+        event("Memset (Device)", 1.0, 2.0),
+        event("_rows_kernel", 2.0, 4.0),
+        event("Memcpy DtoD (Device -> Device)", 5.0, 8.0),
+        event("Stream Sync", 4.0, 9.0),
+        event("Context Sync", 0.0, 9.0),
+    ])  # fmt: skip
+    kernels, idle = shares(found)
+    assert {name: row["us"] for name, row in kernels.items()} == {"Memcpy DtoD": 3.0, "rows": 2.0, "Memset": 1.0}
+    assert idle == 1.0
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """A session with a device that is not there; what each setting's passes are stands in ``passes``."""
+    executor = SimpleNamespace(replayer=lambda *_: "a replay", _stream="a stream")
+    subject = SimpleNamespace(layers=4, engine=SimpleNamespace(executor=executor))
+    session = SimpleNamespace(device=torch.device("cuda", 0))
+    passes: list = []
+
+    def timed(session, competitor, calls):
+        assert (competitor.on_device, competitor.stream) == ("a replay", "a stream")
+        return 7e-6
+
+    monkeypatch.setattr(encoder_profile, "run_ours", lambda *_: None)
+    monkeypatch.setattr(encoder_profile, "prepared", lambda *_: ("rows", "options"))
+    monkeypatch.setattr(encoder_profile, "_recorded", lambda *_: passes.pop(0))
+    monkeypatch.setattr(encoder_session, "_queued_seconds", timed)
+    batch = SimpleNamespace(lengths=[5, 3])
+    return executor, passes, lambda: encoder_profile.profile_rows(session, subject, batch, {"part": "profile"})
+
+
+def test_one_odd_replay_costs_one_row(on_device, capsys):
+    _, passes, rows = on_device
+    one = [Span("a", 0.0, 4.0)]
+    passes += [[one, one], [one, [Span("b", 0.0, 4.0)]], [one, one]]
+    first, odd, last = rows()
+    assert first["competitor"] == odd["competitor"] == OURS
+    assert odd["error"].startswith("ValueError: passes of one batch must launch the same") and "kernels" not in odd
+    assert first["pass_us"] == last["pass_us"] == 4.0 and last["setting"] == "half depth"
+    assert "profile nobody leaves: ValueError" in capsys.readouterr().out
+
+
+def test_whatever_fails_on_the_device_is_a_row(on_device, monkeypatch):
+    def failing(*_):
+        raise UserWarning("the graph executor cannot serve here")
+
+    monkeypatch.setattr(encoder_profile, "run_ours", failing)
+    assert [row["error"] for row in on_device[2]()] == ["UserWarning: the graph executor cannot serve here"] * 3
+
+
+def test_a_row_has_the_time_without_a_profiler_and_the_graphs_nodes(on_device):
+    executor, passes, rows = on_device
+    one = [Span("a", 0.0, 4.0)]
+    passes += [[one]] * 6
+    assert all(row["device_us"] == pytest.approx(7.0) and "graph_nodes" not in row for row in rows())
+    nodes = (SimpleNamespace(graph=SimpleNamespace(num_nodes=n)) for n in (3, 9))
+    executor._programs = OrderedDict(zip("xy", nodes, strict=True))
+    assert [row["graph_nodes"] for row in rows()] == [9, 9, 9]
 
 
 def test_shares_and_gaps_add_up_to_the_pass():
@@ -58,8 +131,9 @@ def test_typical_is_the_median_of_passes_alike():
 
 
 def test_a_table_has_a_line_a_kernel():
+    one = typical([({"a": {"launches": 2, "us": 3.0}}, 0.5)])
     rows = [
-        {"batch": 1, "setting": "exits removed", **typical([({"a": {"launches": 2, "us": 3.0}}, 0.5)])},
+        {"batch": 1, "setting": "exits removed", "device_us": 3.25, **one},
         {"batch": 8, "setting": "half depth", **typical([({"b": {"launches": 1, "us": 7.0}}, 0.0)])},
         {"batch": 8, "setting": "nobody leaves", "left_out": "no device"},
     ]
@@ -70,6 +144,7 @@ def test_a_table_has_a_line_a_kernel():
         "| a | 3.0 (2) |  |",
         "| nothing runs | 0.5 | 0.0 |",
         "| pass | 3.5 (2) | 7.0 (1) |",
+        "| pass, not profiled | 3.2 |  |",
     ]
 
 

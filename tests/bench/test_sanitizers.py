@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,9 @@ def test_reports_are_read():
     one = f"========= Error: Race reported between Write access at {kernel}+0x150\n"
     one += "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
     assert sanitizers.read_report(one) == {"errors": 1, "places": ["Write product"]}
+    kernel = "void consistentee::cuda::product_kernel<(bool)0, 4>(consistentee::cuda::ProductArgs)"
+    lined = f"========= Error: Race reported between Read access at {kernel}+0x150 in product.cu:27\n{one}"
+    assert sanitizers.read_report(lined) == {"errors": 1, "places": ["Read product product.cu:27", "Write product"]}
     assert sanitizers.read_report("killed") == {"errors": None}
 
 
@@ -56,6 +61,73 @@ print({RACE!r} if race else "========= ERROR SUMMARY: 0 errors")
     assert len(rows) == 4 and {key for key, row in rows.items() if row["errors"]} == {("racecheck", "graph")}
     assert [(f["value"], f["met"], f["groups"]) for f in found["figures"]] == [(0, True, []), (9, False, ["graph"])]
     assert "Write rows gpu_qkv.py:191" in capsys.readouterr().out
+
+
+def test_every_row_is_written_when_it_is_there(tmp_path, monkeypatch, capsys):
+    """Who still has to run has no number, so that a run that is cut short does not look clean."""
+    written, write = [], sanitizers.write_result
+
+    def also(path, figures, rows):
+        write(path, figures, rows)
+        written.append(json.loads(path.read_text()))
+
+    monkeypatch.setattr(sanitizers, "write_result", also)
+    run(tmp_path, "print(f'{group}: ran'); print('========= ERROR SUMMARY: 0 errors')")
+    open_rows = [sum(row.get("problem") == "not run yet" for row in one["rows"]) for one in written]
+    assert open_rows == [3, 2, 1, 0, 0]
+    assert not all(f["met"] for f in written[0]["figures"]) and all(f["met"] for f in written[-1]["figures"])
+    assert capsys.readouterr().out.count("found.json") == 1
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def ended(pid: int) -> bool:
+    until = time.monotonic() + 10
+    while runs(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not runs(pid)
+
+
+def parent(folder) -> str:
+    """A stand-in that starts a process of its own, as the tools do, and says which."""
+    script, new = folder / "parent", folder / "pid.new"  # moved: who sees the file finds the number in it
+    script.write_text(f"#!/bin/sh\nsleep 120 &\necho $! > '{new}'\nmv '{new}' '{folder / 'pid'}'\nwait\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_who_takes_too_long_leaves_nothing_behind(tmp_path):
+    row = sanitizers.run_one(parent(tmp_path), "memcheck", "packing", 1.0)
+    assert row["errors"] is None and row["problem"] == "did not end within 1 s"
+    assert ended(int((tmp_path / "pid").read_text()))
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    """The interruption comes with memcheck's row, which is there once racecheck has started a process of its own."""
+    parent(tmp_path)
+    body = f"""
+import os, time
+if tool == "racecheck":
+    os.execv({str(tmp_path / "parent")!r}, ["parent"])
+while not os.path.exists({str(tmp_path / "pid")!r}):
+    time.sleep(0.01)
+"""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sanitizers, "write_result", interrupted)
+    call = ["--sanitizer", stand_in(tmp_path, body), "--tools", "memcheck", "racecheck", "--groups", "packing"]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sanitizers.main([*call, "--jobs", "2", "--output", str(tmp_path / "found.json")])
+    assert time.monotonic() - began < 60
+    assert ended(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.parametrize(
