@@ -162,16 +162,14 @@ def train_policies(
     return {a: {k: v.cpu() for k, v in s.state_dict().items()} for a, s in zip(alphas, sets, strict=True)}
 
 
-def stored_policies(
-    path: Path, train: Callable[[], dict[float, dict[str, torch.Tensor]]], alphas: Sequence[float] | None = None
-) -> dict[float, dict]:
-    """From the file, or trained and stored there. alphas: those alone; ValueError where the file lacks one."""
-    if not path.exists():
-        found = train()
-        flat = {f"{alpha:g}/{name}": value.contiguous() for alpha, s in found.items() for name, value in s.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(flat, path)
-        return found
+def store_policies(path: Path, sets: Mapping[float, Mapping[str, torch.Tensor]]) -> None:
+    flat = {f"{alpha:g}/{name}": value.contiguous() for alpha, s in sets.items() for name, value in s.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(flat, path)
+
+
+def read_policies(path: Path, alphas: Sequence[float] | None = None) -> dict[float, dict]:
+    """What ``store_policies`` wrote. alphas: those alone; ValueError where the file lacks one or holds other things."""
     sets: dict[float, dict] = {}
     for key, value in read_tensors(path).items():
         alpha, _, name = key.partition("/")
@@ -393,9 +391,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"{o.data} has no {split} file")
         parts[split] = load_instructions(file)
     kept = o.policies or o.output.with_suffix(".policies.safetensors")
+    sets = None
     if kept.exists():
         try:
-            stored_policies(kept, dict, o.alphas)
+            sets = read_policies(kept, o.alphas)
         except ValueError as error:
             parser.error(str(error))
     bert = bert_score(_folder_of(o.scorer), o.scorer_layer, o.device)
@@ -405,10 +404,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("the checkpoint has no early-exit classifier: leave that criterion out")
     training = without(parts["train"], parts["test"])
 
-    def train() -> dict[float, dict[str, torch.Tensor]]:
-        return train_policies(model, tokenizer, training, o.alphas or ALPHAS, o.max_length, o.epochs)
-
-    sets = stored_policies(kept, train, o.alphas)
+    if sets is None:
+        sets = train_policies(model, tokenizer, training, o.alphas or ALPHAS, o.max_length, o.epochs)
+        store_policies(kept, sets)
     lm = DecoderEngine(model, tokenizer)  # not private: policies are exchanged in place
     checked = check_seconds(lm, o.criteria)
     sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")

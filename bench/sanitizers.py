@@ -104,10 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     if o.jobs < 1 or o.timeout <= 0:
         parser.error(f"jobs must be at least 1 and timeout above 0, got {o.jobs} and {o.timeout:g}")
-    sanitizer = shutil.which(o.sanitizer or "compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-    if sanitizer is None or (o.sanitizer is not None and shutil.which(o.sanitizer) is None):
+    sanitizer = shutil.which(o.sanitizer or "compute-sanitizer")
+    if o.sanitizer is None and sanitizer is None:
+        sanitizer = shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
         parser.error(
             f"{o.sanitizer or 'compute-sanitizer'} is not there: install the CUDA toolkit, or name it by --sanitizer"
         )

@@ -20,10 +20,19 @@ from engine.criteria import Policy, make_criterion
 from engine.executors import graph as graph_module
 from engine.executors import graph_pass
 from engine.executors.graph import Capacity, capacity_for
-from engine.kernels import capture
 from engine.kernels.graphs import AllocationError
 from tests.test_executors import FP32, assert_equals_reference, random_options
-from tests.tiny import FAMILIES, MAX_LENGTH, POOLERS, assert_same, every_exit, padded, random_rows, tiny_model
+from tests.tiny import (
+    FAMILIES,
+    MAX_LENGTH,
+    POOLERS,
+    assert_same,
+    disturb_captures,
+    every_exit,
+    padded,
+    random_rows,
+    tiny_model,
+)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -511,15 +520,7 @@ def test_a_failing_capture_falls_back(gpu, monkeypatch):
 @pytest.mark.gpu
 def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(gpu, monkeypatch):
     fast, oracle = both(tiny_model().cuda())
-    original, tries = graph_module.GraphBuilder.capture, []
-
-    def disturbed(self, stream):
-        tries.append(1)
-        if len(tries) in (1, 2, *range(4, 4 + capture.CAPTURES)):
-            torch.empty(1 << 20, device="cuda")
-        return original(self, stream)
-
-    monkeypatch.setattr(graph_module.GraphBuilder, "capture", disturbed)
+    tries = disturb_captures(monkeypatch)
     rows = random_rows(9)
     want = oracle.run(padded(rows))
     assert torch.equal(fast.run(padded(rows)).exit_layers, want.exit_layers) and len(tries) == 3

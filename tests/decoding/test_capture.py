@@ -26,6 +26,7 @@ from tests.decoding.test_criteria import with_classifier
 from tests.decoding.test_graph_steps import by_programs, room
 from tests.decoding.test_steps import by_reference, by_steps, tokens
 from tests.decoding.tiny import random_requests, tiny_decoder
+from tests.tiny import disturb_captures
 
 PROMPTS = [[5, 7, 9], [3], [8, 8, 2, 1]]
 OPTIONS = dict(max_new_tokens=12, ignore_eos=True)
@@ -570,15 +571,7 @@ def test_a_failing_capture_falls_back(gpu, monkeypatch):
 
 @pytest.mark.gpu
 def test_allocations_of_other_threads_cost_an_attempt_and_nothing_more(gpu, monkeypatch):
-    original, tries = graph_module.GraphBuilder.capture, []
-
-    def disturbed(self, stream):
-        tries.append(1)
-        if len(tries) in (1, 2, *range(4, 4 + capture.CAPTURES)):
-            torch.empty(1 << 20, device="cuda")
-        return original(self, stream)
-
-    monkeypatch.setattr(graph_module.GraphBuilder, "capture", disturbed)
+    tries = disturb_captures(monkeypatch)
     model = tiny_decoder(seed=2).to("cuda")
     lm, oracle = (DecoderEngine(model, executor=name) for name in ("graph", "reference"))
     with no_warning():

@@ -13,7 +13,7 @@ import engine
 from engine import chat as chat_module
 from engine.generation import DecoderEngine, StreamedToken
 from engine.loading import save_checkpoint
-from tests.decoding.tiny import byte_tokenizer, tiny_decoder
+from tests.decoding.tiny import save_talker
 from tests.test_cli import call, refused
 
 PROMPTS = ["why is", "the sky"]
@@ -21,9 +21,7 @@ PROMPTS = ["why is", "the sky"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = tiny_decoder(vocab=258, seed=2)
-    model.language_model.generation_config.eos_token_id = None
-    return str(save_checkpoint(model, tmp_path_factory.mktemp("lm") / "lm", byte_tokenizer()))
+    return save_talker(tmp_path_factory.mktemp("lm") / "lm")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 import engine
 from engine.decoding.packed import cache_shape
 from engine.loading import save_checkpoint
-from tests.decoding.tiny import byte_tokenizer, tiny_decoder
+from tests.decoding.tiny import save_talker, tiny_decoder
 from tests.test_cli import call, refused
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -21,9 +21,7 @@ BLOCK = cache_shape(tiny_decoder(vocab=258)).block_bytes(torch.float32)
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    model = tiny_decoder(vocab=258, seed=2)
-    model.language_model.generation_config.eos_token_id = None
-    return str(save_checkpoint(model, tmp_path_factory.mktemp("lm") / "lm", byte_tokenizer()))
+    return save_talker(tmp_path_factory.mktemp("lm") / "lm")
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import DecoderExitConfig
 from engine.decoding.requests import Request, Sampling
+from engine.loading import save_checkpoint
 from engine.models.decoder import MultiExitDecoder
 
 VOCAB, LAYERS = 61, 5
@@ -86,3 +89,10 @@ def random_requests(count, seed=0, longest=20, new=12, exits=None, forced=False,
         sampling = fields.pop("sampling", None) or Sampling(seed=k)
         requests.append(Request(prompt, steps, sampling, script=script, forced=given, keep_logits=True, **fields))
     return requests
+
+
+def save_talker(folder: Path) -> str:
+    """A checkpoint that reads and writes text, and ends no answer by itself."""
+    model = tiny_decoder(vocab=258, seed=2)
+    model.language_model.generation_config.eos_token_id = None
+    return str(save_checkpoint(model, folder, byte_tokenizer()))
