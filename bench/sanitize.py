@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.bench import sanitize_triton
 from engine.kernels import attention, exits, extension, graphs, packing, products
+from engine.kernels.capture import captured
 from engine.kernels.gpu_common import triton
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
 from engine.kernels.survivors import survivors_
@@ -175,9 +176,7 @@ def run_graph(device: str) -> None:
             record()
         return
     torch.cuda.synchronize()
-    with builder.capture(stream):
-        record()
-    graph = builder.instantiate()
+    graph = captured(builder, stream, lambda when: record())
     for values in ([1, 1, 0], [1, 0, 1], [0, 1, 0], [1, 1, 9]):
         flags.copy_(_ints(values, device))
         torch.cuda.synchronize()

@@ -31,6 +31,7 @@ from engine.bench.record import RESULTS, figure, write_result
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Beyond its limit for printing a tool says once more how many "were not printed".
 _SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)\b(?! were not)")
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception)\b.*: |========= Error:")
 _PLACE = re.compile(r"(Write|Read) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?:\d+))?")
 
 
@@ -73,10 +74,16 @@ def run_one(
             running.discard(process)
     row |= read_report(said) | {"seconds": round(time.perf_counter() - started, 1)}
     if f"{group}: ran" not in said:
-        told = (line for line in said.splitlines() if line.strip())
-        lines = [line for line in told if not line.startswith("=====") or line.startswith("========= Error:")]
-        row |= {"errors": None, "problem": (lines or [f"exit status {process.returncode}"])[-1][:300]}
+        row |= {"errors": None, "problem": last_words(said) or f"exit status {process.returncode}"}
     return row
+
+
+def last_words(text: str) -> str:
+    """What a process that failed says of it: its last error, behind which frames and notes may stand, or last line."""
+    told = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in told if not line.startswith("=====") or line.startswith("========= Error:")]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or [""])[-1][:300]
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

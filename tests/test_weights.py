@@ -12,6 +12,7 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import engine
+from engine.executors.weights import WatchedWeights
 from engine.loading import save_checkpoint
 from tests.tiny import assert_same, padded, random_rows, tiny_model
 
@@ -385,6 +386,24 @@ def test_two_engines_on_one_model(model):
         model.backbone.encoder.layer[0].output.dense.weight.mul_(1.3)
     assert_seen(first, model, before)
     assert_seen(second, model, before)
+
+
+@pytest.mark.parametrize("another_thread", [False, True])
+def test_who_derives_may_move_parameters_and_nothing_else(model, another_thread):
+    """What was read meanwhile may be old and new at once."""
+    dense, policy = model.backbone.encoder.layer[0].output.dense, model.exits.policies[0]
+
+    def derive(model):
+        dense.weight.data = dense.weight.detach().clone()
+        if another_thread and not derived:
+            next(policy.parameters()).data.mul_(1.5)
+        derived.append(len(derived))
+        return derived[-1]
+
+    derived = []
+    watched = WatchedWeights(model, True, derive)
+    assert watched.current() == 0
+    assert [watched.current() for _ in range(3)] == [int(another_thread)] * 3
 
 
 def test_no_two_layers_share_storage(model):

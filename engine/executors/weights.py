@@ -286,6 +286,11 @@ class WatchedWeights(Generic[W]):
             self._listing = self._list()
             state = self._read_state()
             weights = self._derive(self.model)
+            if state is not None and self._read_places() != state[0]:
+                # Deriving may move parameters into a storage that they share, which is no change. Where a value has
+                # changed meanwhile, the state from before is kept: the next look derives again.
+                moved = self._read_state()
+                state = moved if moved is not None and moved[1] == state[1] else state
             self._held = weights, state
             return weights
 
@@ -299,24 +304,31 @@ class WatchedWeights(Generic[W]):
                 adapters.append(module)
         return children, slots, adapters
 
-    def _read_state(self) -> tuple | None:
-        """Everything that the derived weights depend on; None where the modules are no longer those listed."""
-        children, slots, adapters = self._listing
+    def _read_state(self) -> tuple[tuple, tuple] | None:
+        """Everything that the derived weights depend on: where parameters are, and what they hold."""
+        places = self._read_places()
+        return None if places is None else (places, _contents(self._parameters()))
+
+    def _read_places(self) -> tuple | None:
+        """None where the modules are no longer those listed."""
+        children, _, adapters = self._listing
         for module, modules, behaviour in children:
             if module._modules != modules or _behaviour(module) != behaviour:
                 return None
         try:
-            parameters = [owner[name] for owner, name in slots]
+            parameters = self._parameters()
         except KeyError:
             return None
-        parameters = [p for p in parameters if p is not None]
         return (
             [id(p) for p in parameters],
             [p.data_ptr() for p in parameters],
             [(tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters) for m in adapters],
             [tuple(m.scaling.items()) for m in adapters if hasattr(m, "scaling")],
-            _contents(parameters),
         )
+
+    def _parameters(self) -> list[Tensor]:
+        found = (owner[name] for owner, name in self._listing[1])
+        return [p for p in found if p is not None]
 
 
 def _behaviour(module: nn.Module) -> tuple:

@@ -37,6 +37,14 @@ def test_reports_are_read():
     assert sanitizers.read_report("killed") == {"errors": None}
 
 
+def test_the_error_is_told_and_not_the_frames_behind_it():
+    """torch prints frames of C++ behind what it says."""
+    said = "========= COMPUTE-SANITIZER\nTraceback (most recent call last):\ntorch.AcceleratorError: CUDA error: busy\n"
+    said += "Exception raised from f at g.cpp:3 (most recent call first):\nframe #0: c10::Error()\n\nframe #1: _start\n"
+    assert sanitizers.last_words(said) == "torch.AcceleratorError: CUDA error: busy"
+    assert sanitizers.last_words("") == "" and sanitizers.last_words("killed\n\n") == "killed"
+
+
 def stand_in(folder, body: str):
     script = folder / "sanitizer"
     script.write_text(f"#!{sys.executable}\nimport sys\ntool, group = sys.argv[2], sys.argv[-1]\n{body}\n")

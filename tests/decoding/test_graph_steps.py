@@ -232,8 +232,12 @@ def test_weights_are_shared():
     whole = decoder._current.layers[0].qkv
     assert torch.equal(attention.k_proj.weight, before)
     assert attention.k_proj.weight.data_ptr() == whole[attention.q_proj.weight.shape[0] :].data_ptr()
+    held = decoder._current
     decoder.look()
-    assert decoder._current.layers[0].qkv.data_ptr() == whole.data_ptr()
+    assert decoder._current is held, "moving them is no change: programs would be made twice"
+    attention.k_proj.weight.data = before
+    decoder.look()
+    assert decoder._current is not held, "moved by somebody else"
 
 
 def test_the_engine_runs_programs(place):
