@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from engine.criteria import log_odds
 from engine.models.decoder import MultiExitDecoder
 
 # softmax: the exit's two largest probabilities, first less second (CALM 3.5, "softmax response"). Costs the whole head
@@ -62,5 +63,5 @@ def decide(
     found = measure(model, criterion, exit_index, n, hidden, before)
     limits = torch.tensor(thresholds, dtype=torch.float32, device=found.device)
     if criterion in ("policy", "scripted"):
-        return (found > torch.logit(limits)).tolist(), torch.sigmoid(found).tolist()
+        return (found > log_odds(limits)).tolist(), torch.sigmoid(found).tolist()
     return (found > limits).tolist(), found.tolist()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.criteria import log_odds
 from engine.decoding.cache import PagedCache, Pages
 from engine.decoding.graph_step import Given, Step, StepArena, StepWeights, given_sizes, step_problem, step_weights
 from engine.decoding.packed import Done, LaunchedStep, PackedDecoder, StepOutputs, logits_by_exit, step_limits
@@ -373,7 +374,7 @@ class _Program:
                 host.tables[row] = list(pages.blocks)
         if self._exits:
             limits = step_limits([sequence for sequence, _ in batch], self._layers, ahead)
-            h["threshold_logit"][:n] = torch.logit(torch.tensor(limits.thresholds)).view(torch.int32).numpy()
+            h["threshold_logit"][:n] = log_odds(torch.tensor(limits.thresholds)).view(torch.int32).numpy()
             h["script"][:n], h["min_depth"][:n], h["max_depth"][:n] = limits[1:]
         if not ahead:
             h["ids"][:n] = [sequence.new[-1].token_id for sequence, _ in batch]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.criteria import log_odds
 from engine.decoding.cache import CacheShape, PagedCache, Pages
 from engine.decoding.criteria import decide
 from engine.decoding.requests import Generating, scripted_layer, threshold_of
@@ -302,7 +303,7 @@ class PackedDecoder:
             cache.values,
             cache.states,
             cache.shape.block_size,
-            torch.logit(torch.tensor(thresholds)),
+            log_odds(torch.tensor(thresholds)),
             _ints(scripts),
             _ints(least),
             _ints(most),

@@ -41,6 +41,7 @@ def test_the_error_is_told_and_not_the_frames_behind_it():
     """torch prints frames of C++ behind what it says."""
     said = "========= COMPUTE-SANITIZER\nTraceback (most recent call last):\ntorch.AcceleratorError: CUDA error: busy\n"
     said += "Exception raised from f at g.cpp:3 (most recent call first):\nframe #0: c10::Error()\n\nframe #1: _start\n"
+    said += "========= Error: process didn't terminate successfully\n========= ERROR SUMMARY: 0 errors\n"
     assert sanitizers.last_words(said) == "torch.AcceleratorError: CUDA error: busy"
     assert sanitizers.last_words("") == "" and sanitizers.last_words("killed\n\n") == "killed"
 
@@ -136,6 +137,21 @@ while not os.path.exists({str(tmp_path / "pid")!r}):
         sanitizers.main([*call, "--jobs", "2", "--output", str(tmp_path / "found.json")])
     assert time.monotonic() - began < 60
     assert ended(int((tmp_path / "pid").read_text()))
+
+
+def test_graphs_have_the_device_for_themselves(tmp_path):
+    run(tmp_path, f"""
+import os, time
+mine = f"{{tool}} {{group}}.runs"
+open(os.path.join({str(tmp_path)!r}, mine), "w").close()
+time.sleep(0.3)
+others = [name for name in os.listdir({str(tmp_path)!r}) if name.endswith(".runs") and name != mine]
+print("others: " + ", ".join(others) if group == "graph" and others else f"{{group}}: ran")
+os.remove(os.path.join({str(tmp_path)!r}, mine))
+print("========= ERROR SUMMARY: 0 errors")
+""")  # fmt: skip
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert all(row["errors"] == 0 for row in rows), rows
 
 
 @pytest.mark.parametrize(
