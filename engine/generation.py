@@ -148,7 +148,7 @@ class DecoderEngine:
 
     executor     "graph" (a step is one CUDA graph launch; the default on CUDA, with lazy copying), "packed", or
                  "reference" (no cache, the oracle: very slow)
-    state_copy   "lazy" or "eager": see ``PackedDecoder``
+    state_copy   "lazy" or "eager": see ``PackedDecoder``. Nothing to the reference, which copies no states
     cache_bytes  memory for keys, values and exit states of all rows; default 1 GiB, or less where the model's longest
                  sequences for 64 rows need less. The reference keeps none
     private      nobody else holds ``model``, so its weights need no watching until somebody asks for it

@@ -333,7 +333,13 @@ class _Program:
             layers, probs = a.exit_layers[:n].tolist(), a.exit_probs[:n].tolist()
             outputs = StepOutputs(logits_by_exit(self._model, a.normed[:n], layers), layers, probs)
             self._mark(host)
-            return lambda: outputs
+
+            def finished() -> StepOutputs:
+                if host.done is not None:  # the heads still read the arena, which the next step may have from elsewhere
+                    host.done.synchronize()
+                return outputs
+
+            return finished
         logits = a.logits[:n].clone() if wants_logits else None
         host.told.copy_(self._step.told, non_blocking=True)
         self._mark(host)

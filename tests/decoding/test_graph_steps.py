@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine
+from engine.decoding import graph as graph_module
 from engine.decoding import graph_step
 from engine.decoding.cache import PagedCache, Pages
 from engine.decoding.generate import begin, generate_packed, take_tokens
@@ -351,6 +352,28 @@ def test_a_stream_and_a_run_take_turns(place):
             assert lm.run([[5, 7, 9], [3, 1]], **options).token_ids == alone.token_ids
     assert [[t.token_id for t in found] for found in told] == alone.token_ids
     assert [[t.exit_layer for t in found] for found in told] == alone.exit_layers
+
+
+def test_heads_of_their_own_are_waited_for(monkeypatch):
+    """They read the states of a step behind its graph, and a step from another stream would write over them."""
+    finished = []
+
+    class Done:
+        def synchronize(self):
+            finished.append(self)
+
+    class Program(graph_module._Program):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._hosts = [host._replace(done=Done()) for host in self._hosts]
+
+        def _mark(self, host):
+            pass
+
+    monkeypatch.setattr(graph_module, "_Program", Program)
+    model = tiny_decoder(seed=3, head="own")
+    (sequence,), decoder = by_programs(model, random_requests(1, seed=4), max_rows=1)
+    assert decoder._programs and len(finished) == len(sequence.new) - 1 > 3, "a step each but for the prompt's token"
 
 
 def test_threads(place):
