@@ -3,9 +3,8 @@
     python -m engine.bench.sanitizers [--output bench/results/sanitizers.json] [--jobs 8]
 
 Every tool of compute-sanitizer runs every group of ``sanitize`` in a process of its own, those of ``ALONE`` after the
-others and one at a time. A row has the number of errors
-(of hazards, for racecheck) and, for a race, the places in the source that the tool names. The result file is written
-after every row; those still to come stand in it without a number.
+others and one at a time. A row has the number of errors (of hazards, for racecheck) and, for a race, the places in the
+source that the tool names. The result file is written after every row; those still to come stand in it without number.
 """
 
 from __future__ import annotations

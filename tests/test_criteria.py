@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import engine
-from engine.criteria import Criterion, ExitReading, Policy, Scripted, Swept, make_criterion
+from engine.criteria import Criterion, ExitReading, Policy, Scripted, Swept, log_odds, make_criterion
 from engine.criteria.base import check_threshold
 from engine.executors import packed as packed_module
 from tests.tiny import every_exit, padded, random_rows, tiny_model
@@ -309,6 +309,13 @@ def test_depth_limits_hold_for_every_criterion(model, executor):
     assert runner.run(padded(ROWS), criterion=Never(), max_depth=limits).exit_layers.tolist() == limits
     assert runner.run(padded(ROWS), criterion=Always()).exit_layers.tolist() == [1] * 50
     assert runner.run(padded(ROWS), criterion=Never()).exit_layers.tolist() == [4] * 50
+
+
+@pytest.mark.parametrize("count", [1, 7, 40, 1000])
+def test_log_odds(count):
+    probabilities = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    torch.testing.assert_close(log_odds(probabilities), torch.logit(probabilities), rtol=1e-6, atol=1e-6)
+    assert log_odds(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-math.inf, 0.0, math.inf]
 
 
 def test_a_criterions_own_range_is_checked(packed, monkeypatch):

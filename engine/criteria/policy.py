@@ -9,7 +9,7 @@ from engine.criteria.base import Criterion, ExitReading, Swept
 
 
 def log_odds(probabilities: Tensor) -> Tensor:
-    """log(p / (1 - p)): what torch.logit gives, to the bit, by operations that do not share 40 numbers among threads.
+    """log(p / (1 - p)): torch.logit's own formula, by operations that do not share 40 numbers among threads.
 
     torch's threads go on spinning when they have nothing to do, for a millisecond and more: a tokenizer that wants the
     cores for the next part of a batch then takes twice as long (16 cores).
