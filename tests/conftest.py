@@ -33,6 +33,18 @@ def gpu():
         pytest.skip("there is no CUDA device")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where the graph executor runs step by step, and where it captures graphs."""
+    if request.param == "cuda":
+        request.getfixturevalue("gpu")
+        from engine.kernels.graphs import conditional_nodes_problem
+
+        if reason := conditional_nodes_problem():
+            pytest.skip(reason)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny.tiny_tokenizer()
