@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -302,6 +303,12 @@ def write_task(folder: Path, rows: dict[str, int] | None = None, seed: int = 0) 
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "labels.json").write_text(json.dumps(list(LABELS)))
     return folder
+
+
+def profiler_event(name: str, start: float, end: float, device: str = "CPU") -> SimpleNamespace:
+    """What a torch profiler says of a call of the host ("CPU"), or of what ran on the device ("CUDA")."""
+    kind = getattr(torch.autograd.DeviceType, device)
+    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
 
 
 def disturb_captures(monkeypatch) -> list[int]:

@@ -298,8 +298,7 @@ class _Program:
     def close(self) -> None:
         """Behind all steps, whose streams the allocator does not know. What was captured has left nothing running."""
         for host in self._hosts:
-            if host.done is not None:
-                host.done.synchronize()
+            self._wait_for(host)
         if self._graph is not None:
             self._graph.close()
 
@@ -335,8 +334,7 @@ class _Program:
             self._mark(host)
 
             def finished() -> StepOutputs:
-                if host.done is not None:  # the heads still read the arena, which the next step may have from elsewhere
-                    host.done.synchronize()
+                self._wait_for(host)  # the heads still read the arena, which the next step may have from elsewhere
                 return outputs
 
             return finished
@@ -345,8 +343,7 @@ class _Program:
         self._mark(host)
 
         def read() -> StepOutputs:
-            if host.done is not None:
-                host.done.synchronize()
+            self._wait_for(host)
             told = host.told[:n]
             probs = told[:, 2].contiguous().view(torch.float32)
             return StepOutputs(logits, told[:, 1].tolist(), probs.tolist(), told[:, 0].tolist())
@@ -357,6 +354,11 @@ class _Program:
         """Here ends what the step does in buffers of the program and the arena."""
         if host.done is not None:
             host.done.record(torch.cuda.current_stream(self._device_given.device))
+
+    def _wait_for(self, host: _Host) -> None:
+        """For what was marked."""
+        if host.done is not None:
+            host.done.synchronize()
 
     def _fill(self, host: _Host, batch: list[tuple[Generating, Pages]], ahead: int) -> None:
         h, size = host.fields, self._cache.shape.block_size

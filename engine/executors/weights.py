@@ -286,11 +286,13 @@ class WatchedWeights(Generic[W]):
             self._listing = self._list()
             state = self._read_state()
             weights = self._derive(self.model)
-            if state is not None and self._read_places() != state[0]:
+            parameters = self._parameters()
+            if state is not None and parameters is not None:
                 # Deriving may move parameters into a storage that they share, which is no change. Where a value has
                 # changed meanwhile, the state from before is kept: the next look derives again.
-                moved = self._read_state()
-                state = moved if moved is not None and moved[1] == state[1] else state
+                places = self._places(parameters)
+                if places != state[0] and _contents(parameters) == state[1]:
+                    state = places, state[1]
             self._held = weights, state
             return weights
 
@@ -305,30 +307,30 @@ class WatchedWeights(Generic[W]):
         return children, slots, adapters
 
     def _read_state(self) -> tuple[tuple, tuple] | None:
-        """Everything that the derived weights depend on: where parameters are, and what they hold."""
-        places = self._read_places()
-        return None if places is None else (places, _contents(self._parameters()))
+        """Everything that the derived weights depend on: where parameters are, and what they hold. None where the
+        modules are no longer those listed."""
+        parameters = self._parameters()
+        return None if parameters is None else (self._places(parameters), _contents(parameters))
 
-    def _read_places(self) -> tuple | None:
-        """None where the modules are no longer those listed."""
-        children, _, adapters = self._listing
+    def _parameters(self) -> list[Tensor] | None:
+        children, slots, _ = self._listing
         for module, modules, behaviour in children:
             if module._modules != modules or _behaviour(module) != behaviour:
                 return None
         try:
-            parameters = self._parameters()
+            parameters = [owner[name] for owner, name in slots]
         except KeyError:
             return None
+        return [p for p in parameters if p is not None]
+
+    def _places(self, parameters: list[Tensor]) -> tuple:
+        adapters = self._listing[2]
         return (
             [id(p) for p in parameters],
             [p.data_ptr() for p in parameters],
             [(tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters) for m in adapters],
             [tuple(m.scaling.items()) for m in adapters if hasattr(m, "scaling")],
         )
-
-    def _parameters(self) -> list[Tensor]:
-        found = (owner[name] for owner, name in self._listing[1])
-        return [p for p in found if p is not None]
 
 
 def _behaviour(module: nn.Module) -> tuple:

@@ -16,6 +16,7 @@ from engine.bench.record import RESULTS
 from engine.bench.report import calls_inside, may_wait
 from engine.decoding import graph
 from engine.generation import DecoderEngine
+from tests.tiny import profiler_event as event
 
 COMMITTED = RESULTS / "decoder_h100.json"
 
@@ -221,10 +222,6 @@ def test_what_the_host_does_in_steps(tiny, monkeypatch):
 
 
 def test_calls_inside_a_span_are_the_hosts():
-    def event(name, start, end, device="CPU"):
-        kind = getattr(torch.autograd.DeviceType, device)
-        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
-
     events = [
         event("a", 0, 10), event("cudaGraphLaunch", 1, 2), event("aten::add", 2, 3), event("cudaFree", 4, 5),
         event("cudaMemcpy", 10, 11), event("b", 11, 12), event("cudaMemset", 11, 12), event("a", 20, 30),

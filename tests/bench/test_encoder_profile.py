@@ -12,6 +12,7 @@ import torch
 from engine.bench import encoder_h100, encoder_profile, encoder_session
 from engine.bench.encoder_figures import OURS
 from engine.bench.encoder_profile import Span, shares, short_name, table, typical
+from tests.tiny import profiler_event
 
 PRODUCT = "void consistentee::cuda::product_kernel<{}, {}, false, 31>(consistentee::cuda::ProductArgs)"
 
@@ -26,8 +27,7 @@ def test_names_without_what_is_around_them():
 
 
 def event(name, start, end, device="CUDA"):
-    kind = getattr(torch.autograd.DeviceType, device)
-    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+    return profiler_event(name, start, end, device)
 
 
 def test_copies_and_fills_are_work_and_waits_are_not():
