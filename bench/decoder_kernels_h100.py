@@ -280,9 +280,47 @@ def delta_op(m: _Maker, rank: int, width: int) -> Op:
               4.0 * rank * width * m.rows, moved)  # fmt: skip
 
 
+def step_op(m: _Maker) -> Op:
+    """Every other row goes on, from the first; the next layer owes each of those two positions."""
+    layers, splits = 32, policy_splits(m.rows, m.shape.hidden, m.shape.neurons)
+    stay, owed = -(-m.rows // 2), 2
+    written = ("to", "layers", "probs", "counts_to", "marks", "owed", "owed_at")
+
+    def make() -> dict[str, Any]:
+        made = {name: m.ints(m.rows, value=value) for name, value in
+                {"script": 0, "least": 1, "most": layers, "layers": 0, "to": 0}.items()}  # fmt: skip
+        partial = torch.rand(m.rows, splits, device=m.device)
+        partial[::2] *= -1
+        made |= {"partial": partial, "b2": torch.zeros(1, device=m.device)}
+        made |= {"threshold": torch.zeros(m.rows, device=m.device), "probs": torch.zeros(m.rows, device=m.device)}
+        made |= {"positions": m.ints(m.rows, value=m.context - 1), "table": m.ints(m.rows, -(-m.context // _BLOCK))}
+        made |= {"marks": m.ints(m.rows, layers), "counts_to": m.ints(2)}
+        made |= {name: m.ints(m.rows * m.context) for name in ("owed", "owed_at")}
+        restore(made)
+        return {**m.lists(), **made}
+
+    def restore(t: dict[str, Any]) -> None:
+        """Watermarks move on: a second call on the same tensors would find nothing owed."""
+        for name in written:
+            t[name].zero_()
+        t["marks"].fill_(m.context - 1 - owed)
+
+    def runs(function: Callable) -> Callable:
+        def call(t: dict[str, Any]) -> tuple[Tensor, ...]:
+            function(t["partial"], t["b2"], t["order"], t["counts"], 5, DECIDE, t["threshold"], t["script"], t["least"],
+                     t["most"], t["layers"], t["probs"], t["to"], t["counts_to"], 6, t["positions"], t["table"], _BLOCK,
+                     t["marks"], t["owed"], t["owed_at"])  # fmt: skip
+            return tuple(t[name] for name in written)
+
+        return call
+
+    # What refuses shared memory reads addresses: nothing for torch.compile.
+    return Op("who leaves, what is owed", "exit", make, {KERNEL: runs(step_rows_), PLAIN: runs(step_rows__ref)}, None,
+              0.0, 4 * (splits + 12) * m.rows + 12 * owed * stay, restore=restore)  # fmt: skip
+
+
 def exit_ops(m: _Maker) -> list[Op]:
-    hidden, words, layers = m.shape.hidden, m.shape.vocabulary, 32
-    splits = policy_splits(m.rows, hidden, m.shape.neurons)
+    words = m.shape.vocabulary
 
     def greedy_tensors() -> dict[str, Any]:
         made = {"told": m.ints(m.rows, 3), "ids": m.ints(m.rows), "layers": m.ints(m.rows, value=5)}
@@ -298,31 +336,10 @@ def exit_ops(m: _Maker) -> list[Op]:
         t["ids"].copy_(ids)
         return torch.stack([ids, t["layers"], t["probs"].view(torch.int32)], 1)
 
-    def step_tensors() -> dict[str, Any]:
-        made = {name: m.ints(m.rows, value=value) for name, value in
-                {"script": 0, "least": 1, "most": layers, "layers": 0, "to": 0}.items()}  # fmt: skip
-        blocks = -(-m.context // _BLOCK)
-        made |= {"partial": torch.randn(m.rows, splits, device=m.device), "b2": torch.zeros(1, device=m.device)}
-        made |= {"threshold": torch.zeros(m.rows, device=m.device), "probs": torch.zeros(m.rows, device=m.device)}
-        made |= {"positions": m.ints(m.rows, value=m.context - 1), "table": m.ints(m.rows, blocks)}
-        made |= {"marks": m.ints(m.rows, layers, value=m.context - 3), "counts_to": m.ints(2)}
-        return {**m.lists(), **made, "owed": m.ints(m.rows * m.context), "owed_at": m.ints(m.rows * m.context)}
-
-    def step(function: Callable) -> Callable:
-        def call(t: dict[str, Any]) -> tuple[Tensor, ...]:
-            function(t["partial"], t["b2"], t["order"], t["counts"], 5, DECIDE, t["threshold"], t["script"], t["least"],
-                     t["most"], t["layers"], t["probs"], t["to"], t["counts_to"], 6, t["positions"], t["table"], _BLOCK,
-                     t["marks"], t["owed"], t["owed_at"])  # fmt: skip
-            return t["to"], t["layers"], t["probs"]
-
-        return call
-
     return [
         *(policy_op(m, neurons) for neurons in NEURONS[m.shape]),
         *(delta_op(m, rank, width) for rank, width in DELTAS[m.shape]),
-        # What refuses shared memory reads addresses: nothing for torch.compile.
-        Op("who leaves, what is owed", "exit", step_tensors, {KERNEL: step(step_rows_), PLAIN: step(step_rows__ref)},
-           None, 0.0, m.rows * 4 * (splits + 12)),
+        step_op(m),
         Op("greedy token", "exit", greedy_tensors, {KERNEL: greedy, PLAIN: plain_greedy}, plain_greedy, 0.0,
            m.rows * words * 4),
     ]  # fmt: skip

@@ -89,6 +89,7 @@ class Op:
     math   the plain function of the tensors that torch.compile gets, None where there is nothing to compile
     flops, bytes  of one call with a full buffer
     copied        time a copy of as many bytes, too
+    restore       gives the tensors back what a call changes that the next would read; ahead of calls, outside the clock
     """
 
     name: str
@@ -100,6 +101,7 @@ class Op:
     bytes: int
     configs: dict[str, Callable[[dict[str, Any]], Result]] = field(default_factory=dict)
     copied: bool = False
+    restore: Callable[[dict[str, Any]], object] | None = None
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
@@ -434,9 +436,15 @@ def _joined(result: Result) -> Tensor:
 
 def check(op: Op, tensors: dict[str, Any], dtype: torch.dtype, also: Iterable[str] = ()) -> None:
     """RuntimeError where the kernel, or another competitor of the full buffer, differs from plain torch."""
-    expected = _joined(op.runs[PLAIN](tensors))
+
+    def run(name: str) -> Tensor:
+        if op.restore is not None:
+            op.restore(tensors)
+        return _joined(op.runs[name](tensors))
+
+    expected = run(PLAIN)
     for name in (KERNEL, *also):
-        found = _joined(op.runs[name](tensors))
+        found = run(name)
         allowed = _TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
         difference = float((found - expected).abs().max())
         if not difference <= allowed:  # not a number, too
@@ -456,9 +464,13 @@ def copies_for(tensors: dict[str, Any], cache_bytes: int) -> int:
 
 
 def time_on_device(
-    runs: dict[str, Callable[[dict[str, Any]], Result]], sets: list[dict[str, Any]], repeats: int
+    runs: dict[str, Callable[[dict[str, Any]], Result]],
+    sets: list[dict[str, Any]],
+    repeats: int,
+    restore: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Timing]:
-    """Seconds of one call of each competitor: graphs of one call on every set, replayed in turns."""
+    """Seconds of one call of each competitor: graphs of one call on every set, replayed in turns; with ``restore`` one
+    replay a reading of the clock, and every set restored ahead of it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiled and warm before anything is captured
@@ -474,11 +486,14 @@ def time_on_device(
             for tensors in sets:
                 run(tensors)
         graphs[name] = graph
-    replays = max(1, 32 // len(sets))
+    replays = 1 if restore is not None else max(1, 32 // len(sets))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(-2, repeats):
         for name in graphs if number % 2 == 0 else reversed(list(graphs)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if restore is not None:
+                for tensors in sets:
+                    restore(tensors)
             start.record()
             for _ in range(replays):
                 graphs[name].replay()
@@ -490,11 +505,15 @@ def time_on_device(
 
 
 def time_on_host(
-    runs: dict[str, Callable[[dict[str, Any]], Result]], sets: list[dict[str, Any]], repeats: int
+    runs: dict[str, Callable[[dict[str, Any]], Result]],
+    sets: list[dict[str, Any]],
+    repeats: int,
+    restore: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Timing]:
     """The same without a device, so that everything but the graphs can be tried anywhere."""
     calls = {name: lambda run=run: [run(tensors) for tensors in sets] for name, run in runs.items()}
-    measured = interleave(calls, repeats=repeats, warmup=1)
+    before = None if restore is None else lambda: [restore(tensors) for tensors in sets]
+    measured = interleave(calls, repeats=repeats, warmup=1, before=before)
     return {name: Timing(tuple(s / len(sets) for s in found.timing.seconds)) for name, found in measured.items()}
 
 
@@ -517,11 +536,11 @@ def measure(
         torch._dynamo.reset()
         runs[COMPILED] = torch.compile(op.math, dynamic=False)
     timer = time_on_device if on_device else time_on_host
-    found = {(name, None): timing for name, timing in timer(runs, sets, repeats).items()}
+    found = {(name, None): timing for name, timing in timer(runs, sets, repeats, op.restore).items()}
     if sweep:
         for config, run in op.configs.items():
             try:
-                found[(KERNEL, config)] = timer({config: run}, sets, repeats)[config]
+                found[(KERNEL, config)] = timer({config: run}, sets, repeats, op.restore)[config]
             except Exception as error:  # a tile that this device cannot hold is a finding, not the end of the sweep
                 print(f"{op.name} {config}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
     rows = []

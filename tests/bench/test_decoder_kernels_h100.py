@@ -55,6 +55,20 @@ def test_keys_that_are_not_written_are_noticed(rows, owed):
     assert moved == sorted([2 * k for k in range(rows)] + [2 * k + 1 for k in range(owed)])
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_step_owes_at_every_call(rows):
+    op = bench.step_op(bench._Maker(bench.TINY, rows, 20, torch.float32, "cpu"))
+    tensors, stay = op.make(), (rows + 1) // 2
+    for name in (bench.KERNEL, bench.PLAIN):
+        op.restore(tensors)
+        op.runs[name](tensors)
+        assert tensors["counts_to"].tolist() == [stay, 2 * stay]
+        assert tensors["to"][:stay].tolist() == list(range(0, rows, 2))
+        assert tensors["owed_at"][: 2 * stay].tolist() == [17, 18] * stay
+    op.runs[bench.KERNEL](tensors)
+    assert tensors["counts_to"].tolist() == [stay, 0]
+
+
 def test_merged_files(tmp_path):
     """A later file's rows stand for those of the same op, rows and competitor; what was asked otherwise is refused."""
     output = tmp_path / "all.json"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -48,6 +49,26 @@ def test_copies_fill_the_cache_twice():
     one = {"x": torch.zeros(256), "pair": (torch.zeros(256), torch.zeros(256)), "nothing": None}
     assert bench.copies_for(one, 3072) == 2 and bench.copies_for(one, 15360) == 10
     assert bench.copies_for(one, 1) == 2 and bench.copies_for(one, 1 << 30) == 64
+
+
+def test_what_a_call_changes_is_restored():
+    """Ahead of every competitor that is held against plain torch, and of every reading of the clock."""
+    seen = []
+
+    def take(t):
+        seen.append(int(t["left"]))
+        t["left"].zero_()
+        return t["left"] + seen[-1]
+
+    runs = {bench.KERNEL: take, bench.PLAIN: take}
+    op = bench.Op("take", "exit", lambda: {"left": torch.ones(1)}, runs, None, 0.0, 4)
+    with pytest.raises(RuntimeError, match="take: kernel differs from plain torch by 1"):
+        bench.check(op, op.make(), torch.float32)
+    op = dataclasses.replace(op, restore=lambda t: t["left"].fill_(1))
+    seen.clear()
+    bench.check(op, op.make(), torch.float32)
+    bench.time_on_host(runs, [op.make(), op.make()], 3, op.restore)
+    assert seen == [1] * (2 + 2 * 2 * 4)
 
 
 def test_rows_are_written(tmp_path, capsys):
