@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.bench.kernels_h100 import KERNEL, PLAIN, Op, Shape, measure
+from engine.bench.kernel_timing import KERNEL, PLAIN, Op, Shape, measure
 from engine.bench.record import RESULTS, merged, same_in_all, write_result
 from engine.bench.report import memory_bandwidth
 from engine.console import show_table
