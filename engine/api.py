@@ -72,8 +72,8 @@ class Engine:
         """Be ready for batches of half to all of ``rows`` rows and ``tokens`` tokens in all, at default options: the
         graph executor compiles and captures now. Nothing to do for the others.
 
-        Rows of up to twice the mean length are expected (at least 32 tokens), and pairs where the model tells them
-        apart. Everything else is captured when it comes. ValueError where no batch has that size.
+        Rows of up to twice the mean length are expected (at least 32 tokens). Everything else is captured when it
+        comes. ValueError where no batch has that size.
         """
         most = rows * self.config.max_length
         if not 1 <= rows <= tokens <= most:
@@ -86,9 +86,13 @@ class Engine:
         criterion = make_criterion(self.config.criterion)
         options = self._options_reader.options(self.config, 1, criterion, None, None, None, None)
         longest = min(2 * -(-tokens // rows), self.config.max_length)
-        pairs = self._model.family.token_types and self._model.encoder_backbone.config.type_vocab_size > 1
-        for token_types in (False, True) if pairs else (False,):
-            prepare(rows, max(tokens, longest), longest, options, token_types)
+        try:
+            prepare(rows, max(tokens, longest), longest, options)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"out of memory on {self.device} while getting ready for {rows} rows of {tokens} tokens in all "
+                f"({error}): ask for smaller batches, free memory, or load the model in a smaller dtype"
+            ) from error
 
     def __repr__(self) -> str:
         c = self.config
@@ -135,6 +139,7 @@ class Engine:
         options = self._options_reader.options(
             self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers
         )
+        self.executor.look()
         tokens = rows.num_tokens if isinstance(rows, TokenRows) else None  # nobody knows yet
         if batch_tokens is None:
             # Asking a module for its device takes longer than it looks.
@@ -165,7 +170,8 @@ class Engine:
         middle = len(rows) // 2
         parts = slice(0, middle), slice(middle, len(rows))
         halves = [self._start(rows[part], select_rows(options, part))() for part in parts]
-        outputs = RowOutputs(*(torch.cat(column) for column in zip(*halves, strict=True)))
+        # One may have come from packed, on the device.
+        outputs = RowOutputs(*(torch.cat([x.cpu() for x in column]) for column in zip(*halves, strict=True)))
         return lambda: outputs
 
     def _run_all(

@@ -52,14 +52,15 @@ def captured(
     allocate; tried again where something did or CUDA was disturbed, since it may have been another thread and a capture
     is short. Threads take turns. Nothing runs on the stream any more when this returns or raises.
 
-    after  a stream that first comes to the end of what it has been given so far: where the buffers are being made
+    stream  one that nobody else has (``own_stream``): whatever is launched there is recorded
+    after   a stream that first comes to the end of what it has been given so far: where the buffers are being made
 
     What was ``passing`` in all attempts is raised; and whatever else record, compilers or CUDA raise.
     """
     with _turn:
         collecting = gc.isenabled()
         try:
-            if after is not None:  # inside the turn: the streams of torch's pool come round, and one may be captured
+            if after is not None:
                 stream.wait_stream(after)
             try:
                 with builder.rehearse(stream):

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "drop_with", "library"]
+__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "drop_with", "library", "prepare"]
 
 _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
 _dll: ctypes.CDLL | None = None
 _cuda_kernels = False
 _twins_for_cuda = False  # the compiled CUDA half cannot serve
+_bound: list[tuple[str, Callable]] = []  # ops and their twins
+LEAST_CAPABILITY = (8, 0)  # of the devices that the CUDA half is built for (setup.py)
 
 
 def available() -> bool:
@@ -73,9 +75,31 @@ def bind(name: str, twin: Callable) -> Callable:
     """
     if _dll is None:
         return twin
+    _bound.append((name, twin))
     if _twins_for_cuda or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", "CUDA"):
         _library.impl(name, twin, "CUDA", allow_override=True)
     return getattr(torch.ops.consistentee, name).default
+
+
+def prepare(device: torch.device) -> None:
+    """To be asked before tensors of ``device`` are worked on: where the compiled CUDA half was not built for it, the
+    twins serve all CUDA tensors from now on, with one warning. (Not when the package is imported: asking for a device
+    initialises CUDA.)"""
+    global _cuda_kernels, _twins_for_cuda
+    if device.type != "cuda" or not _cuda_kernels:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return
+    _cuda_kernels, _twins_for_cuda = False, True
+    for name, twin in _bound:
+        _library.impl(name, twin, "CUDA", allow_override=True)
+    least, found = (".".join(map(str, x)) for x in (LEAST_CAPABILITY, capability))
+    warnings.warn(
+        f"the extension is built for compute capability {least} and up, {device} has {found}: CUDA tensors use the "
+        "torch twins",
+        stacklevel=2,
+    )
 
 
 def _path() -> Path:

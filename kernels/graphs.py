@@ -43,6 +43,7 @@ __all__ = [
     "conditional_nodes_problem",
     "conditional_nodes_supported",
     "no_allocation",
+    "own_stream",
 ]
 
 
@@ -53,6 +54,7 @@ class _Batch(ctypes.Structure):
         *((name, c_void_p) for name in ("executable", "stream", "given", "host_given", "results", "host_results")),
         ("done", c_void_p),
         *((name, c_int64) for name in ("given_bytes", "results_bytes")),
+        ("device", c_int32),
     ]
 
 
@@ -70,9 +72,10 @@ _PROTOTYPES = {
     "abort": (None, [c_void_p]),
     "counts": (c_char_p, [c_void_p, POINTER(c_int64), POINTER(c_int64)]),
     "instantiate": (c_char_p, [c_void_p, POINTER(c_void_p)]),
-    "launch": (c_char_p, [c_void_p, c_void_p]),
+    "launch": (c_char_p, [c_void_p, c_void_p, c_int32]),
     "launch_batch": (c_char_p, [POINTER(_Batch)]),
-    "upload": (c_char_p, [c_void_p, c_void_p]),
+    "upload": (c_char_p, [c_void_p, c_void_p, c_int32]),
+    "new_stream": (c_char_p, [c_int32, POINTER(c_void_p)]),
     "destroy": (None, [c_void_p]),
     "supported": (c_int32, [c_int32, c_char_p, c_int32]),
 }
@@ -104,7 +107,7 @@ def conditional_nodes_problem(device: int | torch.device | None = None) -> str |
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if not extension.cuda_kernels():
-        return "the CUDA half of the extension cannot be used with this driver"
+        return "the CUDA half of the extension cannot be used here"
     reason = ctypes.create_string_buffer(256)
     index = device if isinstance(device, int) else getattr(device, "index", None)
     index = torch.cuda.current_device() if index is None else index
@@ -113,6 +116,32 @@ def conditional_nodes_problem(device: int | torch.device | None = None) -> str |
 
 def conditional_nodes_supported(device: int | torch.device | None = None) -> bool:
     return conditional_nodes_problem(device) is None
+
+
+_streams: dict[int, list[torch.cuda.Stream]] = {}  # by device: those that nobody owns at the moment
+
+
+def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody but ``owner`` has while it lives. RuntimeError where the driver gives none.
+
+    torch hands the streams of its pool out in turns, so that two who hold one need not know of each other; and what one
+    of them launches while the other one captures is recorded in its graph, and does not run.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free = _streams.setdefault(index, [])
+    try:
+        stream = free.pop()
+    except IndexError:
+        native, handle = _native(), c_void_p()
+        if isinstance(native, str):
+            raise RuntimeError(f"no stream can be made: {native}") from None
+        error = native["new_stream"](index, byref(handle))
+        if error is not None:
+            raise RuntimeError(f"CUDA: new stream: {error.decode()}") from None
+        stream = torch.cuda.ExternalStream(handle.value, torch.device("cuda", index))
+    # Not destroyed: torch's allocator knows memory by its stream, and a new one may come to stand at the same address.
+    weakref.finalize(owner, free.append, stream).atexit = False
+    return stream
 
 
 class Graph:
@@ -156,6 +185,7 @@ class Graph:
             done.cuda_event,
             given.nbytes,
             results.nbytes,
+            stream.device.index,
         )
         return partial(self._call, "launch_batch", pointer(call))
 
@@ -165,7 +195,7 @@ class Graph:
 
     def _enqueue(self, name: str, stream: torch.cuda.Stream | None) -> None:
         stream = torch.cuda.current_stream(self.device) if stream is None else stream
-        self._call(name, self._executable, stream.cuda_stream)
+        self._call(name, self._executable, stream.cuda_stream, stream.device.index)
 
     def _call(self, name: str, *arguments) -> None:
         if not self._finalizer.alive:

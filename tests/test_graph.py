@@ -17,6 +17,7 @@ import engine
 from engine.criteria import Policy, make_criterion
 from engine.executors import graph as graph_module
 from engine.executors import graph_pass
+from engine.executors import weights as weights_module
 from engine.executors.graph import Capacity, capacity_for
 from tests.test_executors import FP32, assert_equals_reference, random_options
 from tests.tiny import (
@@ -228,14 +229,98 @@ def test_a_capacity_is_made_once(device, monkeypatch):
     assert 1 <= first <= 2 and len(made) == first
 
 
-def test_old_programs_go(device, monkeypatch):
-    monkeypatch.setattr(graph_module, "_MAX_PROGRAMS", 2)
+def programs_made(monkeypatch) -> list[Capacity]:
+    """Grows by the capacity of every program that is made."""
+    made, original = [], graph_module._Program.__init__
+
+    def init(self, weights, arena, capacity, *rest):
+        made.append(capacity)
+        original(self, weights, arena, capacity, *rest)
+
+    monkeypatch.setattr(graph_module._Program, "__init__", init)
+    return made
+
+
+def test_what_a_large_batch_needed_does_not_push_out_small_ones(device, monkeypatch):
+    """Its buffers alone are more than the limit; theirs are not."""
     fast, oracle = both(tiny_model().to(device))
-    for size in (1, 9, 30, 1, 9):
-        rows = random_rows(size, seed=size)
-        got, want = fast.run(padded(rows), batch_tokens=10**6), oracle.run(padded(rows), batch_tokens=10**6)
+    large, *small = (padded(random_rows(size, seed=size)) for size in (60, 1, 9))
+    made = programs_made(monkeypatch)
+    fast.run(large, batch_tokens=10**6)
+    (alone,) = fast.executor._programs.values()
+    monkeypatch.setattr(fast.executor, "_limit", lambda: alone.arena.bytes)
+    for batch in (*small, *small, *small):
+        got, want = fast.run(batch), oracle.run(batch)
         assert torch.equal(got.exit_layers, want.exit_layers)
-        assert len(fast.executor._programs) <= 2
+    assert len(made) == 4 and len(fast.executor._programs) == 2, "the first small one took the large buffers over"
+
+
+def test_no_memory_for_a_program_costs_the_others_first(device, monkeypatch):
+    fast, oracle = both(tiny_model().to(device))
+    small, large = (padded(random_rows(size, seed=size)) for size in (3, 40))
+    fast.run(small)
+    original, held = graph_module.Arena.__init__, []
+
+    def short(self, *given):
+        held.append(len(fast.executor._programs))
+        if fast.executor._programs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(self, *given)
+
+    monkeypatch.setattr(graph_module.Arena, "__init__", short)
+    got = fast.run(large, batch_tokens=10**6)
+    assert held == [1, 0] and got.stats.micro_batches == 1 and len(fast.executor._programs) == 1
+    assert torch.equal(got.exit_layers, oracle.run(large).exit_layers)
+
+    def none(self, *given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph_module.Arena, "__init__", none)
+    with pytest.raises(RuntimeError, match="out of memory on .* for a single row of"):
+        fast.run(padded(random_rows(90, seed=1)), batch_tokens=10**6)
+    assert fast.executor._arena is None and not fast.executor._programs
+
+
+def test_values_that_change_in_place_cost_no_program(device, monkeypatch):
+    """Not of queries, keys and values, which are copied, nor of a module's own tensors, nor those made ahead."""
+    model = tiny_model().to(device)
+    fast, oracle = both(model)
+    fast.warm_up(16, 256)
+    made, batch = programs_made(monkeypatch), {"input_ids": torch.randint(5, 60, (12, 16))}
+    before = fast.run(batch, threshold=0.9)
+    layer = model.encoder_backbone.encoder.layer[1]
+    for weight in (layer.attention.self.value.weight, layer.attention.self.query.bias, layer.output.dense.weight):
+        with torch.no_grad():
+            weight += 0.3 * torch.randn_like(weight)
+        got = fast.run(batch, threshold=0.9)
+        assert not torch.allclose(got.logits, before.logits)
+        torch.testing.assert_close(got.logits, oracle.run(batch, threshold=0.9).logits, **FP32)
+        before = got
+    assert made == []
+    layer.output.dense.weight.data = layer.output.dense.weight.data.clone()
+    torch.testing.assert_close(fast.run(batch, threshold=0.9).logits, before.logits, **FP32)
+    assert [capacity.rows for capacity in made] == [16], "at the new place, as large as was asked for ahead"
+
+
+def test_a_run_looks_at_the_weights_once(device, monkeypatch):
+    model = tiny_model().to(device)
+    looks, original = [], weights_module._contents
+    monkeypatch.setattr(weights_module, "_contents", lambda found: (looks.append(1), original(found))[1])
+    for executor in ("graph", "packed"):
+        fast, batch = engine.from_module(model, executor=executor), padded(random_rows(20))
+        fast.run(batch)
+        looks.clear()
+        assert fast.run(batch, batch_tokens=16).stats.micro_batches > 5 and len(looks) == 1
+
+
+def test_token_types_come_and_go(device):
+    """In the buffers of one program."""
+    fast, oracle = both(tiny_model().to(device))
+    batch = padded(random_rows(5, seed=3))
+    types = torch.randint(0, 2, batch["input_ids"].shape)
+    for given in (batch, batch | {"token_type_ids": types}, batch, batch | {"token_type_ids": 1 - types}):
+        assert_same(fast.run(given), oracle.run(given), **FP32)
+    assert len(fast.executor._programs) == 1
 
 
 def test_programs_keep_to_their_share_of_memory(device, monkeypatch):
@@ -463,7 +548,6 @@ def replay(model, batches: int, runs: int) -> None:
     for case in cases:
         case.assert_found(fast.run(case.batch, **case.options))
     made = list(fast.executor._programs.values())
-    assert len(made) < graph_module._MAX_PROGRAMS
     on_device = model.device.type == "cuda"
 
     def allocated() -> int:

@@ -103,10 +103,51 @@ def test_a_warning_for_what_passes_one_for_options_and_one_for_good(failing):
     assert "a capture was disturbed, perhaps by another thread" in message and "previous error" in message
     assert failing.fast.executor._problem is None and failing.tries == 2, "each batch tries again"
     assert said(AllocationError("1 allocations")) == []
+    failing.fast.executor._pause = 0
     (message,) = said(NO_LUCK)
     assert "a capture failed (RuntimeError: CUDA: no luck)" in message
     tries = failing.tries
     assert said(NO_LUCK) == [] and failing.tries == tries
+
+
+def test_captures_that_are_always_disturbed_are_tried_less_and_less(failing, monkeypatch):
+    monkeypatch.setattr(graph_module, "_LONGEST_PAUSE", 7)
+    failing.error, tried = ENDED, []
+    batch = padded(random_rows(3))
+    with pytest.warns(UserWarning, match="disturbed, perhaps by another thread.*packed serves instead"):
+        for k in range(30):
+            before = failing.tries
+            failing.fast.run(batch)
+            if failing.tries > before:
+                tried.append(k)
+    assert tried == [0, 1, 3, 7, 15, 23]
+    monkeypatch.setattr(graph_module._Program, "capture", lambda program, stream: None)
+    monkeypatch.setattr(failing.fast.executor, "_stream", None)  # a program runs step by step again
+    for _ in range(10):
+        failing.fast.run(batch)
+    assert len(failing.fast.executor._programs) == 1 and failing.fast.executor._disturbed == 0
+
+
+def test_halves_of_a_batch_come_from_two_executors(device, monkeypatch):
+    """A batch too large for memory, whose second half another thread keeps from its graph: that one stays on the
+    device, where there is one."""
+    fast, oracle = both(tiny_model().to(device))
+    original, asked = fast.executor.submit, []
+
+    def submit(rows, options):
+        asked.append(len(rows))
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(asked) == 3:
+            return fast.executor._fall_back("other threads", "passing", rows, options)
+        return original(rows, options)
+
+    monkeypatch.setattr(fast.executor, "submit", submit)
+    batch = padded(random_rows(9))
+    with pytest.warns(UserWarning, match="other threads"):
+        got = fast.run(batch)
+    assert asked == [9, 4, 5]
+    assert_same(got, oracle.run(batch), rtol=1e-4, atol=3e-5)
 
 
 def test_out_of_memory_of_the_driver_is_the_callers(failing):

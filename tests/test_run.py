@@ -284,6 +284,16 @@ def test_nothing_is_captured_for_batches_that_were_prepared_for(model):
     assert len(fast.executor._programs) == len(made) + 1
 
 
+def test_a_small_batch_is_prepared_for_behind_a_large_one(model):
+    fast = engine.from_module(model, executor="graph")
+    fast.warm_up(16, 256)
+    fast.warm_up(8, 128)
+    made = set(fast.executor._programs)
+    assert len(made) == 2
+    fast.run({"input_ids": torch.randint(5, 60, (5, 16))})
+    assert set(fast.executor._programs) == made
+
+
 def test_softmax_ignores_the_callers_floating_point_errors(model):
     packed = engine.from_module(model, executor="packed")
     with torch.no_grad():

@@ -12,7 +12,7 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import engine
-from engine.executors.weights import WatchedWeights
+from engine.executors.weights import WatchedWeights, _contents
 from engine.loading import save_checkpoint
 from tests.tiny import assert_same, padded, random_rows, tiny_model
 
@@ -217,6 +217,17 @@ def test_writes_with_a_pattern_are_seen(model, packed, change, through_data):
         with torch.no_grad():
             STRUCTURED[change](module.weight.data if through_data else module.weight)
         assert_seen(packed, model, before, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_two_elements_that_change_places_are_seen(dtype):
+    generator = torch.Generator().manual_seed(3)
+    weight = (0.02 * torch.randn(768, 3072, generator=generator)).to(dtype)
+    before = _contents([weight])
+    for first, second in torch.randint(weight.numel(), (20, 2), generator=generator).tolist():
+        flat = weight.clone().flatten()
+        flat[[first, second]] = flat[[second, first]]
+        assert torch.equal(flat, weight.flatten()) or _contents([flat]) != before
 
 
 def test_zero_matrices_that_become_constant_are_seen(model, packed):

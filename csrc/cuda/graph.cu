@@ -23,6 +23,33 @@ void check(cudaError_t error, const char* what) {
   if (const char* text = cuda::error_text(error)) fail<std::runtime_error>("CUDA: ", what, ": ", text);
 }
 
+// Makes `device` the current one, and gives the old one back.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ != cudaSuccess || before_ == device) return;
+    error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  // What `f` returns on that device, or why it could not be made the current one.
+  template <class F>
+  const char* run(F&& f) const {
+    return cuda::error_text(error_ == cudaSuccess ? f() : error_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+
 enum class Condition { branch, choice };
 
 // --- what depends on the toolkit -------------------------------------------------------------------------------------
@@ -252,12 +279,14 @@ class Builder {
       if (cudaStreamIsCapturing(stream_, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone) {
         cudaGraph_t ended = nullptr;
         cudaStreamEndCapture(stream_, &ended);  // fails where the capture was invalidated, and ends it all the same
-        // The driver takes apart what it was recording into, which may be a body inside graph_: destroying that again
-        // has crashed. A small host object is lost instead.
-        if (status == cudaStreamCaptureStatusInvalidated) static_cast<void>(graph_.release());
+        taken_apart_ = taken_apart_ || status == cudaStreamCaptureStatusInvalidated;
       }
       cudaGetLastError();  // nobody's error any more
     }
+    // Where a capture was invalidated, the driver takes apart what it was recording into, which may be a body inside
+    // graph_: destroying that again has crashed. A small host object is lost instead.
+    if (taken_apart_) static_cast<void>(graph_.release());
+    taken_apart_ = false;
     graph_.reset();
     graphs_.clear();
     frames_.clear();
@@ -338,6 +367,7 @@ class Builder {
       return f();
     } catch (const std::exception& error) {
       broken_ = error.what();
+      taken_apart_ = true;
       throw;
     }
   }
@@ -397,6 +427,7 @@ class Builder {
   int64_t conditionals_ = 0;
   bool rehearse_ = false;
   bool finished_ = false;
+  bool taken_apart_ = false;  // see abort
   std::string broken_;  // why only abort is left
   std::string error_;
 };
@@ -444,24 +475,31 @@ const char* consistentee_graph_instantiate(void* builder, void** executable) {
   return of(builder)->guarded([&] { *executable = of(builder)->instantiate(); });
 }
 
-const char* consistentee_graph_launch(void* executable, void* stream) {
-  return consistentee::cuda::error_text(
-      cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)));
+const char* consistentee_graph_launch(void* executable, void* stream, int32_t device) {
+  return consistentee::OnDevice(device).run(
+      [&] { return cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)); });
 }
 const char* consistentee_graph_launch_batch(const GraphBatch* batch) {
-  const auto stream = static_cast<cudaStream_t>(batch->stream);
-  cudaError_t error =
-      cudaMemcpyAsync(batch->given, batch->host_given, batch->given_bytes, cudaMemcpyHostToDevice, stream);
-  if (error == cudaSuccess) error = cudaGraphLaunch(static_cast<cudaGraphExec_t>(batch->executable), stream);
-  if (error == cudaSuccess) {
-    error = cudaMemcpyAsync(batch->host_results, batch->results, batch->results_bytes, cudaMemcpyDeviceToHost, stream);
-  }
-  if (error == cudaSuccess) error = cudaEventRecord(static_cast<cudaEvent_t>(batch->done), stream);
-  return consistentee::cuda::error_text(error);
+  return consistentee::OnDevice(batch->device).run([&] {
+    const auto stream = static_cast<cudaStream_t>(batch->stream);
+    cudaError_t error =
+        cudaMemcpyAsync(batch->given, batch->host_given, batch->given_bytes, cudaMemcpyHostToDevice, stream);
+    if (error == cudaSuccess) error = cudaGraphLaunch(static_cast<cudaGraphExec_t>(batch->executable), stream);
+    if (error == cudaSuccess) {
+      error =
+          cudaMemcpyAsync(batch->host_results, batch->results, batch->results_bytes, cudaMemcpyDeviceToHost, stream);
+    }
+    if (error == cudaSuccess) error = cudaEventRecord(static_cast<cudaEvent_t>(batch->done), stream);
+    return error;
+  });
 }
-const char* consistentee_graph_upload(void* executable, void* stream) {
-  return consistentee::cuda::error_text(
-      cudaGraphUpload(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)));
+const char* consistentee_graph_upload(void* executable, void* stream, int32_t device) {
+  return consistentee::OnDevice(device).run(
+      [&] { return cudaGraphUpload(static_cast<cudaGraphExec_t>(executable), static_cast<cudaStream_t>(stream)); });
+}
+const char* consistentee_graph_new_stream(int32_t device, void** stream) {
+  return consistentee::OnDevice(device).run(
+      [&] { return cudaStreamCreateWithFlags(reinterpret_cast<cudaStream_t*>(stream), cudaStreamNonBlocking); });
 }
 void consistentee_graph_destroy(void* executable) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable)); }
 

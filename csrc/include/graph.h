@@ -7,7 +7,8 @@
 // everything: two captures on two streams share nothing. One thread at a time may use a builder.
 //
 // Functions return null, or what went wrong (text owned by the builder, until its next call). Misuse leaves the
-// capture as it was; a CUDA error leaves it to be aborted. The stream's device must be current.
+// capture as it was; a CUDA error leaves it to be aborted. While a graph is recorded, the stream's device must be current;
+// where it is launched the device is named.
 #pragma once
 #include <cstdint>
 
@@ -32,7 +33,7 @@ EE_EXPORT void consistentee_graph_abort(void* builder);
 EE_EXPORT const char* consistentee_graph_counts(void* builder, int64_t* nodes, int64_t* conditionals);
 EE_EXPORT const char* consistentee_graph_instantiate(void* builder, void** executable);
 
-EE_EXPORT const char* consistentee_graph_launch(void* executable, void* stream);
+EE_EXPORT const char* consistentee_graph_launch(void* executable, void* stream, int32_t device);
 // A batch: what the host gives is copied in, the graph runs, its results are copied out, `done` is recorded.
 struct GraphBatch {
   void* executable;
@@ -43,10 +44,14 @@ struct GraphBatch {
   void* host_results;
   void* done;  // cudaEvent_t
   int64_t given_bytes, results_bytes;
+  int32_t device;
 };
 EE_EXPORT const char* consistentee_graph_launch_batch(const GraphBatch* batch);
-EE_EXPORT const char* consistentee_graph_upload(void* executable, void* stream);
+EE_EXPORT const char* consistentee_graph_upload(void* executable, void* stream, int32_t device);
 EE_EXPORT void consistentee_graph_destroy(void* executable);
+
+// A new stream that does not wait for the default one. Nobody destroys it.
+EE_EXPORT const char* consistentee_graph_new_stream(int32_t device, void** stream);
 
 // 1 where conditional nodes work on `device`; else 0 and the reason.
 EE_EXPORT int32_t consistentee_graph_supported(int32_t device, char* reason, int32_t size);

@@ -29,7 +29,7 @@ from engine.decoding.requests import Generating
 from engine.executors.weights import WatchedWeights
 from engine.kernels.capture import captured, passing
 from engine.kernels.gpu_common import triton
-from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem
+from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, own_stream
 from engine.models.decoder import MultiExitDecoder
 
 _MAX_ROWS = 64
@@ -290,8 +290,9 @@ class _Program:
         # By streams: waiting for the device would end whatever another thread captures. Buffers of our own are made on
         # the current one, the arena was ready when it was looked at, and nobody's step is under way.
         # No row is live: what is not written yet is not read.
+        builder = GraphBuilder()
         self._graph = captured(
-            GraphBuilder(), torch.cuda.Stream(device), self._step.record, after=torch.cuda.current_stream(device)
+            builder, own_stream(builder, device), self._step.record, after=torch.cuda.current_stream(device)
         )
         self._graph.upload()
 

@@ -7,6 +7,7 @@ import torch
 from engine.executors.base import AtOnce, ExitOptions, PackedBatch, RowOutputs
 from engine.executors.packed import PackedExecutor
 from engine.executors.reference import ReferenceExecutor
+from engine.kernels.extension import prepare
 
 EXECUTORS = ("packed", "reference", "graph")
 
@@ -24,6 +25,8 @@ __all__ = [
 
 def executor_class(name: str, device: torch.device | None = None) -> type:
     """The executor of that name; "auto" is graph on CUDA, packed elsewhere. ValueError for a name that is none."""
+    if device is not None:
+        prepare(device)
     chosen = name
     if name == "auto":
         chosen = "graph" if device is not None and device.type == "cuda" else "packed"

@@ -30,13 +30,14 @@ from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights
 from engine.kernels.capture import captured, passing
 from engine.kernels.exit_rows import ExitDestinations
 from engine.kernels.gpu_common import triton
-from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem
+from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, own_stream
 from engine.models.encoder import MultiExitEncoder
 
-_MAX_PROGRAMS = 64
 _REMEMBERED = 64  # sizes of batches, for each record of options, whose program is known at once
-# Of the device's memory, for the buffers of all programs; beyond it, those used longest ago go.
+# Of the device's memory, for all programs; beyond it, those used longest ago go.
 _MEMORY_SHARE = 0.25
+_GRAPH_BYTES = 1 << 20  # of the device for one graph, about
+_LONGEST_PAUSE = 1024  # batches between two attempts at captures that are always disturbed
 
 
 def capacity_for(rows: int, tokens: int, longest: int, max_length: int) -> Capacity:
@@ -79,6 +80,7 @@ class _Slot:
         self._fields["row_ids"][:] = np.arange(rows)
         self._filled: tuple[ExitOptions, int] | None = None
         self._lengths: tuple[int, ...] = ()  # whose cu_seqlens and positions it holds
+        self._types = False  # whether it holds token types other than 0
 
     def fill(self, rows: TokenRows, options: ExitOptions) -> None:
         """The batch, and how its rows may leave: unless it is what the slot already holds (read-only records)."""
@@ -91,6 +93,9 @@ class _Slot:
             self._lengths = rows.lengths
         if rows.segments is not None:
             fields["token_type_ids"][:tokens] = rows.segments
+        elif self._types:
+            fields["token_type_ids"][:] = 0
+        self._types = rows.segments is not None
         if self._filled is not None and self._filled[0] is options and self._filled[1] == n:
             return
 
@@ -169,7 +174,8 @@ class _Program:
 
     def capture(self, stream: torch.cuda.Stream) -> None:
         """Rehearse (compiles what is not compiled, on no rows), then capture: see ``captured``."""
-        self.graph = captured(GraphBuilder(), stream, self._pass.record)
+        builder = GraphBuilder()
+        self.graph = captured(builder, own_stream(builder, self.device), self._pass.record, after=stream)
         self.graph.upload(stream)
 
     def submit(self, rows: TokenRows, options: ExitOptions, stream: torch.cuda.Stream | None) -> Callable:
@@ -231,22 +237,24 @@ class _Program:
     @property
     def bytes(self) -> int:
         """Of its own on the device, without the arena."""
-        return self._given.nbytes + self._results.nbytes + self._pass.bytes
+        graph = 0 if self.graph is None else _GRAPH_BYTES
+        return self._given.nbytes + self._results.nbytes + self._pass.bytes + graph
 
 
 class GraphExecutor:
     """Runs a MultiExitEncoder whose device is a GPU, in fp16, bf16 or fp32. Batches and options stay on the host.
 
     Falls back to ``packed`` where graphs cannot serve: for good without conditional nodes or after a capture that
-    failed; for one batch where other threads disturbed every attempt to capture; and for a criterion that is neither a
-    policy threshold nor a script, and float64. Each of the three with one warning that says why.
+    failed; where other threads disturbed every attempt to capture, for one batch, and each time that it happens again
+    for twice as many before the next attempt; and for a criterion that is neither a policy threshold nor a script, and
+    float64. Each of the three with one warning that says why.
     """
 
     name = "graph"
 
     def __init__(self, model: MultiExitEncoder, watching: bool = True):
         self._model = model
-        self.weights = WatchedWeights(model, watching, partial(derive, product=PlainLinear))
+        self.weights = WatchedWeights(model, watching, partial(derive, product=PlainLinear), in_place=True)
         self._packed: PackedExecutor | None = None
         self._warned: set[str] = set()
         self._problem: str | None = None
@@ -255,6 +263,8 @@ class GraphExecutor:
         self._warm: set[tuple[Capacity, Steps]] = set()  # of those that were made ahead
         self._recent: WeakKeyDictionary[ExitOptions, dict[tuple, tuple[tuple[Capacity, Steps], _Program]]]
         self._recent = WeakKeyDictionary()  # see ``_remember``
+        self._held: EncoderWeights | None = None  # what the programs are made of
+        self._disturbed, self._pause = 0, 0  # captures in a row; batches before the next attempt
         self._forget()
         self._place(model.device)
 
@@ -263,7 +273,6 @@ class GraphExecutor:
         self._programs.clear()
         self._warm.clear()
         self._recent.clear()
-        self._held: EncoderWeights | None = None  # what the programs were made of
         self._arena: Arena | None = None
 
     def _place(self, device: torch.device) -> None:
@@ -273,21 +282,44 @@ class GraphExecutor:
             self._problem = conditional_nodes_problem(device)
             if self._problem is None and triton is None:
                 self._problem = "triton is not installed"
-            self._stream = torch.cuda.Stream(device)
+            if self._problem is None:
+                self._stream = own_stream(self, device)
 
     def watch(self) -> None:
-        """From now on somebody else may change the module: look before every run."""
+        """From now on somebody else may change the module: ``look`` reads all weights."""
         self.weights.watching = True
         if self._packed is not None:
             self._packed.watch()
 
+    def look(self) -> None:
+        """See what somebody else has done to the module. Graphs are captured anew where weights have moved. Waits for
+        the device: once for all batches of a run."""
+        if not self.weights.watching:
+            return
+        with torch.inference_mode(), self._lock:
+            if self._model.device != self._device:
+                self._forget()
+                self._place(self._model.device)
+            if self._problem is None:
+                with self._own_stream():
+                    self._hold(self.weights.current())
+            if self._packed is not None:
+                self._packed.look()
+
     def refresh(self) -> None:
-        """Read the module's weights again now; graphs are captured anew."""
-        self.weights.refresh()
-        with self._lock:  # behind whoever has just looked up a program of the old weights
+        """Read the module's weights again now; graphs are captured anew where they have moved."""
+        with torch.inference_mode(), self._lock:
+            with self._own_stream():
+                self._hold(self.weights.refresh())
+            if self._packed is not None:
+                self._packed.refresh()
+
+    def _hold(self, weights: EncoderWeights) -> None:
+        """Programs are of these weights, or go."""
+        if weights is not self._held:
+            self._programs.clear()
             self._recent.clear()
-        if self._packed is not None:
-            self._packed.refresh()
+            self._held = weights
 
     def run(self, rows: TokenRows, options: ExitOptions) -> RowOutputs:
         """Exit layer, exit probability and class logits of every row, on the host. Waits once, for the results."""
@@ -295,20 +327,20 @@ class GraphExecutor:
 
     def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
-        seen = len(rows), rows.num_tokens, max(rows.lengths), rows.segments is None
+        seen = len(rows), rows.num_tokens, max(rows.lengths)
         with self._lock:
             known = self._recent.get(options)
-            if known is not None and seen in known and not self.weights.watching:
+            if known is not None and seen in known:
                 key, program = known[seen]
                 self._programs.move_to_end(key)
                 return program.submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
-            problem = self._trouble(options)
+            problem = self._problem or _unserved(self._model, options)
             kind = "options"
             if problem is None:
                 with self._own_stream():
-                    weights = self.weights.current()  # what it refuses is the caller's to mend
-                    made = self._made(lambda: self._program(weights, rows, options))
+                    self._hold(self.weights.held())  # what it refuses is the caller's to mend
+                    made = self._made(lambda: self._program(rows, options))
                     if not isinstance(made, str):
                         self._remember(options, seen, made)
                         return made.submit(rows, options, self._stream)
@@ -318,9 +350,9 @@ class GraphExecutor:
         return self._fall_back(problem, kind, rows, options)
 
     def _remember(self, options: ExitOptions, seen: tuple, program: _Program) -> None:
-        """The way of a batch like this one is short from now on, while nobody changes the model: same sizes, same
-        options (records that ``OptionsReader`` hands out again), same program, and nothing on the caller's stream to
-        wait for. What is known of options made for one call goes with them."""
+        """The way of a batch like this one is short from now on: same sizes, same options (records that
+        ``OptionsReader`` hands out again), same program, and nothing on the caller's stream to wait for. What is known
+        of options made for one call goes with them."""
         if self._stream is None or program.graph is None:
             return
         known = self._recent.setdefault(options, {})
@@ -328,32 +360,32 @@ class GraphExecutor:
             known.clear()
         known[seen] = next(reversed(self._programs)), program
 
-    def _trouble(self, options: ExitOptions) -> str | None:
-        """Why graphs cannot serve these options, or None; first of all, go where the model has gone."""
-        if self.weights.watching and self._model.device != self._device:
-            self._forget()
-            self._place(self._model.device)
-        return self._problem or _unserved(self._model, options)
-
-    def _made(self, make: Callable[[], _Program]) -> _Program | str:
+    def _made(self, make: Callable[[], _Program | str]) -> _Program | str:
         """What ``make`` returns; or why the program cannot be had, which is then this executor's problem (but for what
-        other threads did). Out of memory is the caller's: a smaller batch may do."""
+        other threads did). Out of memory first costs all other programs; then it is the caller's: a smaller batch may
+        do."""
         try:
             return make()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # Triton's and the compiler's share no base class
             disturbed = passing(error)
             if disturbed is not None:
+                self._disturbed += 1
+                self._pause = min(2 ** (self._disturbed - 1) - 1, _LONGEST_PAUSE)
                 return disturbed
-            if self._stream is None:
+            # Of the driver, too, which has only what torch's allocator leaves.
+            short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            if not short and self._stream is None:
                 raise
+            others = bool(self._programs)
             self._forget()
-            if "out of memory" in str(error):  # of the driver, not of torch's allocator, which holds the rest
-                torch.cuda.empty_cache()
+            if not short:
+                self._problem = f"a capture failed ({type(error).__name__}: {error})"
+                return self._problem
+            if not others:
                 raise torch.OutOfMemoryError(f"a graph could not be made: {error}") from error
-            self._problem = f"a capture failed ({type(error).__name__}: {error})"
-            return self._problem
+        # Here the error is gone, and with it what its frames held.
+        torch.cuda.empty_cache()
+        return self._made(make)
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -371,66 +403,68 @@ class GraphExecutor:
         with torch.cuda.stream(self._stream):
             yield
 
-    def warmup(self, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool = False) -> None:
+    def warmup(self, rows: int, tokens: int, longest: int, options: ExitOptions) -> None:
         """Make the program of a batch of that size ready; it then serves all batches from half of that size on (rows
         and tokens, whatever their longest row up to ``longest``). Where a capture fails, the first run says so."""
         with torch.inference_mode(), self._lock:
-            if self._trouble(options) is None:
+            if (self._problem or _unserved(self._model, options)) is None:
+                key = self._key(rows, tokens, longest, options)
                 with self._own_stream():
-                    weights = self.weights.current()
-                    self._made(lambda: self._program_of(weights, rows, tokens, longest, options, token_types))
-                    self._warm.add(self._key(rows, tokens, longest, options, token_types))
+                    self._hold(self.weights.held())
+                    self._made(lambda: self._program_at(key))
+                self._warm.add(key)
 
     def replayer(self, rows: TokenRows, options: ExitOptions) -> Callable[[], None]:
         """For benchmarks: the batch stands on the device; every call launches its pass again, and waits for nothing."""
         with torch.inference_mode(), self._lock, self._own_stream():
-            program = self._program(self.weights.current(), rows, options)
+            self._hold(self.weights.held())
+            program = self._program(rows, options)
+            if isinstance(program, str):
+                raise RuntimeError(f"no graph can be replayed: {program}")
             return program.replayer(rows, options, self._stream, self._lock)
 
-    def _program(self, weights: EncoderWeights, rows: TokenRows, options: ExitOptions) -> _Program:
-        longest, types = max(rows.lengths), rows.segments is not None
-        return self._program_of(weights, len(rows), rows.num_tokens, longest, options, types)
-
-    def _program_of(
-        self, weights: EncoderWeights, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool
-    ) -> _Program:
-        if weights is not self._held:
-            self._programs.clear()
-            self._recent.clear()
-            self._held = weights
-        key = self._key(rows, tokens, longest, options, token_types)
+    def _program(self, rows: TokenRows, options: ExitOptions) -> _Program | str:
+        key = self._key(len(rows), rows.num_tokens, max(rows.lengths), options)
         if key not in self._programs:
             key = self._covering(key) or key
+        return self._program_at(key)
+
+    def _program_at(self, key: tuple[Capacity, Steps]) -> _Program | str:
+        """The program, made where it is new; or why that is not tried at the moment."""
         program = self._programs.get(key)
         if program is None:
-            capacity, steps = key
+            if self._pause > 0:
+                self._pause -= 1
+                return f"captures were disturbed {self._disturbed} times in a row"
+            (capacity, steps), weights = key, self._held
             labels = self._model.config.num_labels
             first_position = self._model.family.first_position
             program = _Program(weights, self._room(capacity, weights), capacity, steps, labels, first_position)
             if self._stream is not None:
                 program.capture(self._stream)
+            self._disturbed = 0
             self._programs[key] = program
-            while len(self._programs) > 1 and (len(self._programs) > _MAX_PROGRAMS or self._bytes() > self._limit()):
+            while len(self._programs) > 1 and self._bytes() > self._limit():
                 self._programs.popitem(last=False)
                 self._recent.clear()
+            if self._bytes() > self._limit():
+                self._arena = None  # this one's alone is too large: others get a smaller one, and it is the next to go
         self._programs.move_to_end(key)
         return program
 
-    def _key(
-        self, rows: int, tokens: int, longest: int, options: ExitOptions, token_types: bool
-    ) -> tuple[Capacity, Steps]:
+    def _key(self, rows: int, tokens: int, longest: int, options: ExitOptions) -> tuple[Capacity, Steps]:
         config = self._model.config
         reads = tuple(k for k in config.exit_layers if k < options.deepest and options.reads_exit(k))
         criterion = "policy" if options.criterion.policy_threshold is not None else "scripted"
         capacity = capacity_for(rows, tokens, longest, config.max_length)
-        return capacity, Steps(criterion, reads, options.deepest, token_types)
+        return capacity, Steps(criterion, reads, options.deepest)
 
     def _covering(self, key: tuple[Capacity, Steps]) -> tuple[Capacity, Steps] | None:
-        """The smallest program that was made ahead and is not too large: up to twice the rows and tokens."""
+        """The smallest program that was asked for ahead and is not too large: up to twice the rows and tokens."""
         (rows, tokens, longest), steps = key
         found = [
             (have, others)
-            for have, others in self._warm & self._programs.keys()
+            for have, others in self._warm
             if others == steps
             and rows <= have.rows <= 2 * rows
             and tokens <= have.tokens <= 2 * tokens

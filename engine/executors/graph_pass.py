@@ -69,7 +69,6 @@ class Steps(NamedTuple):
     criterion: str
     reads: tuple[int, ...]
     deepest: int
-    token_types: bool
 
 
 class Live(NamedTuple):
@@ -133,7 +132,7 @@ class Pass:
         embed_layer_norm_rows_(
             hidden,
             given["input_ids"],
-            given["token_type_ids"] if steps.token_types else None,
+            None if w.token_type is None else given["token_type_ids"],
             given["positions"],
             w.word,
             w.token_type,

@@ -40,8 +40,12 @@ class PackedExecutor(AtOnce):
         self.weights = WatchedWeights(model, watching, derive)
 
     def watch(self) -> None:
-        """From now on somebody else may change the module: look before every run."""
+        """From now on somebody else may change the module: ``look`` reads all weights."""
         self.weights.watching = True
+
+    def look(self) -> None:
+        """See what somebody else has done to the module."""
+        self.weights.current()
 
     def refresh(self) -> None:
         """Read the module's weights again now."""
@@ -49,7 +53,7 @@ class PackedExecutor(AtOnce):
 
     def run(self, rows: TokenRows, options: ExitOptions) -> RowOutputs:
         """Exit layer, exit probability and class logits of every row. rows and options stand on the host."""
-        weights = self.weights.current()
+        weights = self.weights.held()
         if weights.plan is not None and options.no_comparison is None:
             return _run_at_once(weights.plan, rows, options)
         with torch.inference_mode():

@@ -43,6 +43,9 @@ class ReferenceExecutor(AtOnce):
     def watch(self) -> None:
         """Nothing to do: the module itself is run."""
 
+    def look(self) -> None:
+        """Nothing to do: the module itself is run."""
+
     def refresh(self) -> None:
         """Nothing to do: the module itself is run."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -257,7 +257,9 @@ def derive(model: MultiExitEncoder, product: type[PackedLinear] | type[PlainLine
 class WatchedWeights(Generic[W]):
     """Derived weights of one model, derived again when the model's have changed.
 
-    watching  whether anybody but the engine holds the model. Until then nothing can change and nothing is looked at.
+    watching   whether anybody but the engine holds the model. Until then nothing can change and nothing is looked at
+    in_place   where parameters hold other values at their old places, derived copies are written anew at theirs, and
+               the weights stay the same object: for who has captured where they stand, and reads no copy meanwhile
 
     Seen: everything that changes a value (optimiser steps, fused ones included, though torch counts no version for
     them; ``copy_``, ``load_state_dict``, writes through ``p.data``), new storage (``.to()``, ``p.data = ...``), new
@@ -265,16 +267,21 @@ class WatchedWeights(Generic[W]):
     The look costs one read of the weights: 3 ms for 10 M parameters.
     """
 
-    def __init__(self, model: M, watching: bool, derive: Callable[[M], W]):
+    def __init__(self, model: M, watching: bool, derive: Callable[[M], W], in_place: bool = False):
         self.model = model
         self.watching = watching
-        self._derive = derive
+        self._derive, self._in_place = derive, in_place
         self._lock = threading.Lock()
         self._held: tuple[W, tuple | None] | None = None  # weights, and the state they were derived from
         self._listing: tuple[list, list, list] = ([], [], [])
 
+    def held(self) -> W:
+        """The weights of the last look, or refresh."""
+        held = self._held
+        return self.refresh() if held is None else held[0]
+
     def current(self) -> W:
-        """The weights of this moment."""
+        """The weights of this moment: a look."""
         held = self._held
         if held is not None and (not self.watching or self._read_state() == held[1]):
             return held[0]
@@ -293,6 +300,10 @@ class WatchedWeights(Generic[W]):
                 places = self._places(parameters)
                 if places != state[0] and _contents(parameters) == state[1]:
                     state = places, state[1]
+            if self._in_place and self._held is not None:
+                old, known = self._held
+                if known is not None and state is not None and known[0] == state[0]:
+                    weights = _renewed(old, weights)
             self._held = weights, state
             return weights
 
@@ -333,6 +344,40 @@ class WatchedWeights(Generic[W]):
         )
 
 
+def _leaves(weights: Any) -> Iterator[Any]:
+    """Tensors and whatever else derived weights are made of, in order."""
+    if is_dataclass(weights):
+        weights = [getattr(weights, field.name) for field in fields(weights)]
+    elif isinstance(weights, dict):
+        weights = [*weights, *weights.values()]
+    if isinstance(weights, (list, tuple)):
+        yield len(weights)
+        for part in weights:
+            yield from _leaves(part)
+    else:
+        yield weights
+
+
+@torch.no_grad()
+def _renewed(old: W, new: W) -> W:
+    """``old`` with the values of ``new``, whose parameters stand where they stood: what has another place is a copy of
+    its own in both. ``new`` itself where something else than values has changed."""
+    leaves, copies = (list(_leaves(old)), list(_leaves(new))), []
+    if len(leaves[0]) != len(leaves[1]):
+        return new
+    for before, now in zip(*leaves, strict=True):
+        if not isinstance(before, Tensor) or not isinstance(now, Tensor):
+            if before is not now and before != now:
+                return new
+        elif (before.shape, before.dtype, before.device) != (now.shape, now.dtype, now.device):
+            return new
+        elif before.data_ptr() != now.data_ptr():
+            copies.append((before, now))
+    for before, now in copies:
+        before.copy_(now)
+    return old
+
+
 def _behaviour(module: nn.Module) -> tuple:
     """What else than tensors a module's result depends on: a forward of its own, hooks, a norm's eps."""
     return "forward" in vars(module), *(len(getattr(module, name)) for name in _HOOKS), getattr(module, "eps", None)
@@ -346,8 +391,10 @@ def _contents(parameters: list[Tensor]) -> tuple[list[int], list[int]]:
     for parameter in parameters:
         flat = parameter.detach().flatten()
         bits.append(torch.hash_tensor(flat))
-        numbers = _random_numbers(flat.dtype, flat.device)
-        products += [torch.dot(piece, numbers[: len(piece)]).double() for piece in flat.split(len(numbers))]
+        # In half precision two elements might change places unseen.
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        numbers = _random_numbers(wide, flat.device)
+        products += [torch.dot(piece.to(wide), numbers[: len(piece)]).double() for piece in flat.split(len(numbers))]
     # As bits: a NaN is then equal to itself.
     return torch.stack(bits).view(torch.int64).tolist(), torch.stack(products).view(torch.int64).tolist()
 

@@ -511,7 +511,7 @@ def test_programs_wait_for_streams_and_never_for_the_device(monkeypatch):
     """With everything of CUDA told, not done: a wait for the device ends what another thread captures."""
     told = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: pytest.fail("waits for the device"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "own")
+    monkeypatch.setattr(graph_module, "own_stream", lambda owner, device: "own")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: theirs)
     monkeypatch.setattr(graph_module, "GraphBuilder", lambda: "builder")
     theirs = SimpleNamespace(synchronize=lambda: told.append("theirs"))

@@ -5,13 +5,14 @@ import threading
 import pytest
 import torch
 
-from engine.kernels import extension
+from engine.kernels import extension, graphs
 from engine.kernels.graphs import (
     GraphBuilder,
     builder_problem,
     conditional_nodes_problem,
     conditional_nodes_supported,
     no_allocation,
+    own_stream,
 )
 from engine.kernels.survivors import survivors_
 from tests.kernels.test_survivors import case, expected
@@ -205,6 +206,35 @@ def test_errors_carry_the_text_of_cuda():
         builder._call("begin", 0x10, 0)
     with pytest.raises(RuntimeError, match="end: nothing is being captured"):
         builder._call("end")
+
+
+class Owner:
+    pass
+
+
+def test_a_stream_has_one_owner_at_a_time(monkeypatch):
+    made = []
+
+    def new_stream(index, handle):
+        made.append(index)
+        handle._obj.value = 100 + len(made)
+
+    monkeypatch.setattr(graphs, "_native", lambda: {"new_stream": new_stream})
+    monkeypatch.setattr(graphs, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (handle, device.index))
+    first, second, elsewhere = Owner(), Owner(), Owner()
+    zero, one = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert own_stream(first, zero) == (101, 0) and own_stream(second, zero) == (102, 0)
+    assert own_stream(elsewhere, one) == (103, 1)
+    del first
+    assert own_stream(second, zero) == (101, 0) and own_stream(elsewhere, one) == (104, 1)
+    assert made == [0, 0, 1, 1]
+    monkeypatch.setattr(graphs, "_native", lambda: {"new_stream": lambda index, handle: b"no luck"})
+    with pytest.raises(RuntimeError, match="CUDA: new stream: no luck"):
+        own_stream(second, zero)
+    monkeypatch.setattr(graphs, "_native", lambda: "the extension is not built")
+    with pytest.raises(RuntimeError, match="no stream can be made: the extension is not built"):
+        own_stream(second, zero)
 
 
 # --- on a device ---------------------------------------------------------------------------------------------------
@@ -451,6 +481,50 @@ def test_two_captures_on_two_streams(cuda_device):
     for thread in threads:
         thread.join()
     assert not errors and results == [101.0, 111.0]
+
+
+@pytest.mark.gpu
+@needs_nodes
+def test_what_others_launch_during_a_capture_is_not_recorded(cuda_device):
+    """On every stream of torch's pool, and on one of another owner."""
+    builder, other = GraphBuilder(), Owner()
+    stream, theirs = own_stream(builder, cuda_device), own_stream(other, cuda_device)
+    pool = [torch.cuda.Stream() for _ in range(64)]
+    assert stream.cuda_stream not in {s.cuda_stream for s in (*pool, theirs)}
+    x, y = (torch.zeros(1, device="cuda") for _ in range(2))
+    torch.cuda.synchronize()
+    with builder.capture(stream):
+        x.add_(1)
+        for one in (*pool, theirs):
+            with torch.cuda.stream(one):
+                y.add_(1)
+            one.synchronize()
+        x.add_(1)
+    assert y.item() == len(pool) + 1
+    run(builder.instantiate(), stream)
+    assert x.item() == 2 and y.item() == len(pool) + 1
+    assert builder.num_nodes == 2
+
+
+@pytest.mark.gpu
+@needs_nodes
+def test_a_graph_of_another_device_than_the_current_one(cuda_device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    builder = GraphBuilder()
+    stream = own_stream(builder, torch.device("cuda", 1))
+    x, flag = torch.zeros(1, device="cuda:1"), ints(1, device="cuda:1")
+    torch.cuda.synchronize(1)
+    with builder.capture(stream), builder.when(flag):
+        x.add_(1)
+    graph = builder.instantiate()
+    assert torch.cuda.current_device() == 0
+    graph.upload(stream)
+    for _ in range(3):
+        graph.launch(stream)
+    assert torch.cuda.current_device() == 0
+    stream.synchronize()
+    assert x.item() == 3
 
 
 @pytest.mark.gpu

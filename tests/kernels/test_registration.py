@@ -238,3 +238,29 @@ def test_twins_serve_cuda_where_the_compiled_half_cannot():
         x = torch.randn(3, 2)
         assert torch.equal(op(x, torch.tensor([2])), x[2:])
     """)
+
+
+@needs_extension
+def test_twins_serve_devices_that_the_compiled_half_is_not_built_for():
+    out = run("""
+        import warnings
+        import torch
+        import engine
+        from engine.executors import executor_class
+        from engine.kernels import extension
+        extension._cuda_kernels, told = True, []
+        torch.cuda.get_device_capability = lambda device: (8, 0) if device.index == 0 else (7, 5)
+        extension._library.impl = lambda name, twin, key, allow_override: told.append((name, key))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            executor_class("packed", torch.device("cuda", 0))
+            assert told == [] and extension.cuda_kernels()
+            for _ in range(2):
+                executor_class("packed", torch.device("cuda", 1))
+        assert [name for name, _ in told] == [name for name, _ in extension._bound]
+        assert ("compact_lead", "CUDA") in told and not extension.cuda_kernels()
+        print(*(w.message for w in caught))
+    """)
+    assert out.strip() == (
+        "the extension is built for compute capability 8.0 and up, cuda:1 has 7.5: CUDA tensors use the torch twins"
+    )
