@@ -115,6 +115,10 @@ def _exits(rows: Rows, model: str) -> list[dict[str, Any]]:
         row = _one(rows, part="exits", model=model, batch=batch, competitor=OURS)
         value = row.get(ratio, {})
         more = {"mean_depth": row["mean_depth"]} if row and ratio == "realised" else {}
+        if more and "decided_realised" in row:
+            decided = {"value": "device", "host_to_host": "host"}
+            more["policies_decide"] = {name: row["decided_realised"].get(clock) for name, clock in decided.items()}
+            more["policies_decide"]["mean_depth"] = row["decided_depth"]
         return {"value": value.get("device"), "host_to_host": value.get("host"), **more}
 
     found = []

@@ -49,6 +49,7 @@ from engine.bench.encoder_session import (
     Session,
     Subject,
     check_served,
+    decide_half_depth,
     half_depth,
     make_engine,
     make_module,
@@ -134,7 +135,8 @@ def half_depth_cases(scripts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
 
 
 def exit_rows(session: Session, subject: Subject, batch: Batch, where: Mapping[str, Any]) -> Rows:
-    """Exits removed, exits that never fire, and half of the depth, ours and the naive early exit's."""
+    """Exits removed, exits that never fire, and half of the depth: by a script, ours and the naive early exit's, and as
+    policies decide."""
     layers, scripts = subject.layers, half_depth(len(batch.lengths), subject.layers)
     where = {**where, "setting": "exits"}
     try:
@@ -143,6 +145,9 @@ def exit_rows(session: Session, subject: Subject, batch: Batch, where: Mapping[s
             "nobody": ours(subject.engine, batch, [{"threshold": 1.0}]),
             "half": ours(subject.engine, batch, half_depth_cases(scripts)),
         }
+        decided = decide_half_depth(subject, batch)
+        entries["decided"] = ours(subject.engine, batch, decided, checked=False)
+        depths = [run_ours(subject.engine, batch, case).exit_layers.float().mean().item() for case in decided]
     except Exception as error:
         print(f"{where['part']} {OURS}: {peers.one_line(error)}", flush=True)
         return [{**where, "competitor": OURS, "error": peers.one_line(error)}]
@@ -152,7 +157,10 @@ def exit_rows(session: Session, subject: Subject, batch: Batch, where: Mapping[s
     mean_depth = sum(map(sum, scripts)) / sum(map(len, scripts))
     speedup = found["removed"].over(found["half"])
     row = {**where, "competitor": OURS, "mean_depth": mean_depth, "layers": layers}
-    row |= {name: found[name].to_dict() for name in ("removed", "nobody", "half")}
+    row |= {name: found[name].to_dict() for name in ("removed", "nobody", "half", "decided")}
+    row["decided_depth"] = sum(depths) / len(depths)
+    speedup_decided = found["removed"].over(found["decided"])
+    row["decided_realised"] = {clock: x / (layers / row["decided_depth"]) for clock, x in speedup_decided.items()}
     row |= {"nobody_over_removed": found["nobody"].over(found["removed"])}
     row |= {"realised": {clock: value / (layers / mean_depth) for clock, value in speedup.items()}}
     return [row, *_naive_row(where, found, entries, mean_depth)]

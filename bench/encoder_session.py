@@ -159,15 +159,16 @@ def check_served(model: Engine) -> None:
         raise RuntimeError(f"the graph executor cannot serve here: {problem}")
 
 
-def ours(model: Engine, batch: Batch, cases: Sequence[Mapping[str, Any]]) -> Competitor:
-    """Our engine; arguments of ``run`` by turns. RuntimeError where rows leave elsewhere than a script says."""
+def ours(model: Engine, batch: Batch, cases: Sequence[Mapping[str, Any]], checked: bool = True) -> Competitor:
+    """Our engine; arguments of ``run`` by turns. RuntimeError where rows leave elsewhere than a script says, or without
+    one not at the last layer; checked=False: where the policies decide."""
     started = time.perf_counter()
     executor = model.executor
     for case in cases:
         found = run_ours(model, batch, case).exit_layers.tolist()
         check_served(model)
         expected = case.get("exit_layers", [model.config.num_layers] * len(found))
-        if found != list(expected):
+        if checked and found != list(expected):
             raise RuntimeError(f"rows left at {found[:8]}..., expected were {list(expected)[:8]}...")
     stream = executor._stream
     calls = [prepared(model, batch, case) for case in cases]
@@ -198,6 +199,43 @@ def spread_exits(rows: int, layers: int, seed: int = 0) -> list[int]:
 def half_depth(rows: int, layers: int) -> list[list[int]]:
     """Scripts whose mean exit layer is layers / 2: one, or for a single row every layer but the last in its turn."""
     return [[layer] for layer in range(1, layers)] if rows == 1 else [spread_exits(rows, layers)]
+
+
+_LOGIT_STEP = 0.5
+
+
+def decide_half_depth(subject: Subject, batch: Batch) -> list[dict[str, Any]]:
+    """Move the policies' last biases until they let rows leave as ``half_depth`` spreads them. Returns arguments of
+    ``run``, by turns: of one row the threshold says how deep it goes, of several each exit lets the surest go.
+
+    What policies say is Hugging Face's, in the module's dtype: rows that ours sees on the other side of a threshold
+    leave a few layers elsewhere.
+    """
+    module, layers, place = subject.module, subject.layers, subject.module.device
+    with torch.inference_mode(False), torch.no_grad():
+        said = module(batch.input_ids.to(place), batch.attention_mask.to(place)).policy_logits.float().cpu()
+        if len(said) == 1:
+            wanted = [_LOGIT_STEP * layer for layer in range(1, layers)]
+            shifts = [logit - float(z) for logit, z in zip(wanted, said[0], strict=True)]
+            thresholds = torch.sigmoid(torch.tensor(wanted) - _LOGIT_STEP / 2).tolist()
+            cases: list[dict[str, Any]] = [{"threshold": threshold} for threshold in thresholds]
+        else:
+            script, left, shifts = spread_exits(len(said), layers), torch.arange(len(said)), []
+            for layer in range(1, layers):
+                order = said[left, layer - 1].argsort(descending=True)
+                z, leaving = said[left[order], layer - 1], script.count(layer)
+                # As if one more stood at either end.
+                z = torch.cat([z[:1] + 2, z, z[-1:] - 2])
+                shifts.append(-float(z[leaving] + z[leaving + 1]) / 2)
+                left = left[order[leaving:]]
+                if len(left) == 0:
+                    shifts += [0.0] * (layers - 1 - layer)
+                    break
+            cases = [{}]
+        for policy, shift in zip(module.exits.policies, shifts, strict=True):
+            policy.out.bias += shift
+    subject.engine.refresh()
+    return cases
 
 
 # -- clocks --------------------------------------------------------------------------------------------------------

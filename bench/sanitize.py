@@ -191,6 +191,39 @@ def run_graph(device: str) -> None:
         done.synchronize()
 
 
+def run_passes(device: str) -> None:
+    """A small encoder's passes and a small decoder's steps as their engines run them, one graph each: rows that leave
+    everywhere, by policies and by scripts, with and without a pooler and a position bias, more rows than a node pays
+    for."""
+    import engine
+    from engine.bench.decoder_h100 import random_decoder, spread
+    from engine.bench.encoder_session import random_backbone
+
+    place, dtype = torch.device(device), torch.float16 if device == "cuda" else torch.float32
+    for family, pooler in (("bert", "none"), ("bert", "shared"), ("mpnet", "none")):
+        labels = ("yes", "no", "neither")
+        config = engine.EarlyExitConfig(4, (1, 2, 3, 4), pooler=pooler, labels=labels, max_length=512)
+        module = engine.MultiExitEncoder(random_backbone(family, tiny=True), config).eval().to(place, dtype)
+        runner = engine.from_module(module, executor="graph")
+        for lengths in ([1], [3, 1, 33, 2, 7], [5] * 24):
+            ids = torch.nn.utils.rnn.pad_sequence([torch.randint(5, 100, (n,)) for n in lengths], batch_first=True)
+            batch = {"input_ids": ids, "attention_mask": _mask(lengths)}
+            for options in ({}, {"threshold": 1.0}, {"threshold": 0.0}):
+                runner.run(batch, **options)
+            runner.run(batch, criterion="scripted", exit_layers=[1 + i % 4 for i in range(len(lengths))])
+    model = random_decoder("tiny", place, dtype, 64)
+    lm = engine.generation.DecoderEngine(model, executor="graph", cache_bytes=1 << 20)
+    for rows in (1, 5):
+        prompts = [[3 + i, 7, 9][: 1 + i % 3] for i in range(rows)]
+        lm.run(prompts, max_new_tokens=12, ignore_eos=True)
+        script = [spread(4, 12, 2.0)] * rows
+        lm.run(prompts, max_new_tokens=12, ignore_eos=True, criterion="scripted", exit_layers=script)
+
+
+def _mask(lengths: list[int]) -> Tensor:
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
 RUNS: dict[str, Callable[[str], None]] = {
     "packing": run_packing,
     "survivors": run_survivors,
@@ -199,6 +232,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "exits and norms": run_exits,
     "products": run_products,
     "graph": run_graph,
+    "passes": run_passes,
     **sanitize_triton.RUNS,
 }
 
@@ -213,7 +247,7 @@ def problem(name: str, device: str) -> str | None:
         return "the extension is not built"
     if device == "cuda" and not extension.cuda_kernels():
         return "the extension has no usable CUDA half"
-    if name == "graph":
+    if name in ("graph", "passes"):
         return graphs.conditional_nodes_problem() if device == "cuda" else graphs.builder_problem()
     return None
 

@@ -31,7 +31,7 @@ from engine.bench.record import RESULTS, figure, write_result
 
 # Conditional nodes under memcheck (2025.3.1): beside other processes the first launch mostly ends in an illegal address
 # that no kernel is charged with; alone it is clean, and so are 14 processes with 60 rounds each without the tool.
-ALONE = ("graph",)
+ALONE = ("graph", "passes")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Beyond its limit for printing a tool says once more how many "were not printed".
 _SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)\b(?! were not)")

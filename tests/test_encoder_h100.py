@@ -106,6 +106,20 @@ def test_spread_exits_have_half_of_the_depth():
                 assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("rows", [1, 2, 9, 40])
+def test_policies_decide_as_a_script_would_spread(rows):
+    session = session_module.Session(torch.device("cpu"), True, 1, (rows,), (), ())
+    one = session_module.subject(session, "bert-base")
+    batch = peers.random_batch(one.module, [16] * rows)
+    for _ in range(2):  # behind the first time, policies are no longer what they were
+        cases = session_module.decide_half_depth(one, batch)
+        depths = [session_module.run_ours(one.engine, batch, case).exit_layers.tolist() for case in cases]
+        if rows == 1:
+            assert depths == [[1], [2], [3]]
+        else:
+            assert sorted(depths[0]) == sorted(session_module.spread_exits(rows, 4)) and len(depths) == 1
+
+
 def test_mixes_have_real_lengths():
     found = json.loads(bench.LENGTHS.read_text())
     assert [len(found[mix]) for mix in bench.MIXES] == [512, 512, 277]
@@ -235,6 +249,7 @@ def test_a_tiny_run_and_a_merge(tmp_path, capsys):
         ("tiny-bert-base", 1), ("tiny-bert-base", 3), ("tiny-mpnet", 2)
     }  # fmt: skip
     assert all(row["mean_depth"] == 2.0 and row["layers"] == 4 for row in exits)
+    assert all(row["decided_depth"] == 2.0 and row["decided_realised"]["host"] > 0 for row in exits)
     assert len([row for row in measured if row["setting"] == "half depth" and row["part"] == "mixes"]) == 4
     left_out = {row["competitor"]: row["left_out"] for row in result["rows"] if "left_out" in row}
     assert set(left_out) == {peers.REDUCE_OVERHEAD, peers.MAX_AUTOTUNE, peers.PACKED, OURS}

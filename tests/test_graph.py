@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
 import warnings
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -113,6 +115,15 @@ def run_in_threads(work, *arguments) -> None:
 def test_graph_equals_reference(family, pooler, exits, device, moves):
     model = tiny_model(family, pooler, exits).to(device)
     assert_equals_reference(model, *both(model))
+
+
+@pytest.mark.parametrize("executor", ["graph", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_batches(family, executor, device):
+    model = tiny_model(family).to(device)
+    fast = engine.from_module(model, executor=executor)
+    for case in random_cases(model, 40, seed=5):
+        case.assert_found(fast.run(case.batch, **case.options))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 9])
@@ -429,8 +440,13 @@ def test_two_threads(device, engines):
         # A capture that the other thread disturbs every time costs that one batch its graph, which is not at stake.
         warnings.filterwarnings("ignore", message="the graph executor cannot serve .other threads allocate")
         run_in_threads(work, 0, 1)
-    for one in fast:
+    for one, own in zip(fast, cases, strict=True):
         assert one.executor._problem is None and one.executor._programs
+        one.executor._pause = 0
+        one.executor._warned.clear()
+        for case in own:
+            case.assert_found(one.run(case.batch, **case.options))
+    run_in_threads(work, 0, 1)  # of captured programs alone: a fallback would warn
 
 
 def test_four_threads_on_one_engine(device):
@@ -542,7 +558,7 @@ def test_a_pass_is_one_launch_without_host_synchronisation(gpu):
 
 def replay(model, batches: int, runs: int) -> None:
     """``runs`` runs of so many different batches in random order: no mismatch, no program that is made twice, and where
-    there is a device, no memory of it that is not given back."""
+    there is a device, no memory that is not given back: torch's there, the driver's, the host's."""
     fast, cases = engine.from_module(model, executor="graph"), random_cases(model, batches)
     fast.executor.weights.watching = False
     for case in cases:
@@ -550,17 +566,20 @@ def replay(model, batches: int, runs: int) -> None:
     made = list(fast.executor._programs.values())
     on_device = model.device.type == "cuda"
 
-    def allocated() -> int:
+    def held() -> tuple[int, int, int]:
         gc.collect()
         torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return torch.cuda.memory_allocated(), total - free, resident
 
-    before = allocated() if on_device else 0
+    before = held() if on_device else None
     for k in torch.randint(len(cases), (runs,), generator=torch.Generator().manual_seed(0)).tolist():
         cases[k].assert_found(fast.run(cases[k].batch, **cases[k].options))
     assert set(map(id, fast.executor._programs.values())) == set(map(id, made))
     if on_device:
-        assert allocated() == before
+        torchs, drivers, hosts = (now - then for now, then in zip(held(), before, strict=True))
+        assert torchs == 0 and drivers <= 1 << 21 and hosts <= 1 << 25, (torchs, drivers, hosts)
 
 
 def test_batches_in_any_order():
