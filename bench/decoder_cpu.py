@@ -4,9 +4,10 @@
     python -m engine.bench.decoder_cpu --checkpoint checkpoints/dolly-smollm2 --output FILE
 
 writes ``bench/results/decoder_cpu.json``. Competitors take turns in one run; a time is that of decoding
-``--new-tokens`` tokens behind a prompt of a few, the prompt's own pass left out (of Hugging Face's calls: the time of a
+``--new-tokens`` tokens behind a short question, the prompt's own pass left out (of Hugging Face's calls: the time of a
 call for one token taken off), head and draw included. Exits stand at every layer and are scripted, so weights need not
-have been trained for them; each exit's policy is computed all the same. With ``--checkpoint`` its policies decide.
+have been trained for them; each exit's policy is computed all the same. With ``--checkpoint`` its policies decide: they
+leave at other layers where a prompt does not look as in training, so the question is a chat where there is a template.
 
 What layers and head allow: a step at mean depth d of L takes h + (1 - h) d / L of a step at full depth, h being the
 share of the head, which every token pays whole.
@@ -30,7 +31,7 @@ from engine.generation import DecoderEngine
 from engine.loading import attach_exits, load_model, read_config
 
 THEIRS, PREFILL = "Hugging Face generate", "Hugging Face generate, one token"
-PROMPT = "Tell me a story about a lighthouse."
+QUESTION = "Tell me a story about a lighthouse."
 
 
 def spread(layers: int, tokens: int, mean: float) -> list[int]:
@@ -39,6 +40,14 @@ def spread(layers: int, tokens: int, mean: float) -> list[int]:
     places = list(range(low, high + 1))
     mixed = [places[(k // 2) if k % 2 == 0 else -1 - k // 2] for k in range(len(places))]
     return [layers] + [mixed[k % len(mixed)] for k in range(tokens - 1)]
+
+
+def prompt_ids(tokenizer: Any) -> list[int]:
+    """Of the question: in the tokenizer's chat template, as it stands where there is none."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(QUESTION)
+    chat = [{"role": "user", "content": QUESTION}]
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
 
 def head_seconds(lm: DecoderEngine) -> float:
@@ -68,12 +77,12 @@ def decided(threshold: float) -> dict[str, dict[str, Any]]:
 
 
 def competitors(
-    lm: DecoderEngine, exits: dict[str, dict[str, Any]], new: int, decode_s: dict[str, list[float]]
+    lm: DecoderEngine, prompt: list[int], exits: dict[str, dict[str, Any]], new: int, decode_s: dict[str, list[float]]
 ) -> dict[str, Callable[[], Any]]:
-    """Calls that decode ``new`` tokens of the prompt, by name; ours add the seconds of their steps to ``decode_s``."""
+    """Calls decoding ``new`` tokens behind a prompt, by name; ours add the seconds of their steps to ``decode_s``."""
     ours = {"exits removed": {"min_depth": lm.config.num_layers}, "nobody leaves": {"threshold": 1.0}, **exits}
     causal_lm, tokenizer = lm.model.language_model, lm.tokenizer
-    ids = torch.tensor([tokenizer.encode(PROMPT)])
+    ids = torch.tensor([prompt])
 
     def hugging_face(count: int) -> str:
         out = causal_lm.generate(
@@ -83,7 +92,7 @@ def competitors(
 
     def call(name: str, options: dict[str, Any]) -> Callable[[], Any]:
         def run() -> Any:
-            out = lm.run([PROMPT], max_new_tokens=new, ignore_eos=True, progress=False, **options)
+            out = lm.run([prompt], max_new_tokens=new, ignore_eos=True, progress=False, **options)
             decode_s.setdefault(name, []).append(out.stats.decode_s)
             return out
 
@@ -113,9 +122,12 @@ def main() -> None:
         _, config, reference = read_config(options.checkpoint)
         exits, kind = decided(config.threshold), "trained exits"
     lm = DecoderEngine(model.eval(), tokenizer, private=True)
-    lm.run([PROMPT], max_new_tokens=2)
+    prompt = prompt_ids(tokenizer)
+    lm.run([prompt], max_new_tokens=2)
     seconds: dict[str, list[float]] = {}
-    measured = interleave(competitors(lm, exits, options.new_tokens, seconds), repeats=options.repeats, warmup=1)
+    measured = interleave(
+        competitors(lm, prompt, exits, options.new_tokens, seconds), repeats=options.repeats, warmup=1
+    )
     seconds = {name: times[1:] for name, times in seconds.items()}  # the warm-up
     theirs, prefill = (measured[name].timing.seconds for name in (THEIRS, PREFILL))
     seconds[THEIRS] = [whole - first for whole, first in zip(theirs, prefill, strict=True)]
@@ -148,6 +160,7 @@ def main() -> None:
         {"timing": rows, "head_ms": 1e3 * head, "head_share": share},
         backbone=None if reference is None else {"source": reference.source, "sha256": reference.sha256},
         checkpoint=None if options.checkpoint is None else options.checkpoint.name,
+        prompt=tokenizer.decode(prompt),
         new_tokens=options.new_tokens,
     )
 

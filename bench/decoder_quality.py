@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from engine.backbones import BackboneReference
 from engine.bench.plots import check_path, save_figure
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
 from engine.bench.timer import interleave
@@ -397,7 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sets = read_policies(kept, o.alphas)
         except ValueError as error:
             parser.error(str(error))
-    bert = bert_score(_folder_of(o.scorer), o.scorer_layer, o.device)
+    folder, scorer = _scorer(o.scorer)
+    bert = bert_score(folder, o.scorer_layer, o.device)
     model, tokenizer = load_model(o.checkpoint)
     model = model.to(o.device)
     if "classifier" in o.criteria and not model.config.early_exit_classifier:
@@ -420,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures(rows, decoding),
         rows,
         decoding={"name": decoding, **sampling},
-        scorer={"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": o.scorer, "layer": o.scorer_layer},
+        scorer={"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": scorer, "layer": o.scorer_layer},
         prompts=len(tests),
         new_tokens=o.new_tokens,
         check_us={name: 1e6 * seconds for name, seconds in checked.items()},
@@ -456,11 +458,12 @@ def _nearest(examples: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, An
     return nearest
 
 
-def _folder_of(model: str) -> str:
-    """Where the scorer's weights are: a package may carry them."""
-    from engine.backbones import BackboneReference
-
-    return model if Path(model).is_dir() else str(BackboneReference(model).resolve())
+def _scorer(model: str) -> tuple[str, str]:
+    """Where the scorer's weights are (a package may carry them), and its name in results: a hub id, or the name of a
+    folder with the hash of its weights, for where it lies says nothing elsewhere."""
+    folder, sha256 = BackboneReference(model).found()
+    given = Path(model).expanduser().is_dir()
+    return str(folder), f"{folder.resolve().name} (sha256 {sha256})" if given else model
 
 
 if __name__ == "__main__":

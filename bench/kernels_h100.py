@@ -164,34 +164,35 @@ def attention_ops(m: _Maker) -> list[Op]:
     hidden, heads = m.shape.hidden, m.shape.num_heads
     scale = (hidden // heads) ** -0.5
     ops = []
-    for first_only in (False, True):
+    for first_only, biased in ((False, False), (True, False), (False, True)):
         rows = m.rows if first_only else m.tokens
 
-        def make(rows=rows) -> dict[str, Any]:
-            return {
-                "out": m.empty(rows, hidden),
-                "qkv": m.randn(m.tokens, 3 * hidden),
-                "cu": m.cu_seqlens(),
-                **m.counts(),
-            }
+        def make(rows=rows, biased=biased) -> dict[str, Any]:
+            made = {"out": m.empty(rows, hidden), "qkv": m.randn(m.tokens, 3 * hidden), "cu": m.cu_seqlens()}
+            if biased:  # of MPNet: one number for each distance, which torch takes as a matrix
+                bias = m.randn(heads, 2 * m.seqlen - 1)
+                place = torch.arange(m.seqlen, device=m.device)
+                made |= {"bias": bias, "matrix": bias[:, place - place[:, None] + m.seqlen - 1]}
+            return {**made, **m.counts()}
 
         def launch(t, counts, first_only=first_only, config=None) -> Tensor:
-            varlen_attention_(
-                t["out"], t["qkv"], t["cu"], counts, heads, scale, m.seqlen, first_only=first_only, config=config
-            )
+            varlen_attention_(t["out"], t["qkv"], t["cu"], counts, heads, scale, m.seqlen, t.get("bias"),
+                              first_only=first_only, config=config)  # fmt: skip
             return t["out"]
 
         def plain(t, first_only=first_only) -> Tensor:
-            # Equal lengths: torch needs no packing, its best case.
+            # Equal lengths: torch needs no packing, its best case. (The twin goes row by row, and reads on the host.)
             q, k, v = t["qkv"].view(m.rows, m.seqlen, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(q[:, :, :1] if first_only else q, k, v, scale=scale)
+            attended = F.scaled_dot_product_attention(
+                q[:, :, :1] if first_only else q, k, v, attn_mask=t.get("matrix"), scale=scale
+            )
             return attended.transpose(1, 2).reshape(-1, hidden)
 
         configs = {
             _config_name(c): lambda t, c=c, launch=launch: launch(t, t["counts"], config=c)
             for c in attention_configs_for(m.seqlen, hidden // heads, m.dtype, first_only)
         }
-        name = "attention, first tokens" if first_only else "attention"
+        name = "attention" + (", first tokens" if first_only else "") + (" + position bias" if biased else "")
         moved = ((2 if first_only else 3) * m.tokens * hidden + (2 if first_only else 1) * rows * hidden)
         runs = {**_kernel_runs(launch), PLAIN: plain}
         ops.append(

@@ -19,6 +19,7 @@ from engine.reading import check_tensors, naming, read_json, read_tensors, requi
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 INDEX = "model.safetensors.index.json"  # stands in for WEIGHTS where the tensors are spread over files (shards)
 DECODER = "llama"  # the one model_type that generates
+_CONVERSION = 2  # counted up when ``converted`` changes: folders that it made before are not taken up
 # Of the shards, the index tells the names: a repository may hold the same weights in one file, too.
 _PATTERNS = [
     CONFIG, WEIGHTS, INDEX, GENERATION, "tokenizer*", "vocab*", "special_tokens_map.json", "merges.txt", "*.jinja",
@@ -198,7 +199,7 @@ def converted(gguf: Path, sha256: str) -> Path:
     from engine.loading import write_folder, write_json
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consistentee"
-    folder = cache / f"{gguf.stem}-{sha256[:12]}"
+    folder = cache / f"{gguf.stem}-{sha256[:12]}-{_CONVERSION}"
     if (folder / WEIGHTS).is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -210,6 +211,7 @@ def converted(gguf: Path, sha256: str) -> Path:
         given = dict(gguf_file=gguf.name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+        _name_special_tokens(model, tokenizer, gguf)
     config = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
@@ -224,6 +226,22 @@ def converted(gguf: Path, sha256: str) -> Path:
         tokenizer.save_pretrained(target)
 
     return write_folder(folder, write)
+
+
+def _name_special_tokens(model: nn.Module, tokenizer: Any, gguf: Path) -> None:
+    """Give model and tokenizer the special tokens of the GGUF's own metadata: transformers (5.17) takes the first token
+    of a text for the last, and no token for padding."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            token = int(field.contents())
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+            setattr(model.config, f"{name}_token_id", token)
+            if name == "eos":
+                model.generation_config.eos_token_id = token
 
 
 def _package_folder(module: str) -> Path | None:
@@ -300,7 +318,7 @@ def load_backbone(folder: Path, config: Path | None = None) -> nn.Module:
     """The encoder of a Hugging Face folder, without pooler where the folder has none, or the LlamaForCausalLM; in fp32
     and eval mode.
 
-    config  the config.json to follow; the folder's own unless given
+    config  the config.json to follow, and the generation config beside it; the folder's own unless given
     Raises ValueError for a wrong config, a malformed index of shards, and for missing, unexpected, misshapen or
     non-finite tensors, each named; FileNotFoundError for a missing file.
     """
@@ -362,11 +380,19 @@ def _load_causal_lm(folder: Path, path: Path, hf_config: Any) -> nn.Module:
     model.load_state_dict(own, assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)  # its buffers have no tensors in a file
-    if (folder / GENERATION).is_file():
-        eos = read_json(folder / GENERATION).get("eos_token_id")
+    generation = path.with_name(GENERATION)  # a checkpoint's answers may end with another token than its backbone's
+    if generation.is_file():
+        eos = read_json(generation).get("eos_token_id")
         if eos is not None:
             model.generation_config.eos_token_id = eos
     return model.eval()
+
+
+def eos_ids(causal_lm: nn.Module) -> frozenset[int]:
+    """The tokens at which generation stops: those of the generation config, else of the config; may be none."""
+    found = getattr(causal_lm.generation_config, "eos_token_id", None)
+    found = causal_lm.config.eos_token_id if found is None else found
+    return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
 
 
 def _restore_buffers(model: nn.Module) -> None:

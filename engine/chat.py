@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from engine.generation import DecoderEngine
+from engine.decoding.requests import SEEDS
+from engine.generation import DecoderEngine, TokenStream
 
 _SHALLOW, _DEEP = (0, 170, 80), (220, 60, 40)
+_RESET = "/reset"
 
 
 def answer_prompts(
@@ -37,19 +39,31 @@ def answer_prompts(
     for k, prompt in enumerate(prompts):
         if k:
             console.print()
-        options = {**options, "seed": options["seed"] + (k > 0)}  # as in one run: row k draws from seed + k
-        _tell(console, lm, _prompt(lm, [_message("user", prompt)], raw), options, show_exits)
+            options = {**options, "seed": (options["seed"] + 1) % SEEDS}  # as in one run: row k draws from seed + k
+        _tell(console, lm, lm.stream(_prompt(lm, [_message("user", prompt)], raw), **options), show_exits)
 
 
 def chat(lm: DecoderEngine, options: dict[str, Any], raw: bool, show_exits: bool) -> None:
-    """A conversation on a terminal, until end of file. Ctrl-C ends an answer."""
+    """A conversation on a terminal, until end of file. Ctrl-C ends an answer, /reset forgets what has been said.
+
+    A message that cannot be answered, most often because all of them have become too long, is not kept.
+    """
+    lm.stream([0], **options).close()  # a wrong option is said before anybody is asked
     console = Console()
     messages: list[dict[str, str]] = []
-    console.print(Text(f"{lm!r}\nan empty line ends the chat", style="dim"))
+    console.print(Text(f"{lm!r}\nan empty line ends the chat, {_RESET} begins it anew", style="dim"))
     while (asked := _ask(console)).strip():
-        messages.append(_message("user", asked))
-        prompt = _prompt(lm, messages[-1:] if raw else messages, raw)
-        messages.append(_message("assistant", _tell(console, lm, prompt, options, show_exits)))
+        if asked.strip() == _RESET:
+            messages = []
+            continue
+        said = [*messages, _message("user", asked)]
+        try:
+            tokens = lm.stream(_prompt(lm, said, raw), **options)
+        except ValueError as error:
+            advice = f"this message is not kept: send a shorter one, or {_RESET}"
+            console.print(Text(f"error: {error}\n{advice}", style="red"), soft_wrap=True)
+            continue
+        messages = [*said, _message("assistant", _tell(console, lm, tokens, show_exits))]
 
 
 def _ask(console: Console) -> str:
@@ -70,10 +84,10 @@ def _prompt(lm: DecoderEngine, messages: list[dict[str, str]], raw: bool) -> Any
     return messages
 
 
-def _tell(console: Console, lm: DecoderEngine, prompt: Any, options: dict[str, Any], show_exits: bool) -> str:
+def _tell(console: Console, lm: DecoderEngine, stream: TokenStream, show_exits: bool) -> str:
     """Print a continuation token by token; returns its text."""
     text, layers = "", []
-    with lm.stream(prompt, **options) as tokens:
+    with stream as tokens:
         try:
             for token in tokens:
                 text += token.text

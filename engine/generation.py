@@ -9,28 +9,32 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
+from engine.backbones import eos_ids
 from engine.config import DecoderExitConfig
 from engine.decoding.cache import PagedCache, Pages
 from engine.decoding.criteria import check_criterion
 from engine.decoding.generate import Counts, Steps, begin, generate_packed, generate_reference, take_tokens
 from engine.decoding.packed import STATE_COPIES, PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
-from engine.decoding.requests import Generating, Request, Sampling
+from engine.decoding.requests import SEEDS, Generating, Request, Sampling, flag, integer
 from engine.executors import EXECUTORS
+from engine.kernels.extension import prepare
 from engine.models.decoder import MultiExitDecoder
 from engine.options import depth_limits, per_row
 
 _PROGRESS_AFTER_S = 1.0
 _DEFAULT_CACHE_BYTES = 1 << 30
 _MAX_ROWS = 64
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class GenerationStats:
                                 prompt yields at full depth; nan where there is none
     saved_layers                1 - mean_depth / num_layers: a depth figure, not a speed-up
     cache_bytes                 of keys, values and exit states, reserved for all rows together
+    peak_cache_bytes            how much of them was in use at a time, at most: whole blocks, open streams' too
     owed_settled                keys and values of one position in one layer that a later visit worked out
     preemptions                 rows that gave their cache back and were replayed
     """
@@ -57,6 +62,7 @@ class GenerationStats:
     decode_s: float
     wall_time_s: float
     cache_bytes: int
+    peak_cache_bytes: int
     owed_settled: int
     preemptions: int
 
@@ -167,6 +173,7 @@ class DecoderEngine:
         private: bool = False,
     ):
         check_decoder_options(executor, state_copy, cache_bytes)
+        prepare(model.device)
         if executor == "auto":
             executor = "graph" if model.device.type == "cuda" and state_copy == "lazy" else "packed"
         self._model, self.tokenizer, self.executor, self._watching = model, tokenizer, executor, not private
@@ -196,10 +203,7 @@ class DecoderEngine:
 
     @cached_property
     def _eos_ids(self) -> frozenset[int]:
-        causal_lm = self._model.language_model
-        found = getattr(causal_lm.generation_config, "eos_token_id", None)
-        found = causal_lm.config.eos_token_id if found is None else found
-        return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
+        return eos_ids(self._model.language_model)
 
     def __repr__(self) -> str:
         c = self.config
@@ -238,7 +242,7 @@ class DecoderEngine:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         threshold: float | Sequence[float] | None = None,
         min_depth: int | Sequence[int] | None = None,
@@ -252,8 +256,8 @@ class DecoderEngine:
 
         prompts       strings, chats (lists of {"role", "content"} for the tokenizer's template), or lists of token ids
         temperature, top_k, top_p, repetition_penalty   see ``Sampling``; temperature 0 is greedy
-        seed          row i draws from seed + i, whatever stands beside it
-        stop          strings that end a continuation, and are cut off
+        seed          row i draws from seed + i (modulo 2**64), whatever stands beside it
+        stop          strings that end a continuation, and are cut off; a special token's own stops at that token
         ignore_eos    go on behind the checkpoint's EOS ids
         threshold     a token leaves when its exit probability is above this; [0, 1]. Default: the model's
         min_depth     no token leaves before this layer; the number of layers removes all exits. Default 1
@@ -291,9 +295,9 @@ class DecoderEngine:
             self._release_abandoned()
             decoder = None if self.executor == "reference" else self._packed()
             if decoder is None:
-                steps = generate_reference(ReferenceDecoder(self._model), sequences)
+                steps = generate_reference(ReferenceDecoder(self._model), sequences, counts)
             else:
-                settled = -decoder.settled
+                settled, decoder.cache.peak_blocks = -decoder.settled, 0
                 steps = generate_packed(decoder, sequences, _MAX_ROWS, counts)
             for grown in steps:
                 bar.update(len(grown))
@@ -319,7 +323,7 @@ class DecoderEngine:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         threshold: float | None = None,
         min_depth: int | None = None,
@@ -344,7 +348,7 @@ class DecoderEngine:
             min_depth=min_depth,
             max_depth=max_depth,
             criterion=criterion,
-            exit_layers=exit_layers if exit_layers is None or isinstance(exit_layers, int) else [exit_layers],
+            exit_layers=exit_layers if exit_layers is None or isinstance(exit_layers, Integral) else [exit_layers],
         )
         (sequence,), stops = self._sequences([prompt], options)
         if self.executor == "reference":
@@ -354,7 +358,7 @@ class DecoderEngine:
             self._release_abandoned()
             decoder = self._packed()
             pages = Pages(decoder.cache)
-            needed = len(sequence.request.prompt) + max_new_tokens - 1
+            needed = len(sequence.request.prompt) + sequence.request.max_new_tokens - 1
             if decoder.cache.blocks_for(needed) > decoder.cache.free_blocks:
                 size = decoder.cache.shape.block_size
                 raise ValueError(
@@ -383,11 +387,10 @@ class DecoderEngine:
         """Checked sequences, of which nothing has run, and the stop strings."""
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts must be a list, got {type(prompts).__name__}: for one prompt, put it in a list")
-        new, sampling = o["max_new_tokens"], o["sampling"]
-        if isinstance(new, bool) or not isinstance(new, int) or new < 1:
-            raise ValueError(f"max_new_tokens must be a positive integer, got {new!r}")
+        new, sampling = integer("max_new_tokens", o["max_new_tokens"], 1, "1"), o["sampling"]
+        decay, ignore_eos = (flag(name, o[name]) for name in ("decay", "ignore_eos"))
         ids = [self._read(index, prompt) for index, prompt in enumerate(prompts)]
-        stops = self._read_stops(o["stop"])
+        stops, stop_ids = self._read_stops(o["stop"])
         limits = self._read_limits(len(ids), o["threshold"], o["min_depth"], o["max_depth"])
         scripts = self._read_scripts(len(ids), new, o["criterion"], o["exit_layers"])
         requests = []
@@ -401,11 +404,11 @@ class DecoderEngine:
                 Request(
                     prompt=tuple(prompt),
                     max_new_tokens=new,
-                    sampling=replace(sampling, seed=sampling.seed + k),
-                    stop_ids=frozenset() if o["ignore_eos"] else self._eos_ids,
+                    sampling=replace(sampling, seed=(sampling.seed + k) % SEEDS),
+                    stop_ids=stop_ids if ignore_eos else stop_ids | self._eos_ids,
                     criterion=self.config.criterion if o["criterion"] is None else o["criterion"],
                     threshold=limits[0][k],
-                    decay=o["decay"],
+                    decay=decay,
                     min_depth=limits[1][k],
                     max_depth=limits[2][k],
                     script=scripts[k],
@@ -421,6 +424,7 @@ class DecoderEngine:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"prompt {index} is an empty string: generation needs something to start from")
+            _check_text(f"prompt {index}", prompt)
             return self._tokenizer(index).encode(prompt)
         if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
             tokenizer = self._tokenizer(index)
@@ -429,6 +433,12 @@ class DecoderEngine:
             for place, message in enumerate(prompt):
                 if set(message) != {"role", "content"} or not all(isinstance(v, str) for v in message.values()):
                     raise ValueError(f"prompt {index}, message {place}, must have role and content, got {message!r}")
+                if message["role"] not in _ROLES:
+                    raise ValueError(
+                        f"prompt {index}, message {place}, must have one of the roles {', '.join(_ROLES)}, got "
+                        f"{message['role']!r}"
+                    )
+                _check_text(f"prompt {index}, message {place},", message["content"])
             return list(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
         if hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
@@ -441,24 +451,37 @@ class DecoderEngine:
             raise ValueError(f"prompt {index} is empty: generation needs at least one token to start from")
         vocab = self._model.language_model.config.vocab_size
         for place, token in enumerate(prompt):
-            if isinstance(token, bool) or not isinstance(token, int):
+            if isinstance(token, bool) or not isinstance(token, Integral):
                 raise TypeError(f"prompt {index} must hold token ids, got {token!r} at {place}")
             if not 0 <= token < vocab:
                 raise ValueError(f"prompt {index} has token id {token} at {place}, allowed are 0 to {vocab - 1}")
-        return list(prompt)
+        return list(map(int, prompt))
 
     def _tokenizer(self, index: int):
         if self.tokenizer is None:
             raise ValueError(f"prompt {index} is text and this model has no tokenizer: pass token ids")
         return self.tokenizer
 
-    def _read_stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    def _read_stops(self, stop: str | Sequence[str] | None) -> tuple[tuple[str, ...], frozenset[int]]:
+        """Stop strings, and the ids of those that are special tokens: no text shows these."""
+        given = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        if not isinstance(given, Iterable):
+            raise TypeError(f"stop must be a string, or a list of strings, got {stop!r}")
+        stops = tuple(given)
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop must hold strings of one character or more, got {list(stops)!r}")
         if stops and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
-        return stops
+        added = self.tokenizer.added_tokens_decoder.items() if stops else ()
+        special = {token.content: number for number, token in added if token.special}
+        for s in stops:
+            inside = [token for token in special if token in s]
+            if inside and s not in special:
+                raise ValueError(
+                    f"stop string {s!r} holds the special token {inside[0]!r}, which texts leave out: give the token "
+                    "alone, or the text without it"
+                )
+        return stops, frozenset(special[s] for s in stops if s in special)
 
     def _read_limits(self, n: int, threshold, min_depth, max_depth) -> tuple[list, list, list]:
         config = self.config
@@ -480,12 +503,17 @@ class DecoderEngine:
         if exit_layers is None:
             raise ValueError("the scripted criterion needs exit_layers: one layer, or a list for each prompt")
         known, layers = set(self.config.exit_layers), self.config.num_layers
-        if isinstance(exit_layers, int) and not isinstance(exit_layers, bool):
+        if isinstance(exit_layers, Integral) and not isinstance(exit_layers, bool):
             exit_layers = [[layers] + [exit_layers] * (new - 1)] * n
         if not isinstance(exit_layers, Sequence) or len(exit_layers) != n:
             raise ValueError(f"exit_layers must be one layer, or a list for each of {n} prompts")
         scripts = []
         for row, script in enumerate(exit_layers):
+            if not isinstance(script, Iterable):
+                raise TypeError(
+                    f"exit_layers[{row}] must be a list with a layer for each of {new} tokens, got {script!r}: for one "
+                    "layer for all, give it without a list"
+                )
             script = tuple(script)
             if len(script) < new:
                 raise ValueError(f"exit_layers[{row}] must have a layer for each of {new} tokens, got {len(script)}")
@@ -578,6 +606,7 @@ class DecoderEngine:
             decode_s=counts.decode_s,
             wall_time_s=seconds,
             cache_bytes=0 if decoder is None else decoder.cache.bytes,
+            peak_cache_bytes=0 if decoder is None else decoder.cache.peak_bytes,
             owed_settled=settled,
             preemptions=counts.preemptions,
         )
@@ -593,6 +622,15 @@ def _alone(decoder: PackedDecoder, sequence: Generating, pages: Pages) -> Iterat
             yield steps.take(lambda: rows, lambda: True)  # room for all of them is there
     finally:
         steps.close()
+
+
+def _check_text(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where} has half a surrogate pair, which no tokenizer takes: decode the text properly"
+        ) from None
 
 
 def _cut(text: str, stops: tuple[str, ...]) -> int | None:

@@ -15,8 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import engine
-from engine.backbones import CONFIG, INDEX, WEIGHTS, BackboneReference, load_backbone, weight_files
-from engine.loading import attach_exits, save_checkpoint
+from engine.backbones import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    WEIGHTS,
+    BackboneReference,
+    converted,
+    eos_ids,
+    load_backbone,
+    weight_files,
+)
+from engine.loading import attach_exits, load_tokenizer, save_checkpoint, write_json
 from tests.decoding.tiny import VOCAB, byte_tokenizer, tiny_decoder
 from tests.tiny import FAMILIES, LABELS, assert_same, padded, random_rows, tiny_backbone, tiny_tokenizer
 
@@ -127,6 +137,61 @@ def test_an_adapter_on_shards(kind, tmp_path):
     damage(shards_of(folder)[1])
     with pytest.raises(ValueError, match=f"sha256 of .*{INDEX} and its shards is .*, the checkpoint was trained on "):
         engine.load(small)
+
+
+def test_a_checkpoint_ends_answers_as_it_says(tmp_path):
+    """Not as its backbone does, which may end them with another token."""
+    folder = save(tmp_path / "lm", "llama", sharded=False)
+    assert eos_ids(load_backbone(folder)) == {2}
+    own = tmp_path / "checkpoint"
+    own.mkdir()
+    shutil.copy(folder / CONFIG, own)
+    for given, want in ([7, 9], {7, 9}), (7, {7}):
+        write_json(own / GENERATION, {"eos_token_id": given})
+        assert eos_ids(load_backbone(folder, own / CONFIG)) == want
+
+
+# -- from GGUF ---------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_are_those_of_the_gguf(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    tokens = ["<unk>", "<start>", "<end>", "<pad>", "a", "b", "c", "ab", "abc"]
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 4 + [1] * 5)
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(3)
+    products = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes = {f"blk.0.{name}": (8, 8) for name in products} | {"token_embd": (len(tokens), 8)}
+    shapes |= {name: (8,) for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm")}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    earlier = tmp_path / "consistentee" / "tiny-012345678901"  # of a release that took the first token for the last
+    earlier.mkdir(parents=True)
+    (earlier / WEIGHTS).touch()
+
+    folder = converted(tmp_path / "tiny.gguf", "0123456789012345")
+    model, tokenizer = load_backbone(folder), load_tokenizer(folder)
+    special = {"unk_token": "<unk>", "bos_token": "<start>", "eos_token": "<end>", "pad_token": "<pad>"}
+    assert tokenizer.special_tokens_map == special and tokenizer.eos_token_id == 2
+    assert eos_ids(model) == {2} and (model.config.bos_token_id, model.config.pad_token_id) == (1, 3)
 
 
 # -- their hash --------------------------------------------------------------------------------------------------

@@ -13,14 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.backbones import BackboneReference
+from engine.backbones import BackboneReference, eos_ids
 from engine.facts import TRAINING
 from engine.loading import attach_exits, save_checkpoint
 from engine.models.decoder import MultiExitDecoder
 from engine.train import card, decoder_phases
 from engine.train.data import split_file
 from engine.train.decoder_config import DecoderTrainConfig
-from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions, without
+from engine.train.instructions import (
+    Instruction,
+    TokenizedInstructions,
+    chat_template,
+    load_instructions,
+    without,
+)
 from engine.train.run import ResumableRun, trained_state
 from engine.train.start import seed_of
 
@@ -155,6 +161,14 @@ class DecoderTrainer(ResumableRun):
             raise ValueError(f"backbone {c.backbone} is no decoder: its exits are trained as a classifier's")
         if tokenizer is None:
             raise ValueError(f"backbone {c.backbone} has no tokenizer.json: text cannot be read")
+        stops = eos_ids(model.language_model)
+        if tokenizer.eos_token_id not in stops:
+            raise ValueError(
+                f"backbone {c.backbone}: training would end answers with the tokenizer's EOS token, id "
+                f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}), but generation stops at the ids {sorted(stops)}: "
+                "make eos_token in tokenizer_config.json and eos_token_id in generation_config.json agree"
+            )
+        tokenizer.chat_template = chat_template(tokenizer)  # of the checkpoint: chats look as what it was trained on
         for parameter in model.causal_lm.parameters():
             parameter.requires_grad_(False)
         if c.lora_rank:
@@ -221,7 +235,8 @@ def _model_card(record: dict[str, Any], model: MultiExitDecoder) -> str:
         "",
         "```python",
         "import engine",
-        f'print(engine.load("{config["output"]}").run(["Why is the sky blue?"]).texts)',
+        f'lm = engine.load("{config["output"]}")',
+        'print(lm.run([[{"role": "user", "content": "Why is the sky blue?"}]]).texts)',
         "```",
         "",
         "## Training",

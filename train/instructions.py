@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,25 @@ from engine.train.data import SUFFIXES, read_rows
 # Alpaca (Taori et al. 2023), which the paper trains and tests with.
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Write a response that appropriately completes the request."
 )
 _WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
+_INSTRUCTION, _INPUT, _RESPONSE = (f"\n\n### {name}:\n" for name in ("Instruction", "Input", "Response"))
+# Texts are trimmed, as rows are when they are read.
+_TURNS = r"""{{- with_input if input in messages | map(attribute="content") | join("\n") else without_input }}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {{- response + message.content | trim + eos_token }}
+    {%- else %}
+        {{- instruction if loop.first or loop.previtem.role == "assistant" else "\n\n" }}
+        {{- message.content | trim }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- response }}
+{%- endif %}"""
 
 
 @dataclass(frozen=True)
@@ -35,10 +47,28 @@ class Instruction:
     output: str
 
     @property
+    def message(self) -> str:
+        """What a user says in a chat to ask for the same: an input stands behind its heading."""
+        return self.instruction + (_INPUT + self.input if self.input else "")
+
+    @property
     def prompt(self) -> str:
         """What the model is given, up to where the answer begins."""
-        template = _WITH_INPUT if self.input else _WITHOUT_INPUT
-        return template.format(instruction=self.instruction, input=self.input)
+        message = self.message
+        return (_WITH_INPUT if _INPUT in message else _WITHOUT_INPUT) + _INSTRUCTION + message + _RESPONSE
+
+
+def chat_template(tokenizer: Any) -> str:
+    """The template in Jinja: of a user's ``Instruction.message`` it makes the ``prompt``, with the BOS token where the
+    tokenizer puts one in front of texts.
+
+    Turns go on below each other, the EOS token behind each answer; a system message opens the instruction behind it.
+    """
+    texts = dict(
+        with_input=_WITH_INPUT, without_input=_WITHOUT_INPUT, instruction=_INSTRUCTION, input=_INPUT, response=_RESPONSE
+    )
+    bos = "{{- bos_token }}\n" if tokenizer.encode("") == [tokenizer.bos_token_id] else ""
+    return bos + "".join(f"{{%- set {name} = {json.dumps(text)} %}}\n" for name, text in texts.items()) + _TURNS
 
 
 def load_instructions(path: str | Path) -> list[Instruction]:

@@ -38,6 +38,7 @@ class PagedCache:
 
     keys, values  [L, slots, kv_heads, head_dim]; keys with RoPE at their own position
     states        [slots, H]: h_e of a position whose token left at layer e < L
+    peak_blocks   most that were taken at a time, since somebody last set it to 0
     """
 
     def __init__(self, shape: CacheShape, num_blocks: int, device: torch.device, dtype: torch.dtype):
@@ -47,10 +48,15 @@ class PagedCache:
         self.keys, self.values = (torch.zeros(room, dtype=dtype, device=device) for _ in range(2))
         self.states = torch.zeros(slots, shape.hidden_size, dtype=dtype, device=device)
         self._free = list(range(num_blocks - 1, -1, -1))
+        self.peak_blocks = 0
 
     @property
     def bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes + self.states.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak_blocks * self.shape.block_bytes(self.keys.dtype)
 
     @property
     def free_blocks(self) -> int:
@@ -64,7 +70,9 @@ class PagedCache:
         """``count`` free blocks. ValueError where there are not as many: whoever schedules asks first."""
         if count > len(self._free):
             raise ValueError(f"{count} blocks asked for, {len(self._free)} of {self.num_blocks} are free")
-        return [self._free.pop() for _ in range(count)]
+        taken = [self._free.pop() for _ in range(count)]
+        self.peak_blocks = max(self.peak_blocks, self.num_blocks - len(self._free))
+        return taken
 
     def give_back(self, blocks: list[int]) -> None:
         self._free += reversed(blocks)

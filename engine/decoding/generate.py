@@ -135,11 +135,20 @@ def _generate(decoder: PackedDecoder, scheduler: Scheduler, counts: Counts) -> I
         scheduler.abandon()
 
 
-def generate_reference(decoder: ReferenceDecoder, sequences: list[Generating]) -> Iterator[list[Generating]]:
+def generate_reference(
+    decoder: ReferenceDecoder, sequences: list[Generating], counts: Counts | None = None
+) -> Iterator[list[Generating]]:
     """One sequence after the other, a token at a time."""
+    counts = Counts() if counts is None else counts
     for sequence in sequences:
         while sequence.finish_reason is None:
+            started = time.perf_counter()
             take_tokens([sequence], decoder.next(sequence))
+            seconds = time.perf_counter() - started
+            if len(sequence.new) == 1:
+                counts.prefill_s += seconds
+            else:
+                counts.decode_s += seconds
             yield [sequence]
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple
+
+SEEDS = 1 << 64  # what torch's generators take
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,10 @@ class Sampling:
     top_k               only the k most probable tokens; 0: all
     top_p               only the most probable tokens whose probabilities first reach p in sum, at least one
     repetition_penalty  logits of tokens that the prompt or the continuation holds: divided by it where positive, else
-                        multiplied (Keskar et al. 2019, CTRL, 4.1; as Hugging Face does it)
-    seed                of this row's own random numbers: the other rows of a batch do not change what it draws
+                        multiplied (Keskar et al. 2019, CTRL, 4.1; as Hugging Face does it). 1e-6 to 1e6: fp32 logits
+                        stay finite
+    seed                of this row's own random numbers: the other rows of a batch do not change what it draws. Below
+                        2**64, of which torch's generator on the host uses the lower 32 bits
     """
 
     temperature: float = 0.0
@@ -27,11 +32,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, lambda x: x >= 0, "0 (greedy) or more")
-        _integer("top_k", self.top_k, 0, "0 (all tokens)")
-        _number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
-        _number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0")
-        _integer("seed", self.seed, 0, "0")
+        read = {
+            "temperature": number("temperature", self.temperature, lambda x: x >= 0, "0 (greedy) or more"),
+            "top_k": integer("top_k", self.top_k, 0, "0 (all tokens)"),
+            "top_p": number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            "repetition_penalty": number(
+                "repetition_penalty", self.repetition_penalty, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6"
+            ),
+            "seed": integer("seed", self.seed, 0, "0 and below 2**64", SEEDS),
+        }
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
 
     @property
     def plain_greedy(self) -> bool:
@@ -39,14 +50,29 @@ class Sampling:
         return self.temperature == 0 and self.repetition_penalty == 1.0
 
 
-def _number(name: str, value: Any, good: Callable[[float], bool], allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and good(value)):
+def number(name: str, value: Any, good: Callable[[float], bool], allowed: str) -> float:
+    """``value`` as a float, NumPy's kinds too; ValueError where it is none, not finite or not good."""
+    try:
+        read = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        read = math.inf
+    if not (math.isfinite(read) and good(read)):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return read
 
 
-def _integer(name: str, value: Any, least: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def integer(name: str, value: Any, least: int, what: str, end: float = math.inf) -> int:
+    """``value`` as an int, NumPy's kinds too; ValueError where it is none, below ``least``, or not below ``end``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < end:
         raise ValueError(f"{name} must be an integer of at least {what}, got {value!r}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value``; ValueError where it is not a bool: a text such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be a bool, True or False, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("the prompt is empty: generation needs at least one token to start from")
-        _integer("max_new_tokens", self.max_new_tokens, 1, "1")
+        integer("max_new_tokens", self.max_new_tokens, 1, "1")
         for name, needed in (("script", self.max_new_tokens - 1), ("forced", self.max_new_tokens)):
             given = getattr(self, name)
             if given is not None and len(given) < needed:

@@ -29,10 +29,11 @@ def kept_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tens
 
     Equal logits: the smaller id first. top_k comes before top_p, as in Hugging Face's generation. They sum to 1.
     """
-    values, ids = torch.sort(logits.double() / sampling.temperature, descending=True, stable=True)
+    values, ids = torch.sort(logits.double(), descending=True, stable=True)
     if sampling.top_k:
         values, ids = values[: sampling.top_k], ids[: sampling.top_k]
-    probs = torch.softmax(values, 0)
+    # Less the greatest first: divided by a tiny temperature, logits are infinite, and the softmax of those is nan.
+    probs = torch.softmax((values - values[0]) / sampling.temperature, 0)
     if sampling.top_p < 1:
         # A token stays while the mass in front of it has not reached p: the one that reaches it is the last.
         before = probs.cumsum(0) - probs

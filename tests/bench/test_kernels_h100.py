@@ -35,7 +35,7 @@ def test_every_op_agrees_with_plain_torch():
                 assert isinstance(op.runs[name](tensors), (torch.Tensor, tuple))
             assert op.bytes > 0 and KERNEL in op.runs
             names.append(op.name)
-    assert len(set(names)) == 15 and len(names) == 30
+    assert len(set(names)) == 16 and len(names) == 32
 
 
 def test_rows_are_written(tmp_path, capsys):

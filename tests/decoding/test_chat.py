@@ -97,16 +97,43 @@ def test_exits_are_colours_on_a_terminal(checkpoint, monkeypatch, flags):
     assert named["layer 1"] == by_depth[1] and named["layer 5"] == by_depth[5]
 
 
-def test_a_chat_keeps_its_messages(lm, monkeypatch, capsys):
-    asked, given = iter(["hi", "and?", ""]), []
-    monkeypatch.setattr(chat_module, "_ask", lambda console: next(asked))
-    stream = lm.stream
+def talk(lm, monkeypatch, *asked):
+    """A chat of these messages; returns the prompts that they came to."""
+    lines, given, stream = iter([*asked, ""]), [], lm.stream
+    monkeypatch.setattr(chat_module, "_ask", lambda console: next(lines))
     monkeypatch.setattr(lm, "stream", lambda prompt, **o: (given.append(list(prompt)), stream(prompt, **o))[1])
     chat_module.chat(lm, {"max_new_tokens": 4, "seed": 0}, raw=False, show_exits=False)
+    return given[1:]  # the first one only asks whether the options are right
+
+
+def test_a_chat_keeps_its_messages(lm, monkeypatch, capsys):
+    given = talk(lm, monkeypatch, "hi", "and?")
     assert [m["role"] for m in given[1]] == ["user", "assistant", "user"]
     assert given[1][0]["content"] == "hi" and given[1][2]["content"] == "and?"
     assert given[1][1]["content"] == lm.run([given[0]], max_new_tokens=4).texts[0]
     assert "an empty line ends the chat" in capsys.readouterr().out
+
+
+def test_a_message_that_is_too_long_is_not_kept(lm, monkeypatch, capsys):
+    given = talk(lm, monkeypatch, "hi", "x" * 200, "and?", "/reset", "bye")
+    assert [m["content"] for m in given[2] if m["role"] == "user"] == ["hi", "and?"]
+    assert given[2][:2] == given[1][:2] and len(given[2]) == 3
+    assert given[3] == chats(["bye"])[0]
+    said = capsys.readouterr().out
+    assert said.count("error: prompt 0 has ") == 1 and "this message is not kept: send a shorter one, or /reset" in said
+
+
+def test_a_chat_with_wrong_options_does_not_begin(lm, monkeypatch):
+    monkeypatch.setattr(chat_module, "_ask", lambda console: pytest.fail("somebody was asked"))
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        chat_module.chat(lm, {"top_p": 2.0, "seed": 0}, raw=False, show_exits=False)
+
+
+def test_seeds_of_the_prompts_wrap(checkpoint, lm):
+    options = dict(max_new_tokens=5, temperature=1.0)
+    want = [lm.run(chats(["hi"]), seed=seed, **options).texts[0] for seed in (2**64 - 1, 0)]
+    out = call("run", checkpoint, "hi", "hi", "--max-new-tokens", 5, "--temperature", 1.0, "--seed", 2**64 - 1).stdout
+    assert visible(out) == "".join(map(visible, want)) and want[0] != want[1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gc
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,11 @@ def lm(model, tokenizer):
     return engine.from_module(model, tokenizer)
 
 
+def assert_timed(stats):
+    assert min(stats.prefill_s, stats.decode_s) > 0 and stats.prefill_s + stats.decode_s <= stats.wall_time_s
+    assert stats.decode_tokens_per_s > 0 and stats.prompt_tokens_per_s > 0
+
+
 def test_results(lm, tokenizer):
     out = lm.run(PROMPTS, max_new_tokens=20, ignore_eos=True)
     assert len(out) == 4 and [len(ids) for ids in out.token_ids] == [20] * 4
@@ -45,8 +51,7 @@ def test_results(lm, tokenizer):
     assert stats.prompt_tokens == sum(len(p.encode()) for p in PROMPTS)
     assert stats.mean_depth == pytest.approx(sum(depths) / 76) and stats.num_layers == LAYERS
     assert stats.saved_layers == pytest.approx(1 - stats.mean_depth / LAYERS)
-    assert 0 < stats.prefill_s + stats.decode_s <= stats.wall_time_s
-    assert stats.decode_tokens_per_s > 0 and stats.prompt_tokens_per_s > 0
+    assert_timed(stats)
     assert "4 rows, 80 new tokens, mean depth" in repr(out) and "exits at [1, 2, 3, 4, 5]" in repr(lm)
 
 
@@ -54,7 +59,7 @@ def test_all_kinds_of_prompts(lm, tokenizer):
     text = "u:hi;a:"
     ids = tokenizer.encode(text)
     want = lm.run([text], max_new_tokens=8)
-    for prompt in ([{"role": "user", "content": "hi"}], ids, torch.tensor(ids), tuple(ids)):
+    for prompt in ([{"role": "user", "content": "hi"}], ids, torch.tensor(ids), tuple(ids), list(np.array(ids))):
         assert lm.run([prompt], max_new_tokens=8).token_ids == want.token_ids
 
 
@@ -82,6 +87,7 @@ def test_packed_is_reference(options):
     for out in (got, eager):
         assert out.token_ids == want.token_ids and out.exit_layers == want.exit_layers
         assert out.texts == want.texts and out.finish_reasons == want.finish_reasons
+    assert_timed(want.stats)
     alone = [packed.run([p], max_new_tokens=15, **_row(options, k)) for k, p in enumerate(PROMPTS)]
     assert [a.token_ids[0] for a in alone] == got.token_ids
 
@@ -100,6 +106,8 @@ def test_seeds_and_neighbours(lm):
     assert lm.run(PROMPTS, seed=9, **options).token_ids != first.token_ids
     same = lm.run(["a"] * 3, seed=1, **options)
     assert len(set(map(tuple, same.token_ids))) == 3, "rows of one prompt draw the same"
+    last, first = (lm.run(["a"], seed=seed, **options).token_ids[0] for seed in (2**64 - 1, 0))
+    assert lm.run(["a"] * 2, seed=2**64 - 1, **options).token_ids == [last, first]
 
 
 def test_exits_removed_and_scripts(lm):
@@ -108,6 +116,9 @@ def test_exits_removed_and_scripts(lm):
     script = [[LAYERS, 1, 3, 2, 5], [LAYERS, 5, 5, 1, 1]]
     out = lm.run(PROMPTS[:2], max_new_tokens=5, criterion="scripted", exit_layers=script, ignore_eos=True)
     assert out.exit_layers == script
+    one = dict(max_new_tokens=np.int64(5), criterion="scripted", exit_layers=np.int64(3), ignore_eos=True)
+    assert lm.run(["a"], **one).exit_layers == [[LAYERS, 3, 3, 3, 3]]
+    assert [t.exit_layer for t in lm.stream("a", **one)] == [LAYERS, 3, 3, 3, 3]
 
 
 def test_stop_strings_and_eos(lm, tokenizer, model):
@@ -127,6 +138,21 @@ def test_stop_strings_and_eos(lm, tokenizer, model):
         assert out.texts[0] == tokenizer.decode(free.token_ids[0][:first], skip_special_tokens=True)
     finally:
         model.language_model.generation_config.eos_token_id = 2
+
+
+def test_a_special_token_is_a_stop_string(model):
+    """No text shows it, so it is found among the ids."""
+    options = dict(max_new_tokens=20, ignore_eos=True)
+    tokenizer = byte_tokenizer()
+    free = engine.from_module(model, tokenizer).run(["why is"], stop=None, **options).token_ids[0]
+    end = next(k for k in range(3, 20) if free[k] not in free[:k])
+    token = tokenizer.convert_ids_to_tokens(free[end])
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    lm = engine.from_module(model, tokenizer)
+    out = lm.run(["why is"], stop=["never to be found", token], **options)
+    assert out.token_ids == [free[: end + 1]] and out.finish_reasons == ["stop"]
+    assert out.texts == [tokenizer.decode(free[:end])]
+    assert "".join(t.text for t in lm.stream("why is", stop=token, **options)) == out.texts[0]
 
 
 @pytest.mark.parametrize("executor", ["packed", "reference"])
@@ -201,7 +227,8 @@ def test_a_small_budget_is_kept(model, tokenizer):
     block = DecoderEngine(model, tokenizer)._packed().cache.shape.block_bytes(torch.float32)
     small = DecoderEngine(model, tokenizer, cache_bytes=4 * block + 1)
     out = small.run(PROMPTS, max_new_tokens=30, ignore_eos=True)
-    assert out.stats.cache_bytes == 4 * block and out.stats.preemptions > 0
+    assert out.stats.cache_bytes == out.stats.peak_cache_bytes == 4 * block and out.stats.preemptions > 0
+    assert small.run(["why is"], max_new_tokens=17, ignore_eos=True).stats.peak_cache_bytes == 2 * block
     assert out.token_ids == DecoderEngine(model, tokenizer).run(PROMPTS, max_new_tokens=30, ignore_eos=True).token_ids
     with pytest.raises(ValueError, match=r"request 0 may need 83 positions .* has room for 64"):
         small.run(["why "], max_new_tokens=80)
@@ -240,11 +267,19 @@ def test_two_threads(lm):
         ([[1, "a"]], {}, TypeError, "prompt 0 must hold token ids, got 'a' at 1"),
         ([[1, 258]], {}, ValueError, "prompt 0 has token id 258 at 1, allowed are 0 to 257"),
         ([[{"role": "user"}]], {}, ValueError, "prompt 0, message 0, must have role and content"),
-        (["a"], dict(max_new_tokens=0), ValueError, "max_new_tokens must be a positive integer, got 0"),
+        ([[{"role": "foo", "content": "a"}]], {}, ValueError, "message 0, must have one of the roles .* got 'foo'"),
+        (["a", "\ud800"], {}, ValueError, "prompt 1 has half a surrogate pair"),
+        ([[{"role": "user", "content": "\ud800"}]], {}, ValueError, "prompt 0, message 0, has half a surrogate pair"),
+        (["a"], dict(max_new_tokens=0), ValueError, "max_new_tokens must be an integer of at least 1, got 0"),
+        (["a"], dict(decay="no"), ValueError, "decay must be a bool, True or False, got 'no'"),
+        (["a"], dict(decay=7), ValueError, "decay must be a bool, True or False, got 7"),
+        (["a"], dict(ignore_eos="no"), ValueError, "ignore_eos must be a bool, True or False, got 'no'"),
         (["a" * 9], dict(max_new_tokens=120), ValueError, "prompt 0 has 9 tokens and may become 129 .* at most 128"),
         (["a"], dict(temperature=-1), ValueError, "temperature must be 0"),
         (["a"], dict(top_p=2), ValueError, "top_p must be above 0"),
         (["a"], dict(stop=[""]), ValueError, "stop must hold strings of one character or more"),
+        (["a"], dict(stop=5), TypeError, "stop must be a string, or a list of strings, got 5"),
+        (["a"], dict(stop="</s>!"), ValueError, "stop string '</s>!' holds the special token '</s>', which"),
         (["a"], dict(threshold=1.5), ValueError, r"threshold must lie in \[0, 1\], got 1.5 \(row 0\)"),
         (["a"], dict(threshold=[0.5, 0.5]), ValueError, r"threshold has shape \[2\], the batch has 1 rows"),
         (["a"], dict(min_depth=6), ValueError, r"min_depth must lie between 1 and 5, got 6 \(row 0\)"),
@@ -253,6 +288,7 @@ def test_two_threads(lm):
         (["a"], dict(criterion="entropy"), ValueError, "criterion must be one of .* got 'entropy'"),
         (["a"], dict(exit_layers=2), ValueError, "exit_layers is for the scripted criterion"),
         (["a"], dict(criterion="scripted"), ValueError, "the scripted criterion needs exit_layers"),
+        (["a"], dict(criterion="scripted", exit_layers=[5]), TypeError, r"exit_layers\[0\] must be a list"),
         (["a"], dict(criterion="scripted", exit_layers=[[5]]), ValueError, r"\[0\] must have a layer for each"),
         (["a"], dict(criterion="scripted", exit_layers=7, max_new_tokens=3), ValueError, r"exit_layers\[0\]\[1\] is 7"),
         (

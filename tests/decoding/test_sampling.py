@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -47,6 +50,15 @@ def test_probabilities_are_hugging_faces(sampling):
         ours = torch.zeros(len(logits), dtype=torch.float64)
         ours[ids] = probs
         torch.testing.assert_close(ours, theirs(logits, sampling), rtol=1e-9, atol=1e-12)
+
+
+def test_a_tiny_temperature_is_greedy():
+    """Logits divided by it are infinite, all but the greatest less itself."""
+    logits = logits_of()
+    for temperature in (1e-308, 5e-324):
+        ids, probs = kept_probabilities(logits, Sampling(temperature, top_p=0.9))
+        assert (ids.tolist(), probs.tolist()) == ([int(logits.argmax())], [1.0])
+        assert draw(logits, Sampling(temperature), (), random_numbers(0)) == int(logits.argmax())
 
 
 def chi_square(counts, probs):
@@ -97,6 +109,13 @@ def test_repetition_penalty_is_hugging_faces(penalty):
     assert torch.equal(logits, before)
 
 
+def test_numpys_numbers_are_numbers():
+    given = Sampling(np.float32(0.5), np.int64(7), np.float64(0.75), np.float16(1.5), np.uint64(2**64 - 1))
+    assert given == Sampling(0.5, 7, 0.75, 1.5, 2**64 - 1)
+    assert [type(value) for value in astuple(given)] == [float, int, float, float, int]
+    random_numbers(given.seed)
+
+
 def test_seeds():
     logits, sampling = logits_of(), Sampling(1.0)
 
@@ -116,8 +135,14 @@ def test_seeds():
         (dict(top_k=1.5), "top_k must be an integer of at least 0 .* got 1.5"),
         (dict(top_p=0), "top_p must be above 0 and at most 1, got 0"),
         (dict(top_p=1.01), "top_p must be above 0 and at most 1, got 1.01"),
-        (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, got 0.0"),
-        (dict(seed=True), "seed must be an integer of at least 0, got True"),
+        (dict(temperature=10**400), r"temperature must be 0 \(greedy\) or more, got 1000"),
+        (dict(temperature=np.bool_(True)), "temperature must be 0 .* got np.True_"),
+        (dict(repetition_penalty=0.0), "repetition_penalty must be from 1e-6 to 1e6, got 0.0"),
+        (dict(repetition_penalty=1e-45), "repetition_penalty must be from 1e-6 to 1e6, got 1e-45"),
+        (dict(repetition_penalty=1e39), "repetition_penalty must be from 1e-6 to 1e6, got 1e.39"),
+        (dict(seed=True), r"seed must be an integer of at least 0 and below 2\*\*64, got True"),
+        (dict(seed=np.bool_(True)), "seed must be an integer .* got np.True_"),
+        (dict(seed=2**64), "seed must be an integer .* got 18446744073709551616"),
     ],
 )
 def test_bad_sampling(fields, message):

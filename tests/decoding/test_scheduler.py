@@ -88,4 +88,4 @@ def test_pages():
     with pytest.raises(ValueError, match="2 blocks asked for, 1 of 4 are free"):
         pages.reserve(17)
     pages.release()
-    assert cache.free_blocks == 4 and pages.watermarks == [0]
+    assert cache.peak_blocks == 3 and cache.free_blocks == 4 and pages.watermarks == [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import engine
+from engine.backbones import GENERATION, eos_ids
 from engine.facts import TRAINING
 from engine.train import run as run_module
 from engine.train.card import train_command
 from engine.train.config import override
 from engine.train.decoder_config import DecoderTrainConfig
 from engine.train.decoder_trainer import DecoderTrainer
+from engine.train.instructions import Instruction
 from tests.decoding.tiny import byte_tokenizer, tiny_decoder
 from tests.test_cli import call, refused
 
@@ -28,9 +31,10 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbone") / "lm"
-    model = tiny_decoder(vocab=258, positions=300, seed=5).language_model
+    model, tokenizer = tiny_decoder(vocab=258, positions=300, seed=5).language_model, byte_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -88,6 +92,10 @@ def test_what_a_run_leaves(whole):
     lm = engine.load(output, device="cpu")
     assert lm.config.exit_layers == (1, 3, 5) and lm.config.head_rank == 2
     assert len(lm.run(["hello"], max_new_tokens=5, ignore_eos=True).token_ids[0]) == 5
+    assert lm.tokenizer.eos_token_id in eos_ids(lm.model.language_model)
+    row = Instruction("n 100", "context", "")
+    chat = [{"role": "user", "content": row.message}]
+    assert lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == row.prompt
     training = json.loads((output / TRAINING).read_text())
     assert training["result"] == record["result"] and "phases" not in training
     card = (output / "README.md").read_text()
@@ -204,6 +212,14 @@ def test_what_is_wrong(options, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         DecoderTrainer(DecoderTrainConfig.from_dict({**options, "output": str(tmp_path / "ck"), **change}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_must_end_where_generation_does(options, backbone, tmp_path):
+    folder = Path(shutil.copytree(backbone, tmp_path / "lm"))
+    (folder / GENERATION).write_text('{"eos_token_id": [7, 2]}')
+    message = r"the tokenizer's EOS token, id 1 \('</s>'\), but generation stops at the ids \[2, 7\]: make eos_token in"
+    with pytest.raises(ValueError, match=message):
+        DecoderTrainer(DecoderTrainConfig.from_dict({**options, "backbone": str(folder), "output": "ck"}))
 
 
 def test_from_the_command_line(options, tmp_path):

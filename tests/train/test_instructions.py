@@ -7,8 +7,9 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from engine.train.instructions import Instruction, TokenizedInstructions, load_instructions
+from engine.train.instructions import Instruction, TokenizedInstructions, chat_template, load_instructions
 from tests.decoding.tiny import byte_tokenizer
 
 ROWS = [
@@ -56,6 +57,31 @@ def test_files_that_are_wrong(tmp_path):
         load_instructions(tmp_path / "b.txt")
     with pytest.raises(ValueError, match="there are no rows"):
         load_instructions(write(tmp_path / "a.jsonl", []))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    "row", [Instruction("Name a fruit.", "", ""), Instruction("Translate.", 'He "said"\n{{ x }}', "")]
+)
+def test_a_chat_of_one_message_is_the_prompt(row, bos):
+    tokenizer = byte_tokenizer()
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.chat_template = chat_template(tokenizer)
+    chat = [{"role": "user", "content": f" {row.message}\n"}]
+    found = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert found == tokenizer.encode(row.prompt) and found.count(0) == bos
+
+
+def test_a_chat_of_several_turns():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_template(tokenizer)
+    said = (("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi"), ("user", "Bye"))
+    chat = [{"role": role, "content": content} for role, content in said]
+    found = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    first = Instruction("Be brief.\n\nHello", "", "").prompt
+    assert found == f"{first}Hi</s>\n\n### Instruction:\nBye\n\n### Response:\n"
+    assert tokenizer.apply_chat_template(chat[:3], tokenize=False) == f"{first}Hi</s>"
 
 
 def test_tokens_and_targets():
