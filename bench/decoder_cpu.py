@@ -32,6 +32,15 @@ from engine.loading import attach_exits, load_model, read_config
 
 THEIRS, PREFILL = "Hugging Face generate", "Hugging Face generate, one token"
 QUESTION = "Tell me a story about a lighthouse."
+OTHERS = (
+    "Explain how a vaccine works.",
+    "List five ways to save water at home.",
+    "What are the differences between a lake and a river?",
+    "Write a short letter to a neighbour about a lost cat.",
+    "Why do leaves change their colour in autumn?",
+    "Describe the rules of chess to a beginner.",
+    "Give me a recipe for a simple soup, step by step.",
+)
 
 
 def spread(layers: int, tokens: int, mean: float) -> list[int]:
@@ -42,11 +51,11 @@ def spread(layers: int, tokens: int, mean: float) -> list[int]:
     return [layers] + [mixed[k % len(mixed)] for k in range(tokens - 1)]
 
 
-def prompt_ids(tokenizer: Any) -> list[int]:
-    """Of the question: in the tokenizer's chat template, as it stands where there is none."""
+def prompt_ids(tokenizer: Any, question: str = QUESTION) -> list[int]:
+    """In the tokenizer's chat template; as it stands where there is none."""
     if tokenizer.chat_template is None:
-        return tokenizer.encode(QUESTION)
-    chat = [{"role": "user", "content": QUESTION}]
+        return tokenizer.encode(question)
+    chat = [{"role": "user", "content": question}]
     return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
 

@@ -16,8 +16,9 @@ layer of the shipped decoder, prompts included (its training.json): teacher-forc
 What it generates leaves later, and that is what serving sees: "generated tokens" are drawn from the shares of those
 (``decoder_quality.json``, policies of the same price).
 
-With ``--checkpoint`` weights are real and its policies decide. Prompts are random tokens then, too, not texts: rows say
-so ("prompts"), and depths are not those of the answers that the model is for.
+With ``--checkpoint`` weights are real and its policies decide. Prompts are eight short questions in the checkpoint's
+chat template then, in turns; EOS ids are ignored, so that all rows decode as many tokens: what stands behind the end of
+an answer counts, too ("prompts").
 
 Every run of ours is looked over: a token that left elsewhere than its script says (or at all, where exits are removed
 or never fire) is counted in its row. "inside a step" counts, under a profiler, what the host launches and what it waits
@@ -44,7 +45,7 @@ import numpy as np
 import torch
 
 from engine.bench import gpt_fast
-from engine.bench.decoder_cpu import spread
+from engine.bench.decoder_cpu import OTHERS, QUESTION, prompt_ids, spread
 from engine.bench.encoder_competitors import one_line
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
 from engine.bench.report import calls_inside, may_wait, memory_bandwidth
@@ -118,15 +119,16 @@ def generated_share() -> tuple[dict[int, float], int]:
     raise ValueError(f"{file} has no row of ConsistentEE for alpha {alpha:g} at threshold {threshold:g}")
 
 
-def ceiling_bytes(model: MultiExitDecoder, exit_layers: Sequence[Sequence[int]], prompt: int) -> float:
-    """Of all steps together: see the module."""
+def ceiling_bytes(model: MultiExitDecoder, exit_layers: Sequence[Sequence[int]], prompts: Sequence[int]) -> float:
+    """Of all steps together, behind prompts of so many tokens: see the module."""
     hf = model.language_model.config
     item, shape = torch.finfo(model.dtype).bits // 8, cache_shape(model)
     one = sum(p.numel() for p in model.backbone.layers[0].parameters()) * item
     position = 2 * shape.kv_heads * shape.head_dim * item
     total = 0.0
     for step, depths in enumerate(list(zip(*exit_layers, strict=True))[1:], start=1):
-        total += max(depths) * one + sum(depths) * (prompt + step) * position + hf.vocab_size * hf.hidden_size * item
+        positions = sum(depth * (prompt + step) for depth, prompt in zip(depths, prompts, strict=True))
+        total += max(depths) * one + positions * position + hf.vocab_size * hf.hidden_size * item
     return total
 
 
@@ -295,7 +297,12 @@ def main() -> None:
     if o.checkpoint is None:
         model, shape = random_decoder(o.shape, device, dtype, positions), o.shape
     else:
-        model, shape = load_model(str(o.checkpoint))[0].to(device, dtype).eval(), o.checkpoint.name
+        model, tokenizer = load_model(str(o.checkpoint))
+        model, shape = model.to(device, dtype).eval(), o.checkpoint.name
+        questions = [prompt_ids(tokenizer, question) for question in (QUESTION, *OTHERS)]
+        longest = max(map(len, questions))
+        if longest > o.prompt:
+            parser.error(f"--prompt must be at least {longest}, the longest question's tokens, got {o.prompt}")
     layers, new = model.config.num_layers, o.new_tokens
     room = _cache_bytes(model, max(o.batches), positions)
     # Steps that go the packed way would be another engine's times.
@@ -311,7 +318,10 @@ def main() -> None:
     about = {"prompt": o.prompt, "new_tokens": new, "memory": {shape: memory}}
     rows: list[dict[str, Any]] = []
     for batch in o.batches:
-        prompts = torch.randint(0, model.language_model.config.vocab_size, (batch, o.prompt)).tolist()
+        if o.checkpoint is None:
+            prompts = torch.randint(0, model.language_model.config.vocab_size, (batch, o.prompt)).tolist()
+        else:
+            prompts = [questions[row % len(questions)] for row in range(batch)]
         settings: dict[str, dict[str, Any]] = {REMOVED: {"min_depth": layers}}
         scripts = {}
         if o.checkpoint is None:
@@ -327,7 +337,7 @@ def main() -> None:
         full = [[layers] * new] * batch
         given = {REMOVED: full, NOBODY: full, **scripts}
         mine = {name: Ours(lm, prompts, new, given.get(name), **options) for name, options in settings.items()}
-        few = max(4, new // 16)  # slow, and in the end a time for each token
+        few = max(4, new // 4)  # slow, and in the end a time for each token
         if batch == 1 and o.checkpoint is None and EAGER not in o.without:
             eager = DecoderEngine(model, executor="packed", state_copy="eager", private=True, cache_bytes=room)
             script = [spread(layers, few, layers / 2)]
@@ -355,7 +365,7 @@ def main() -> None:
             if name in notes:
                 row["note"] = notes[name]
             if o.checkpoint is not None:
-                row["prompts"] = "random tokens"
+                row["prompts"] = "questions in its template"
             if name in mine:
                 row |= mine[name].row()
             taken = {REMOVED: full, **scripts}.get(name)
@@ -363,7 +373,7 @@ def main() -> None:
                 taken = mine[name].taken
             if taken is not None:
                 row["mean_depth"] = float(np.mean([d[1:] for d in taken]))
-                row["ceiling_gb"] = ceiling_bytes(model, taken, o.prompt) / (new - 1) / 1e9
+                row["ceiling_gb"] = ceiling_bytes(model, taken, list(map(len, prompts))) / (new - 1) / 1e9
                 row["ceiling_ms"] = 1e12 * row["ceiling_gb"] / memory_bandwidth(device)
                 row["of_ceiling"] = row["ceiling_ms"] / step_ms
             rows.append(row)
@@ -372,7 +382,7 @@ def main() -> None:
             setting = TRAINED if o.checkpoint is None else DECIDED
             row = {"shape": shape, "batch": batch, "name": INSIDE, "setting": setting}
             try:
-                row |= inside_a_step(lm, prompts, min(few, new), **settings[setting])
+                row |= inside_a_step(lm, prompts, max(4, new // 16), **settings[setting])
             except Exception as error:  # also the warning of a fallback: times are measured, what is counted is not
                 row["error"] = one_line(error)
             rows.append(row)

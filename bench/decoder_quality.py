@@ -368,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sampled", action="store_true", help="the paper's sampling instead of greedy decoding")
     parser.add_argument("--scorer", default="sentence-transformers/all-MiniLM-L6-v2", help="BERTScore's model")
     parser.add_argument("--scorer-layer", type=int, default=6)
-    parser.add_argument("--timed", type=int, default=8, help="prompts whose decoding is timed")
+    parser.add_argument("--timed", type=int, default=20, help="prompts whose decoding is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="combine results; nothing is measured")
