@@ -1,6 +1,8 @@
 """What exits of a decoder cost in quality: ConsistentEE's policies against CALM's measures on the same weights.
 
     python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR [--prompts 200] [--sampled]
+    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR --untimed --device cuda --output FILE
+    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR --time FILE
     python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --merge FILE ...
 
 writes ``bench/results/decoder_quality.json`` and a curve. DIR holds train and test files of instructions; policies, one
@@ -13,7 +15,8 @@ model writes at full depth, in the mean over prompts; intervals are bootstrapped
 
 Time is that of decoding one prompt alone, over its time at full depth: the exits that a run took are replayed as a
 script in our fastest path, and a measure of CALM pays its own checks on top, timed alone. Not its own run: that would
-compare the paths that serve them, not the methods.
+compare the paths that serve them, not the methods. So texts may come from one machine (``--untimed``) and times from
+another (``--time``).
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from engine.bench.plots import check_path, save_figure
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
 from engine.bench.timer import interleave
 from engine.decoding.criteria import measure
-from engine.generation import DecoderEngine, Generation
+from engine.generation import DecoderEngine
 from engine.loading import load_model
 from engine.reading import fill_module, read_tensors
 from engine.train import decoder_phases
@@ -57,6 +60,7 @@ GREEDY = {"repetition_penalty": 1.2}  # the paper's code
 SAMPLED = {"temperature": 1.0, "top_p": 0.75, "top_k": 40}  # the paper's text
 _RESAMPLES = 2000
 _THRESHOLD = 0.5  # of the policies, where a row says no other
+_ABOUT = ("decoding", "scorer", "prompts", "new_tokens", "examples_at_2x")  # of a result file, beside its rows
 # Points further apart than this factor say nothing about what lies between them.
 _GAP = 1.6
 
@@ -215,16 +219,21 @@ def checks(exit_layers: Sequence[int], exits: Sequence[int]) -> int:
 
 
 def relative_time(
-    lm: DecoderEngine, prompts: Sequence[str], found: Generation, rounds: int, check_s: float, sampling: Mapping
+    lm: DecoderEngine,
+    prompts: Sequence[str],
+    exit_layers: Sequence[Sequence[int]],
+    rounds: int,
+    check_s: float,
+    sampling: Mapping,
 ) -> float:
-    """Decoding of the prompts one by one with the exits found, over that at full depth of as many tokens.
+    """Decoding of the prompts one by one with these exits, over that at full depth of as many tokens.
 
     check_s: what a check costs beyond that of the policy, which the script's path computes all the same."""
     layers, exits = lm.config.num_layers, lm.config.exit_layers
     ratios = []
     for _ in range(rounds):
         exit_s, full_s = 0.0, 0.0
-        for prompt, depths in zip(prompts, found.exit_layers, strict=False):
+        for prompt, depths in zip(prompts, exit_layers, strict=False):
             if len(depths) < 2:
                 continue
             common = dict(max_new_tokens=len(depths), ignore_eos=True, progress=False, **sampling)
@@ -243,10 +252,9 @@ def curves(
     new: int,
     sampling: Mapping[str, Any],
     timed: int,
-    rounds: int,
-    check_s: Mapping[str, float],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each setting, full depth first; and what each wrote for the first three prompts."""
+    """A row for each setting, full depth first, without its time, but with the exits of the first ``timed`` prompts
+    that ``add_times`` asks for; and what each setting wrote for the first three."""
     prompts, references = [r.prompt for r in rows], [r.output for r in rows]
     common = dict(max_new_tokens=new, progress=False, **sampling)
     layers = lm.config.num_layers
@@ -272,10 +280,7 @@ def curves(
             at_threshold = f"at {row['threshold']:g}  "
         for name in SCORES:
             row[name], row[f"{name}_95"] = float(values[name].mean()), interval(values[name])
-        row["relative_time"] = 1.0
-        if setting.method != FULL:
-            beyond = check_s[setting.options["criterion"]] - check_s["policy"]
-            row["relative_time"] = relative_time(lm, prompts[:timed], found, rounds, beyond, sampling)
+        row["exit_layers"] = found.exit_layers[:timed]
         taken = [layer for depths in found.exit_layers for layer in depths[1:]]
         row["exit_share"] = [taken.count(layer) / len(taken) for layer in lm.config.exit_layers]
         results.append(row)
@@ -285,12 +290,32 @@ def curves(
         )
         print(
             f"{setting.method:16} {setting.value:6g}  {at_threshold}{layers / depth:5.2f} x  "
-            f"time {row['relative_time']:.3f}  "
             + "  ".join(f"{name} {row[name]:.4f}" for name in SCORES)
             + f"  ({time.perf_counter() - started:.0f} s)",
             flush=True,
         )
     return results, examples
+
+
+def add_times(
+    lm: DecoderEngine,
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[str],
+    rounds: int,
+    check_s: Mapping[str, float],
+    sampling: Mapping,
+) -> None:
+    """relative_time of every row, in place of its exits."""
+    for row in rows:
+        taken = row.pop("exit_layers")
+        if row["method"] == FULL:
+            row["relative_time"] = 1.0
+            continue
+        check = "policy" if row["method"] == OURS else row["method"].removeprefix("CALM ")
+        beyond = check_s[check] - check_s["policy"]
+        row["relative_time"] = relative_time(lm, prompts, taken, rounds, beyond, sampling)
+        print(f"{row['method']:16} {row['value']:6g}  {row['layer_speed_up']:5.2f} x  time {row['relative_time']:.3f}",
+              flush=True)  # fmt: skip
 
 
 # -- what it comes to ----------------------------------------------------------------------------------------------
@@ -370,6 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scorer-layer", type=int, default=6)
     parser.add_argument("--timed", type=int, default=20, help="prompts whose decoding is timed")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--untimed", action="store_true", help="texts and exits alone, for --time")
+    parser.add_argument("--time", type=Path, metavar="FILE", help="time what --untimed has written, nothing else")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="combine results; nothing is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / "decoder_quality.json")
@@ -391,6 +418,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if file is None:
             parser.error(f"{o.data} has no {split} file")
         parts[split] = load_instructions(file)
+    sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")
+    model, tokenizer = load_model(o.checkpoint)
+    lm = DecoderEngine(model.to(o.device), tokenizer)  # not private: policies are exchanged in place
+    # Longer prompts than the model was trained on say nothing of its exits.
+    tests = [row for row in parts["test"] if len(tokenizer.encode(row.prompt)) <= o.max_length][: o.prompts]
+    if o.time is not None:
+        known = json.loads(o.time.read_text())
+        for key, value in (("decoding", {"name": decoding, **sampling}), ("prompts", len(tests))):
+            if known[key] != value:
+                parser.error(f"{o.time} has {key} {known[key]}, asked for are {value}: give the options of its run")
+        rows, about = known["rows"], {key: known[key] for key in _ABOUT}
+        criteria = sorted({row["method"].removeprefix("CALM ") for row in rows} - {OURS, FULL})
+    else:
+        rows, about = _untimed(parser, o, lm, parts, tests, {"name": decoding, **sampling})
+        criteria = o.criteria
+    if o.untimed:
+        write_result(o.output, [], rows, **about)
+        return
+    checked = check_seconds(lm, criteria)
+    add_times(lm, rows, [row.prompt for row in tests], o.rounds, checked, sampling)
+    plot(rows, drawing, _title(o.checkpoint.name, len(tests), decoding))
+    write_result(
+        o.output, figures(rows, decoding), rows, **about, check_us={name: 1e6 * s for name, s in checked.items()}
+    )
+
+
+def _untimed(
+    parser: argparse.ArgumentParser,
+    o: argparse.Namespace,
+    lm: DecoderEngine,
+    parts: Mapping[str, list[Instruction]],
+    tests: list[Instruction],
+    decoding: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows without times, and what the result file says beside them; policies are trained where none are kept."""
     kept = o.policies or o.output.with_suffix(".policies.safetensors")
     sets = None
     if kept.exists():
@@ -400,34 +462,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
     folder, scorer = _scorer(o.scorer)
     bert = bert_score(folder, o.scorer_layer, o.device)
-    model, tokenizer = load_model(o.checkpoint)
-    model = model.to(o.device)
-    if "classifier" in o.criteria and not model.config.early_exit_classifier:
+    if "classifier" in o.criteria and not lm.config.early_exit_classifier:
         parser.error("the checkpoint has no early-exit classifier: leave that criterion out")
-    training = without(parts["train"], parts["test"])
-
     if sets is None:
-        sets = train_policies(model, tokenizer, training, o.alphas or ALPHAS, o.max_length, o.epochs)
+        training = without(parts["train"], parts["test"])
+        sets = train_policies(lm.model, lm.tokenizer, training, o.alphas or ALPHAS, o.max_length, o.epochs)
         store_policies(kept, sets)
-    lm = DecoderEngine(model, tokenizer)  # not private: policies are exchanged in place
-    checked = check_seconds(lm, o.criteria)
-    sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")
-    # Longer prompts than the model was trained on say nothing of its exits.
-    tests = [row for row in parts["test"] if len(tokenizer.encode(row.prompt)) <= o.max_length][: o.prompts]
     found = settings(sets, o.criteria, 2 if o.coarse else 1, o.thresholds)
-    rows, examples = curves(lm, tests, found, bert, o.new_tokens, sampling, o.timed, o.rounds, checked)
-    plot(rows, drawing, _title(o.checkpoint.name, len(tests), decoding))
-    write_result(
-        o.output,
-        figures(rows, decoding),
-        rows,
-        decoding={"name": decoding, **sampling},
-        scorer={"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": scorer, "layer": o.scorer_layer},
-        prompts=len(tests),
-        new_tokens=o.new_tokens,
-        check_us={name: 1e6 * seconds for name, seconds in checked.items()},
-        examples_at_2x={"prompts": [row.instruction for row in tests[:3]], **_nearest(examples)},
-    )
+    sampling = {key: value for key, value in decoding.items() if key != "name"}
+    rows, examples = curves(lm, tests, found, bert, o.new_tokens, sampling, o.timed)
+    scored = {"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": scorer, "layer": o.scorer_layer}
+    shown = {"prompts": [row.instruction for row in tests[:3]], **_nearest(examples)}
+    return rows, dict(zip(_ABOUT, (decoding, scored, len(tests), o.new_tokens, shown), strict=True))
 
 
 def merge(files: Sequence[Path], output: Path, drawing: Path, name: str) -> None:

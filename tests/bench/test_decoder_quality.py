@@ -124,6 +124,23 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys):
         raise AssertionError("policies are trained once")
 
     monkeypatch.setattr(quality, "train_policies", fail)
+
+    # Texts from one run, times from another: nothing is decoded anew but what is timed.
+    kept, texts, timed = output.with_suffix(".policies.safetensors"), tmp_path / "texts.json", tmp_path / "timed.json"
+    quality.main([*call[:-1], str(texts), "--policies", str(kept), "--untimed"])
+    assert all("relative_time" not in r and len(r["exit_layers"]) == 2 for r in json.loads(texts.read_text())["rows"])
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "curves", fail)
+        quality.main([*call[:-1], str(timed), "--time", str(texts)])
+        with pytest.raises(SystemExit):
+            quality.main([*call[:-1], str(timed), "--time", str(texts), "--sampled"])
+    assert "has decoding {'name': 'greedy'" in capsys.readouterr().err
+    again = json.loads(timed.read_text())
+    assert all(again[key] == result[key] for key in quality._ABOUT) and len(again["figures"]) == 16
+    assert set(again["check_us"]) == set(result["check_us"])
+    for one, other in zip(again["rows"], result["rows"], strict=True):
+        assert set(one) == set(other) and one["mean_depth"] == other["mean_depth"] and one["relative_time"] > 0
+
     before = result["rows"][1]["mean_depth"]
     quality.main(call)
     assert json.loads(output.read_text())["rows"][1]["mean_depth"] == before
