@@ -299,6 +299,8 @@ def main() -> None:
     else:
         model, tokenizer = load_model(str(o.checkpoint))
         model, shape = model.to(device, dtype).eval(), o.checkpoint.name
+        if tokenizer is None:
+            parser.error(f"{o.checkpoint} has no tokenizer: questions cannot be asked")
         questions = [prompt_ids(tokenizer, question) for question in (QUESTION, *OTHERS)]
         longest = max(map(len, questions))
         if longest > o.prompt:

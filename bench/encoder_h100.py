@@ -145,22 +145,28 @@ def exit_rows(session: Session, subject: Subject, batch: Batch, where: Mapping[s
             "nobody": ours(subject.engine, batch, [{"threshold": 1.0}]),
             "half": ours(subject.engine, batch, half_depth_cases(scripts)),
         }
-        decided = decide_half_depth(subject, batch)
-        entries["decided"] = ours(subject.engine, batch, decided, checked=False)
-        depths = [run_ours(subject.engine, batch, case).exit_layers.float().mean().item() for case in decided]
     except Exception as error:
         print(f"{where['part']} {OURS}: {peers.one_line(error)}", flush=True)
         return [{**where, "competitor": OURS, "error": peers.one_line(error)}]
+    depths: list[float] = []
+    try:
+        decided = decide_half_depth(subject, batch)
+        entries["decided"] = ours(subject.engine, batch, decided, checked=False)
+        depths = [run_ours(subject.engine, batch, case).exit_layers.float().mean().item() for case in decided]
+    except Exception as error:  # the others have their times all the same
+        print(f"{where['part']} {OURS}, policies: {peers.one_line(error)}", flush=True)
     if peers.NAIVE in session.competitors:
         entries[peers.NAIVE] = peers.naive(subject.module, batch, scripts)
     found = measure(session, entries)
     mean_depth = sum(map(sum, scripts)) / sum(map(len, scripts))
     speedup = found["removed"].over(found["half"])
     row = {**where, "competitor": OURS, "mean_depth": mean_depth, "layers": layers}
-    row |= {name: found[name].to_dict() for name in ("removed", "nobody", "half", "decided")}
-    row["decided_depth"] = sum(depths) / len(depths)
-    speedup_decided = found["removed"].over(found["decided"])
-    row["decided_realised"] = {clock: x / (layers / row["decided_depth"]) for clock, x in speedup_decided.items()}
+    row |= {name: found[name].to_dict() for name in ("removed", "nobody", "half", "decided") if name in found}
+    if depths:
+        depth = sum(depths) / len(depths)
+        ratios = found["removed"].over(found["decided"])
+        row["decided_depth"] = depth
+        row["decided_realised"] = {clock: ratio / (layers / depth) for clock, ratio in ratios.items()}
     row |= {"nobody_over_removed": found["nobody"].over(found["removed"])}
     row |= {"realised": {clock: value / (layers / mean_depth) for clock, value in speedup.items()}}
     return [row, *_naive_row(where, found, entries, mean_depth)]

@@ -80,14 +80,15 @@ class Engine:
             raise ValueError(
                 f"a batch of {rows} rows has {max(rows, 1)} to {max(most, 1)} tokens and at least one row, got {tokens}"
             )
-        prepare = getattr(self.executor, "warmup", None)
-        if prepare is None:
+        make_ready = getattr(self.executor, "warmup", None)
+        if make_ready is None:
             return
+        self.executor.look()
         criterion = make_criterion(self.config.criterion)
         options = self._options_reader.options(self.config, 1, criterion, None, None, None, None)
         longest = min(2 * -(-tokens // rows), self.config.max_length)
         try:
-            prepare(rows, max(tokens, longest), longest, options)
+            make_ready(rows, max(tokens, longest), longest, options)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"out of memory on {self.device} while getting ready for {rows} rows of {tokens} tokens in all "
@@ -139,7 +140,6 @@ class Engine:
         options = self._options_reader.options(
             self.config, len(rows), chosen, threshold, min_depth, max_depth, exit_layers
         )
-        self.executor.look()
         tokens = rows.num_tokens if isinstance(rows, TokenRows) else None  # nobody knows yet
         if batch_tokens is None:
             # Asking a module for its device takes longer than it looks.
@@ -147,6 +147,8 @@ class Engine:
             batch_tokens = _ANY_DEVICE_TOKENS if few else DEFAULT_BATCH_TOKENS.get(self.device.type, _ANY_DEVICE_TOKENS)
         elif isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
+        if len(rows):
+            self.executor.look()
         if tokens is not None and 0 < tokens <= batch_tokens:
             outputs, micro_batches = self._start(rows, options)(), 1
         else:

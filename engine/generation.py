@@ -27,14 +27,13 @@ from engine.decoding.packed import STATE_COPIES, PackedDecoder, cache_shape
 from engine.decoding.reference import ReferenceDecoder
 from engine.decoding.requests import SEEDS, Generating, Request, Sampling, flag, integer
 from engine.executors import EXECUTORS
-from engine.kernels.extension import prepare
 from engine.models.decoder import MultiExitDecoder
 from engine.options import depth_limits, per_row
 
 _PROGRESS_AFTER_S = 1.0
 _DEFAULT_CACHE_BYTES = 1 << 30
 _MAX_ROWS = 64
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")  # those that templates of decoders know
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,6 @@ class DecoderEngine:
         private: bool = False,
     ):
         check_decoder_options(executor, state_copy, cache_bytes)
-        prepare(model.device)
         if executor == "auto":
             executor = "graph" if model.device.type == "cuda" and state_copy == "lazy" else "packed"
         self._model, self.tokenizer, self.executor, self._watching = model, tokenizer, executor, not private
@@ -357,6 +355,7 @@ class DecoderEngine:
         with self._lock:
             self._release_abandoned()
             decoder = self._packed()
+            decoder.look()
             pages = Pages(decoder.cache)
             needed = len(sequence.request.prompt) + sequence.request.max_new_tokens - 1
             if decoder.cache.blocks_for(needed) > decoder.cache.free_blocks:
@@ -366,7 +365,6 @@ class DecoderEngine:
                     f"{decoder.cache.free_blocks * size}: close other streams, or give it more memory (cache_bytes)"
                 )
             pages.reserve(needed)
-            decoder.look()
         lock, abandoned = self._lock, self._abandoned
 
         def release() -> None:
@@ -439,7 +437,12 @@ class DecoderEngine:
                         f"{message['role']!r}"
                     )
                 _check_text(f"prompt {index}, message {place},", message["content"])
-            return list(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
+            from jinja2 import TemplateError
+
+            try:
+                return list(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
+            except TemplateError as error:
+                raise ValueError(f"prompt {index}: the tokenizer's chat template refuses it: {error}") from error
         if hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):

@@ -40,6 +40,11 @@ def passing(error: BaseException) -> str | None:
     return None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Of torch's allocator; or of the driver, which has only what that one leaves, and says so in CUDA's words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 def captured(
     builder: GraphBuilder,
     stream: torch.cuda.Stream,

@@ -324,6 +324,61 @@ def test_a_run_looks_at_the_weights_once(device, monkeypatch):
         assert fast.run(batch, batch_tokens=16).stats.micro_batches > 5 and len(looks) == 1
 
 
+def test_warming_up_looks_at_the_model_first(device, monkeypatch):
+    model = tiny_model().to(device)
+    fast, batch = engine.from_module(model, executor="graph"), {"input_ids": torch.randint(5, 60, (12, 16))}
+    fast.warm_up(16, 256)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    made = programs_made(monkeypatch)
+    fast.warm_up(16, 256)
+    fast.run(batch)
+    assert [capacity.rows for capacity in made] == [16]
+
+
+def test_capacities_asked_for_that_do_not_fit_together(device, monkeypatch):
+    """Each fits alone, as do the batches' own: nothing is made at every batch."""
+    fast, oracle = both(tiny_model().to(device))
+    batches = [{"input_ids": torch.randint(5, 60, (rows, 16))} for rows in (9, 24)]
+    fast.warm_up(16, 256)
+    fast.warm_up(40, 640)
+    largest = list(fast.executor._programs.values())[-1]
+    monkeypatch.setattr(fast.executor, "_limit", lambda: largest.bytes + largest.arena.bytes)
+    made = programs_made(monkeypatch)
+    for batch in batches * 4:
+        assert torch.equal(fast.run(batch).exit_layers, oracle.run(batch).exit_layers)
+    assert len(made) <= 4
+
+
+def test_no_memory_to_look_costs_programs_first(device, monkeypatch):
+    model = tiny_model().to(device)
+    fast, oracle = both(model)
+    batch = padded(random_rows(9))
+    fast.run(batch)
+    original, tries = fast.executor.weights._derive, []
+
+    def derive(found):
+        tries.append(len(fast.executor._programs))
+        if tries[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(found)
+
+    monkeypatch.setattr(fast.executor.weights, "_derive", derive)
+    with torch.no_grad():
+        model.exits.classifiers[0].bias += 2.0
+    got = fast.run(batch, threshold=0.1)
+    assert tries == [1, 0]
+    torch.testing.assert_close(got.logits, oracle.run(batch, threshold=0.1).logits, **FP32)
+
+
+def test_calls_that_are_refused_do_not_look(device, monkeypatch):
+    fast, looks = engine.from_module(tiny_model().to(device), executor="graph"), []
+    monkeypatch.setattr(fast.executor, "look", lambda: looks.append(1))
+    with pytest.raises(ValueError, match="batch_tokens"):
+        fast.run(padded(random_rows(3)), batch_tokens=0)
+    fast.run([])
+    assert looks == []
+
+
 def test_token_types_come_and_go(device):
     """In the buffers of one program."""
     fast, oracle = both(tiny_model().to(device))

@@ -153,7 +153,7 @@ def test_halves_of_a_batch_come_from_two_executors(device, monkeypatch):
 def test_out_of_memory_of_the_driver_is_the_callers(failing):
     failing.error = RuntimeError("CUDA: instantiate: out of memory")
     for _ in range(2):
-        with pytest.raises(torch.OutOfMemoryError, match="a graph could not be made: CUDA: instantiate: out of memory"):
+        with pytest.raises(torch.OutOfMemoryError, match="with no graph left: CUDA: instantiate: out of memory"):
             failing.fast.executor._made(lambda: graph_module._Program.capture(None, None))
     assert failing.fast.executor._problem is None
 

@@ -230,6 +230,18 @@ def test_two_elements_that_change_places_are_seen(dtype):
         assert torch.equal(flat, weight.flatten()) or _contents([flat]) != before
 
 
+@pytest.mark.parametrize("executor", ["packed", "graph"])
+def test_what_cannot_be_packed_is_refused_at_every_run(model, executor):
+    runner, rows = engine.from_module(model, executor=executor), padded(random_rows(3))
+    before = runner.run(rows)
+    hook = model.backbone.encoder.layer[1].output.dense.register_forward_hook(lambda module, given, out: out * 3)
+    for _ in range(3):
+        with pytest.raises(TypeError, match="with hooks"):
+            runner.run(rows)
+    hook.remove()
+    assert_same(runner.run(rows), before)
+
+
 def test_zero_matrices_that_become_constant_are_seen(model, packed):
     """Fresh biases and LoRA's B are all zero."""
     bias = model.backbone.encoder.layer[1].attention.self.value.bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -162,13 +163,14 @@ class DecoderTrainer(ResumableRun):
         if tokenizer is None:
             raise ValueError(f"backbone {c.backbone} has no tokenizer.json: text cannot be read")
         stops = eos_ids(model.language_model)
-        if tokenizer.eos_token_id not in stops:
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
             raise ValueError(
                 f"backbone {c.backbone}: training would end answers with the tokenizer's EOS token, id "
                 f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}), but generation stops at the ids {sorted(stops)}: "
                 "make eos_token in tokenizer_config.json and eos_token_id in generation_config.json agree"
             )
         tokenizer.chat_template = chat_template(tokenizer)  # of the checkpoint: chats look as what it was trained on
+        _compare_tokens(tokenizer)
         for parameter in model.causal_lm.parameters():
             parameter.requires_grad_(False)
         if c.lora_rank:
@@ -215,6 +217,20 @@ def _sha256(rows: list[Instruction]) -> str:
         for text in (row.instruction, row.input, row.output):
             digest.update(text.encode() + b"\0")
     return digest.hexdigest()
+
+
+def _compare_tokens(tokenizer: Any) -> None:
+    """Warn where a chat becomes other tokens than the same instruction in training: texts are equal, but a tokenizer
+    may treat what stands behind a BOS token as the middle of a text."""
+    asked = Instruction("Name a fruit.", "", "")
+    chat = [{"role": "user", "content": asked.message}]
+    found = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    if list(found) != tokenizer.encode(asked.prompt):
+        warnings.warn(
+            "chats with this checkpoint begin with other tokens than it was trained on: the tokenizer reads the "
+            "template behind the BOS token as the middle of a text",
+            stacklevel=2,
+        )
 
 
 def _model_card(record: dict[str, Any], model: MultiExitDecoder) -> str:

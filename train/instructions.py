@@ -24,7 +24,8 @@ _WITHOUT_INPUT = (
 )
 _INSTRUCTION, _INPUT, _RESPONSE = (f"\n\n### {name}:\n" for name in ("Instruction", "Input", "Response"))
 # Texts are trimmed, as rows are when they are read.
-_TURNS = r"""{{- with_input if input in messages | map(attribute="content") | join("\n") else without_input }}
+_TURNS = r"""{%- set asked = messages | rejectattr("role", "equalto", "assistant") | map(attribute="content") %}
+{{- with_input if input in asked | join("\n") else without_input }}
 {%- for message in messages %}
     {%- if message.role == "assistant" %}
         {{- response + message.content | trim + eos_token }}
@@ -54,8 +55,7 @@ class Instruction:
     @property
     def prompt(self) -> str:
         """What the model is given, up to where the answer begins."""
-        message = self.message
-        return (_WITH_INPUT if _INPUT in message else _WITHOUT_INPUT) + _INSTRUCTION + message + _RESPONSE
+        return (_WITH_INPUT if self.input else _WITHOUT_INPUT) + _INSTRUCTION + self.message + _RESPONSE
 
 
 def chat_template(tokenizer: Any) -> str:

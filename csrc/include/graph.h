@@ -7,8 +7,8 @@
 // everything: two captures on two streams share nothing. One thread at a time may use a builder.
 //
 // Functions return null, or what went wrong (text owned by the builder, until its next call). Misuse leaves the
-// capture as it was; a CUDA error leaves it to be aborted. While a graph is recorded, the stream's device must be current;
-// where it is launched the device is named.
+// capture as it was; a CUDA error leaves it to be aborted. While a graph is recorded, the stream's device must be
+// current; where it is launched the device is named.
 #pragma once
 #include <cstdint>
 

@@ -27,7 +27,7 @@ from engine.decoding.graph_step import Given, Step, StepArena, StepWeights, give
 from engine.decoding.packed import Done, LaunchedStep, PackedDecoder, StepOutputs, logits_by_exit, step_limits
 from engine.decoding.requests import Generating
 from engine.executors.weights import WatchedWeights
-from engine.kernels.capture import captured, passing
+from engine.kernels.capture import captured, out_of_memory, passing
 from engine.kernels.gpu_common import triton
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, own_stream
 from engine.models.decoder import MultiExitDecoder
@@ -163,7 +163,7 @@ class GraphDecoder(PackedDecoder):
             problem = passing(error)
             if problem is not None:
                 self._given_up.add(key)
-            elif "out of memory" in str(error):  # of the driver, not of torch's allocator, which holds the rest
+            elif out_of_memory(error):  # of the driver: torch's allocator holds the rest
                 torch.cuda.empty_cache()
                 raise torch.OutOfMemoryError(
                     f"a graph could not be made: {error}: run fewer rows, or make the cache smaller (cache_bytes)"

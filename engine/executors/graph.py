@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,12 +28,14 @@ from engine.executors.base import ExitOptions, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights, derive
-from engine.kernels.capture import captured, passing
+from engine.kernels.capture import captured, out_of_memory, passing
 from engine.kernels.exit_rows import ExitDestinations
 from engine.kernels.gpu_common import triton
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, own_stream
 from engine.models.encoder import MultiExitEncoder
 
+T = TypeVar("T")
+_MAX_PROGRAMS = 512  # each takes some of the host, too
 _REMEMBERED = 64  # sizes of batches, for each record of options, whose program is known at once
 # Of the device's memory, for all programs; beyond it, those used longest ago go.
 _MEMORY_SHARE = 0.25
@@ -120,6 +123,10 @@ class _Slot:
         # A batch that nobody waited for may still be on its way into this memory.
         if self.launch is not None:
             self.done.synchronize()
+
+
+class _Place:
+    """Owns the stream of an executor as long as its model stands on one device."""
 
 
 @contextmanager
@@ -276,14 +283,16 @@ class GraphExecutor:
         self._arena: Arena | None = None
 
     def _place(self, device: torch.device) -> None:
-        self._device, self._problem = device, None
+        self._problem: str | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._here = _Place()
         if device.type == "cuda":
             self._problem = conditional_nodes_problem(device)
             if self._problem is None and triton is None:
                 self._problem = "triton is not installed"
             if self._problem is None:
-                self._stream = own_stream(self, device)
+                self._stream = own_stream(self._here, device)
+        self._device = device
 
     def watch(self) -> None:
         """From now on somebody else may change the module: ``look`` reads all weights."""
@@ -292,27 +301,34 @@ class GraphExecutor:
             self._packed.watch()
 
     def look(self) -> None:
-        """See what somebody else has done to the module. Graphs are captured anew where weights have moved. Waits for
-        the device: once for all batches of a run."""
+        """See what somebody else has done to the module. Graphs are captured anew where something else than values has
+        changed. Waits for the device: once for all batches of a run."""
         if not self.weights.watching:
             return
         with torch.inference_mode(), self._lock:
             if self._model.device != self._device:
-                self._forget()
+                self._drop()
                 self._place(self._model.device)
-            if self._problem is None:
+            if self._held is not None:  # else they are derived when a program is made
                 with self._own_stream():
-                    self._hold(self.weights.current())
+                    self._hold(self._with_room(self.weights.current))
             if self._packed is not None:
                 self._packed.look()
 
     def refresh(self) -> None:
-        """Read the module's weights again now; graphs are captured anew where they have moved."""
+        """Read the module's weights again now; for graphs see ``look``."""
         with torch.inference_mode(), self._lock:
-            with self._own_stream():
-                self._hold(self.weights.refresh())
+            if self._held is not None:
+                with self._own_stream():
+                    self._hold(self._with_room(self.weights.refresh))
             if self._packed is not None:
                 self._packed.refresh()
+
+    def _drop(self) -> None:
+        """``_forget``, and the weights that programs were made of."""
+        self._forget()
+        self._held = None
+        self.weights.drop()
 
     def _hold(self, weights: EncoderWeights) -> None:
         """Programs are of these weights, or go."""
@@ -339,7 +355,7 @@ class GraphExecutor:
             kind = "options"
             if problem is None:
                 with self._own_stream():
-                    self._hold(self.weights.held())  # what it refuses is the caller's to mend
+                    self._hold(self._with_room(self.weights.held))  # what it refuses is the caller's to mend
                     made = self._made(lambda: self._program(rows, options))
                     if not isinstance(made, str):
                         self._remember(options, seen, made)
@@ -360,32 +376,39 @@ class GraphExecutor:
             known.clear()
         known[seen] = next(reversed(self._programs)), program
 
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns. Where memory is short it costs all programs; OutOfMemoryError where that is not
+        enough, which is the caller's: a smaller batch may do."""
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if not self._programs and not self._warm:
+                self._arena = None
+                raise torch.OutOfMemoryError(f"with no graph left: {error}") from error
+            self._forget()
+        torch.cuda.empty_cache()  # the error is gone by now, and with it what its frames held
+        return self._with_room(work)
+
     def _made(self, make: Callable[[], _Program | str]) -> _Program | str:
         """What ``make`` returns; or why the program cannot be had, which is then this executor's problem (but for what
-        other threads did). Out of memory first costs all other programs; then it is the caller's: a smaller batch may
-        do."""
+        other threads did)."""
         try:
-            return make()
+            return self._with_room(make)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # Triton's and the compiler's share no base class
             disturbed = passing(error)
             if disturbed is not None:
                 self._disturbed += 1
                 self._pause = min(2 ** (self._disturbed - 1) - 1, _LONGEST_PAUSE)
                 return disturbed
-            # Of the driver, too, which has only what torch's allocator leaves.
-            short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-            if not short and self._stream is None:
+            if self._stream is None:
                 raise
-            others = bool(self._programs)
-            self._forget()
-            if not short:
-                self._problem = f"a capture failed ({type(error).__name__}: {error})"
-                return self._problem
-            if not others:
-                raise torch.OutOfMemoryError(f"a graph could not be made: {error}") from error
-        # Here the error is gone, and with it what its frames held.
-        torch.cuda.empty_cache()
-        return self._made(make)
+            self._drop()
+            self._problem = f"a capture failed ({type(error).__name__}: {error})"
+            return self._problem
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -410,7 +433,7 @@ class GraphExecutor:
             if (self._problem or _unserved(self._model, options)) is None:
                 key = self._key(rows, tokens, longest, options)
                 with self._own_stream():
-                    self._hold(self.weights.held())
+                    self._hold(self._with_room(self.weights.held))
                     self._made(lambda: self._program_at(key))
                 self._warm.add(key)
 
@@ -444,8 +467,9 @@ class GraphExecutor:
                 program.capture(self._stream)
             self._disturbed = 0
             self._programs[key] = program
-            while len(self._programs) > 1 and self._bytes() > self._limit():
-                self._programs.popitem(last=False)
+            while len(self._programs) > 1 and (self._bytes() > self._limit() or len(self._programs) > _MAX_PROGRAMS):
+                oldest, _ = self._programs.popitem(last=False)
+                self._warm.discard(oldest)  # smaller ones may fit
                 self._recent.clear()
             if self._bytes() > self._limit():
                 self._arena = None  # this one's alone is too large: others get a smaller one, and it is the next to go

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engine.kernels.attention import lead_attention
 from engine.kernels.encoder import EncoderPlan, EncoderTensors
 from engine.kernels.exits import add_layer_norm
+from engine.kernels.extension import prepare
 from engine.kernels.layer import finish_layer
 from engine.kernels.linear import PackedLinear, own_kernel
 from engine.models.encoder import MultiExitEncoder
@@ -259,7 +260,8 @@ class WatchedWeights(Generic[W]):
 
     watching   whether anybody but the engine holds the model. Until then nothing can change and nothing is looked at
     in_place   where parameters hold other values at their old places, derived copies are written anew at theirs, and
-               the weights stay the same object: for who has captured where they stand, and reads no copy meanwhile
+               the weights stay the same object: for who has captured where they stand, and reads copies on the
+               stream on which they are written
 
     Seen: everything that changes a value (optimiser steps, fused ones included, though torch counts no version for
     them; ``copy_``, ``load_state_dict``, writes through ``p.data``), new storage (``.to()``, ``p.data = ...``), new
@@ -281,18 +283,27 @@ class WatchedWeights(Generic[W]):
         return self.refresh() if held is None else held[0]
 
     def current(self) -> W:
-        """The weights of this moment: a look."""
+        """The weights of this moment: a look. What cannot be derived is an error at every look."""
         held = self._held
         if held is not None and (not self.watching or self._read_state() == held[1]):
             return held[0]
         return self.refresh()
 
+    def drop(self) -> None:
+        """Give back what is held; who asks next derives anew."""
+        self._held = None
+
     def refresh(self) -> W:
         """Pack again, whatever the watch says."""
         with self._lock:
-            self._listing = self._list()
+            prepare(self.model.device)  # where it may have moved
+            before, self._listing = self._listing, self._list()
             state = self._read_state()
-            weights = self._derive(self.model)
+            try:
+                weights = self._derive(self.model)
+            except BaseException:
+                self._listing = before  # compared with the new one, the next look would find nothing changed
+                raise
             parameters = self._parameters()
             if state is not None and parameters is not None:
                 # Deriving may move parameters into a storage that they share, which is no change. Where a value has

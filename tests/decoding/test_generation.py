@@ -335,3 +335,26 @@ def test_the_model_moves_to_another_dtype(model, tokenizer):
     after = lm.run(["a"], max_new_tokens=5)
     assert after.stats.cache_bytes > before.stats.cache_bytes
     assert after.token_ids == before.token_ids
+
+
+@pytest.mark.parametrize("executor", ["packed", "graph"])
+def test_a_stream_that_cannot_begin_keeps_no_memory(executor):
+    model = tiny_decoder(seed=2)
+    lm = DecoderEngine(model, executor=executor)
+    list(lm.stream([5, 7], max_new_tokens=3, ignore_eos=True))
+    free = lm._decoder.cache.free_blocks
+    hook = model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda module, given, out: out * 3)
+    for _ in range(3):
+        with pytest.raises(TypeError, match="hooks"):
+            lm.stream([5, 7], max_new_tokens=3)
+    assert lm._decoder.cache.free_blocks == free
+    hook.remove()
+    assert len(list(lm.stream([5, 7], max_new_tokens=3, ignore_eos=True))) == 3
+
+
+def test_a_chat_that_the_template_refuses():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    lm = DecoderEngine(tiny_decoder(vocab=258, seed=2), tokenizer)
+    with pytest.raises(ValueError, match="prompt 0: the tokenizer's chat template refuses it: roles must alternate"):
+        lm.run([[{"role": "user", "content": "a"}]])

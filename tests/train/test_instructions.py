@@ -25,6 +25,18 @@ def write(path, rows):
     return path
 
 
+def test_an_answer_that_quotes_a_heading_changes_no_question():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_template(tokenizer)
+    quoted = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "a\n\n### Input:\nb"}]
+    plain = [quoted[0], {"role": "assistant", "content": "a"}]
+    found, want = (
+        tokenizer.apply_chat_template([*turns, quoted[0]], tokenize=False, add_generation_prompt=True)
+        for turns in (quoted, plain)
+    )
+    assert found.replace("\n\n### Input:\nb", "") == want
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_reading(tmp_path, name):
     rows = load_instructions(write(tmp_path / name, ROWS))
