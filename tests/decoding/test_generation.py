@@ -337,10 +337,9 @@ def test_the_model_moves_to_another_dtype(model, tokenizer):
     assert after.token_ids == before.token_ids
 
 
-@pytest.mark.parametrize("executor", ["packed", "graph"])
-def test_a_stream_that_cannot_begin_keeps_no_memory(executor):
+def test_a_stream_that_cannot_begin_keeps_no_memory():
     model = tiny_decoder(seed=2)
-    lm = DecoderEngine(model, executor=executor)
+    lm = DecoderEngine(model, executor="graph")  # packed runs the modules where it cannot take their weights
     list(lm.stream([5, 7], max_new_tokens=3, ignore_eos=True))
     free = lm._decoder.cache.free_blocks
     hook = model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda module, given, out: out * 3)
