@@ -267,7 +267,7 @@ class GraphExecutor:
         self._problem: str | None = None
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
-        self._warm: set[tuple[Capacity, Steps]] = set()  # of those that were made ahead
+        self._warm: set[tuple[Capacity, Steps]] = set()  # what was asked for ahead
         self._recent: WeakKeyDictionary[ExitOptions, dict[tuple, tuple[tuple[Capacity, Steps], _Program]]]
         self._recent = WeakKeyDictionary()  # see ``_remember``
         self._held: EncoderWeights | None = None  # what the programs are made of

@@ -36,7 +36,7 @@ def test_round_trip(tmp_path, head, tied):
     assert torch.equal(torch.get_rng_state(), before)
     got = lm.run(PROMPTS, max_new_tokens=12, ignore_eos=True)
     assert (got.token_ids, got.exit_layers, got.texts) == (want.token_ids, want.exit_layers, want.texts)
-    assert lm.config == model.config and lm._eos_ids == {7, 9}
+    assert lm.config == model.config and lm._reader.eos_ids == {7, 9}
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (not tied)
     again = save_checkpoint(lm.model, tmp_path / "again", lm.tokenizer)
     for name in ("model.safetensors", "exits.safetensors", "generation_config.json"):
