@@ -2,6 +2,7 @@
 # in it, so that a second call starts at once.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ help:
 	@echo "make build   rebuild the extension in place, where sources changed"
 	@echo "make lint    ruff, where it is installed"
 	@echo "make clean   remove build products (not $(VENV))"
-	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)"
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) JOBS=$(JOBS) (processes that test)"
 
 # An environment that is already there is used as it is, with the torch it has.
 $(STAMPS)/venv:
@@ -42,7 +43,7 @@ build: $(STAMPS)/install
 	$(BIN)/python -m pip install --no-deps -e .
 
 test: $(STAMPS)/install $(STAMPS)/backbone
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
 demo: $(STAMPS)/install $(STAMPS)/backbone
 	$(BIN)/consistentee demo

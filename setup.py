@@ -276,7 +276,7 @@ def main() -> None:
             "bench": ["matplotlib>=3.8", "onnx>=1.16", "onnxruntime>=1.18", "pytest-benchmark>=4.0"],
             "quality": ["rouge-score>=0.1.2", "bert-score>=0.3.13", "matplotlib>=3.8"],
             # gguf: SmolLM2's package carries its weights in that form.
-            "test": ["pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100", "gguf>=0.17"],
+            "test": ["pytest>=8.0", "pytest-benchmark>=4.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "gguf>=0.17"],
             "gpu": ["triton>=3.5; platform_system == 'Linux'"],
         },
         zip_safe=False,
