@@ -297,6 +297,11 @@ def curves(
     return results, examples
 
 
+def check_of(row: Mapping[str, Any]) -> str:
+    """What decided in a row of results: the policy, or a criterion's name."""
+    return "policy" if row["method"] == OURS else row["method"].removeprefix("CALM ")
+
+
 def add_times(
     lm: DecoderEngine,
     rows: Sequence[dict[str, Any]],
@@ -311,8 +316,7 @@ def add_times(
         if row["method"] == FULL:
             row["relative_time"] = 1.0
             continue
-        check = "policy" if row["method"] == OURS else row["method"].removeprefix("CALM ")
-        beyond = check_s[check] - check_s["policy"]
+        beyond = check_s[check_of(row)] - check_s["policy"]
         row["relative_time"] = relative_time(lm, prompts, taken, rounds, beyond, sampling)
         print(f"{row['method']:16} {row['value']:6g}  {row['layer_speed_up']:5.2f} x  time {row['relative_time']:.3f}",
               flush=True)  # fmt: skip
@@ -429,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if known[key] != value:
                 parser.error(f"{o.time} has {key} {known[key]}, asked for are {value}: give the options of its run")
         rows, about = known["rows"], {key: known[key] for key in _ABOUT}
-        criteria = sorted({row["method"].removeprefix("CALM ") for row in rows} - {OURS, FULL})
+        criteria = sorted({check_of(row) for row in rows if row["method"] not in (OURS, FULL)})
     else:
         rows, about = _untimed(parser, o, lm, parts, tests, {"name": decoding, **sampling})
         criteria = o.criteria

@@ -197,6 +197,7 @@ def run_passes(device: str) -> None:
     for."""
     import engine
     from engine.bench.decoder_h100 import random_decoder, spread
+    from engine.bench.encoder_competitors import random_batch
     from engine.bench.encoder_session import random_backbone
 
     place, dtype = torch.device(device), torch.float16 if device == "cuda" else torch.float32
@@ -206,8 +207,7 @@ def run_passes(device: str) -> None:
         module = engine.MultiExitEncoder(random_backbone(family, tiny=True), config).eval().to(place, dtype)
         runner = engine.from_module(module, executor="graph")
         for lengths in ([1], [3, 1, 33, 2, 7], [5] * 24):
-            ids = torch.nn.utils.rnn.pad_sequence([torch.randint(5, 100, (n,)) for n in lengths], batch_first=True)
-            batch = {"input_ids": ids, "attention_mask": _mask(lengths)}
+            batch = random_batch(module, lengths).inputs
             for options in ({}, {"threshold": 1.0}, {"threshold": 0.0}):
                 runner.run(batch, **options)
             runner.run(batch, criterion="scripted", exit_layers=[1 + i % 4 for i in range(len(lengths))])
@@ -218,10 +218,6 @@ def run_passes(device: str) -> None:
         lm.run(prompts, max_new_tokens=12, ignore_eos=True)
         script = [spread(4, 12, 2.0)] * rows
         lm.run(prompts, max_new_tokens=12, ignore_eos=True, criterion="scripted", exit_layers=script)
-
-
-def _mask(lengths: list[int]) -> Tensor:
-    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
 RUNS: dict[str, Callable[[str], None]] = {

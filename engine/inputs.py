@@ -296,6 +296,12 @@ def _check_ids(name: str, index: int, start: int, ids: list[int], size: int) -> 
         raise ValueError(f"{name}[{index}, {start + column}] is {ids[column]}, allowed are 0 to {size - 1}")
 
 
+def check_surrogates(where: str, text: str) -> None:
+    """ValueError that begins with ``where``: of text that cannot be encoded."""
+    if not text.isascii() and _SURROGATE.search(text):
+        raise ValueError(f"{where} has half a surrogate pair, which no tokenizer takes: decode the text properly")
+
+
 def _check_text(index: int, row: Any, pairs: bool) -> None:
     if pairs:
         if not isinstance(row, (tuple, list)) or len(row) != 2 or not all(isinstance(part, str) for part in row):
@@ -305,9 +311,7 @@ def _check_text(index: int, row: Any, pairs: bool) -> None:
         if not isinstance(row, str):
             raise TypeError(f"row {index} must be a string, got {_describe(row)}")
         empty = not row.strip()
-    text = "".join(row) if pairs else row
-    if not text.isascii() and _SURROGATE.search(text):
-        raise ValueError(f"row {index} has half a surrogate pair, which no tokenizer takes: decode the text properly")
+    check_surrogates(f"row {index}", "".join(row) if pairs else row)
     if empty:
         raise ValueError(f"row {index} is an empty string: there is nothing to classify; leave the row out")
 

@@ -13,6 +13,7 @@ import torch
 from engine.backbones import eos_ids
 from engine.decoding.criteria import check_criterion
 from engine.decoding.requests import SEEDS, Request, flag, integer
+from engine.inputs import check_surrogates
 from engine.models.decoder import MultiExitDecoder
 from engine.options import depth_limits, per_row
 
@@ -69,7 +70,7 @@ class RequestReader:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"prompt {index} is an empty string: generation needs something to start from")
-            _check_text(f"prompt {index}", prompt)
+            check_surrogates(f"prompt {index}", prompt)
             return self._tokenizer(index).encode(prompt)
         if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
             tokenizer = self._tokenizer(index)
@@ -83,7 +84,7 @@ class RequestReader:
                         f"prompt {index}, message {place}, must have one of the roles {', '.join(_ROLES)}, got "
                         f"{message['role']!r}"
                     )
-                _check_text(f"prompt {index}, message {place},", message["content"])
+                check_surrogates(f"prompt {index}, message {place},", message["content"])
             from jinja2 import TemplateError
 
             try:
@@ -176,12 +177,3 @@ class RequestReader:
                 )
             scripts.append(script[1:])
         return scripts
-
-
-def _check_text(where: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{where} has half a surrogate pair, which no tokenizer takes: decode the text properly"
-        ) from None

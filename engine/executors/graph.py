@@ -264,7 +264,6 @@ class GraphExecutor:
         self.weights = WatchedWeights(model, watching, partial(derive, product=PlainLinear), in_place=True)
         self._packed: PackedExecutor | None = None
         self._warned: set[str] = set()
-        self._problem: str | None = None
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
         self._warm: set[tuple[Capacity, Steps]] = set()  # what was asked for ahead
@@ -351,7 +350,7 @@ class GraphExecutor:
                 self._programs.move_to_end(key)
                 return program.submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
-            problem = self._problem or _unserved(self._model, options)
+            problem = self._trouble(options)
             kind = "options"
             if problem is None:
                 with self._own_stream():
@@ -375,6 +374,10 @@ class GraphExecutor:
         if len(known) >= _REMEMBERED:
             known.clear()
         known[seen] = next(reversed(self._programs)), program
+
+    def _trouble(self, options: ExitOptions) -> str | None:
+        """Why graphs cannot serve these options, or None."""
+        return self._problem or _unserved(self._model, options)
 
     def _with_room(self, work: Callable[[], T]) -> T:
         """What ``work`` returns. Where memory is short it costs all programs; OutOfMemoryError where that is not
@@ -430,7 +433,7 @@ class GraphExecutor:
         """Make the program of a batch of that size ready; it then serves all batches from half of that size on (rows
         and tokens, whatever their longest row up to ``longest``). Where a capture fails, the first run says so."""
         with torch.inference_mode(), self._lock:
-            if (self._problem or _unserved(self._model, options)) is None:
+            if self._trouble(options) is None:
                 key = self._key(rows, tokens, longest, options)
                 with self._own_stream():
                     self._hold(self._with_room(self.weights.held))
