@@ -1,8 +1,8 @@
 """What exits of a decoder cost in quality: ConsistentEE's policies against CALM's measures on the same weights.
 
     python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR [--prompts 200] [--sampled]
-    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR --untimed --device cuda --output FILE
-    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR --time FILE
+    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR --only texts --device cuda --output FILE
+    python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --data DIR --only times scores --input FILE
     python -m engine.bench.decoder_quality checkpoints/dolly-smollm2 --merge FILE ...
 
 writes ``bench/results/decoder_quality.json`` and a curve. DIR holds train and test files of instructions; policies, one
@@ -15,8 +15,8 @@ model writes at full depth, in the mean over prompts; intervals are bootstrapped
 
 Time is that of decoding one prompt alone, over its time at full depth: the exits that a run took are replayed as a
 script in our fastest path, and a measure of CALM pays its own checks on top, timed alone. Not its own run: that would
-compare the paths that serve them, not the methods. So texts may come from one machine (``--untimed``) and times from
-another (``--time``).
+compare the paths that serve them, not the methods. So texts may come from one machine, times from another and scores
+from a third (``--only``, ``--input``); the file says of each step where it ran (``steps``).
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from safetensors.torch import save_file
 from engine.backbones import BackboneReference
 from engine.bench.plots import check_path, save_figure
 from engine.bench.record import RESULTS, figure, merged, same_in_all, write_result
+from engine.bench.report import environment
 from engine.bench.timer import interleave
 from engine.decoding.criteria import measure
+from engine.facts import TRAINING
 from engine.generation import DecoderEngine
 from engine.loading import load_model
 from engine.reading import fill_module, read_tensors
@@ -49,7 +51,9 @@ from engine.train.instructions import Instruction, TokenizedInstructions, load_i
 
 OURS, FULL = "ConsistentEE", "full depth"
 SPEED_UPS = (1.5, 2.0, 3.0, 5.0)
-ALPHAS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.055, 0.06, 0.065, 0.07, 0.075, 0.08, 0.09, 0.1, 0.12, 0.15, 0.2)
+ALPHAS = (
+    0.02, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.17, 0.2, 0.24, 0.3, 0.4,
+)  # fmt: skip
 THRESHOLDS = {
     "softmax": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
     "saturation": (0.3, 0.9, 0.95, 0.96, 0.97, 0.975, 0.98, 0.983, 0.986, 0.99),
@@ -59,8 +63,11 @@ SCORES = ("rouge_reference", "bert_reference", "rouge_full", "bert_full")
 GREEDY = {"repetition_penalty": 1.2}  # the paper's code
 SAMPLED = {"temperature": 1.0, "top_p": 0.75, "top_k": 40}  # the paper's text
 _RESAMPLES = 2000
+_SHOWN = 3  # prompts whose texts are kept
 _THRESHOLD = 0.5  # of the policies, where a row says no other
-_ABOUT = ("decoding", "scorer", "prompts", "new_tokens", "examples_at_2x")  # of a result file, beside its rows
+STEPS = {"texts": "nothing", "times": "exit_layers", "scores": "texts"}  # and what each finds in rows, and takes away
+# Of a result file, beside its rows; each step knows some.
+_ABOUT = ("decoding", "prompts", "new_tokens", "check_us", "scorer", "examples_at_2x", "steps")
 # Points further apart than this factor say nothing about what lies between them.
 _GAP = 1.6
 
@@ -158,10 +165,9 @@ def settings(
 
 
 def train_policies(
-    model: Any, tokenizer: Any, rows: list[Instruction], alphas: Sequence[float], max_length: int, epochs: int
+    model: Any, data: TokenizedInstructions, alphas: Sequence[float], epochs: int
 ) -> dict[float, dict[str, torch.Tensor]]:
     """State of the policies for each price, trained side by side."""
-    data = TokenizedInstructions.from_instructions(rows, tokenizer, max_length)
     options = TokenPolicyOptions(epochs=epochs, learning_rate=1e-3)
     sets = decoder_phases.train_policies(model, data, options, alphas, seed=0)
     return {a: {k: v.cpu() for k, v in s.state_dict().items()} for a, s in zip(alphas, sets, strict=True)}
@@ -244,57 +250,62 @@ def relative_time(
     return median(ratios)
 
 
-def curves(
+def generated(
     lm: DecoderEngine,
-    rows: Sequence[Instruction],
+    prompts: Sequence[str],
     found_settings: Sequence[Setting],
-    bert: Scorer,
     new: int,
     sampling: Mapping[str, Any],
     timed: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each setting, full depth first, without its time, but with the exits of the first ``timed`` prompts
-    that ``add_times`` asks for; and what each setting wrote for the first three."""
-    prompts, references = [r.prompt for r in rows], [r.output for r in rows]
+) -> list[dict[str, Any]]:
+    """A row for each setting, full depth first: how deep its tokens went, what it wrote, which ``add_scores`` asks for,
+    and the exits of the first ``timed`` prompts, which ``add_times`` asks for."""
     common = dict(max_new_tokens=new, progress=False, **sampling)
     layers = lm.config.num_layers
-    full = lm.run(prompts, min_depth=layers, **common)
-    results, examples = [], []
+    rows = []
     for setting in (Setting(FULL, layers, {"min_depth": layers}), *found_settings):
         started = time.perf_counter()
         if setting.policies is not None:
             with torch.no_grad():
                 fill_module(lm.model.exits.policies, setting.policies, "policies")
-        found = full if setting.method == FULL else lm.run(prompts, **setting.options, **common)
-        values = {
-            "rouge_reference": rouge_l(found.texts, references),
-            "bert_reference": bert(found.texts, references),
-            "rouge_full": rouge_l(found.texts, full.texts),
-            "bert_full": bert(found.texts, full.texts),
-        }
+        found = lm.run(prompts, **setting.options, **common)
         depth = found.stats.mean_depth
         row = {"method": setting.method, "value": setting.value, "mean_depth": depth, "layer_speed_up": layers / depth}
-        at_threshold = ""
         if setting.method == OURS and setting.options["threshold"] != _THRESHOLD:
             row["threshold"] = setting.options["threshold"]
-            at_threshold = f"at {row['threshold']:g}  "
-        for name in SCORES:
-            row[name], row[f"{name}_95"] = float(values[name].mean()), interval(values[name])
         row["exit_layers"] = found.exit_layers[:timed]
         taken = [layer for depths in found.exit_layers for layer in depths[1:]]
         row["exit_share"] = [taken.count(layer) / len(taken) for layer in lm.config.exit_layers]
-        results.append(row)
-        examples.append(
-            {k: row[k] for k in ("method", "value", "threshold", "layer_speed_up") if k in row}
-            | {"texts": found.texts[:3]}
-        )
-        print(
-            f"{setting.method:16} {setting.value:6g}  {at_threshold}{layers / depth:5.2f} x  "
-            + "  ".join(f"{name} {row[name]:.4f}" for name in SCORES)
-            + f"  ({time.perf_counter() - started:.0f} s)",
-            flush=True,
-        )
-    return results, examples
+        row["tokens"] = len(taken) + len(prompts)
+        row["texts"] = found.texts
+        rows.append(row)
+        print(f"{_named(row)}  {row['tokens']} tokens  ({time.perf_counter() - started:.0f} s)", flush=True)
+    return rows
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    at_threshold = f"  at {row['threshold']:g}" if "threshold" in row else ""
+    return f"{row['method']:16} {row['value']:6g}{at_threshold}  {row['layer_speed_up']:5.2f} x"
+
+
+def add_scores(rows: Sequence[dict[str, Any]], references: Sequence[str], bert: Scorer) -> dict[str, Any]:
+    """Scores of every row, in place of its texts. Returns what each method wrote for the first prompts near 2 x."""
+    full = next(row["texts"] for row in rows if row["method"] == FULL)
+    examples = []
+    for row in rows:
+        texts = row.pop("texts")
+        values = {
+            "rouge_reference": rouge_l(texts, references),
+            "bert_reference": bert(texts, references),
+            "rouge_full": rouge_l(texts, full),
+            "bert_full": bert(texts, full),
+        }
+        for name in SCORES:
+            row[name], row[f"{name}_95"] = float(values[name].mean()), interval(values[name])
+        told = {key: row[key] for key in ("method", "value", "threshold", "layer_speed_up") if key in row}
+        examples.append(told | {"texts": texts[:_SHOWN]})
+        print(f"{_named(row)}  " + "  ".join(f"{name} {row[name]:.4f}" for name in SCORES), flush=True)
+    return _nearest(examples)
 
 
 def check_of(row: Mapping[str, Any]) -> str:
@@ -318,8 +329,7 @@ def add_times(
             continue
         beyond = check_s[check_of(row)] - check_s["policy"]
         row["relative_time"] = relative_time(lm, prompts, taken, rounds, beyond, sampling)
-        print(f"{row['method']:16} {row['value']:6g}  {row['layer_speed_up']:5.2f} x  time {row['relative_time']:.3f}",
-              flush=True)  # fmt: skip
+        print(f"{_named(row)}  time {row['relative_time']:.3f}", flush=True)
 
 
 # -- what it comes to ----------------------------------------------------------------------------------------------
@@ -388,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=200, help="the first of the test rows whose prompt fits")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256, help="of training rows, and of test prompts")
-    parser.add_argument("--alphas", nargs="+", type=float, help="default: those in the file of policies, or 16 of them")
+    parser.add_argument("--alphas", nargs="+", type=float, help="default: those in the file of policies, or ALPHAS")
     parser.add_argument("--thresholds", nargs="+", type=float, default=[_THRESHOLD], help="of the policies")
     parser.add_argument("--coarse", action="store_true", help="every second threshold of CALM's measures alone")
     parser.add_argument("--criteria", nargs="*", choices=THRESHOLDS, default=list(THRESHOLDS), help="of CALM")
@@ -399,8 +409,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scorer-layer", type=int, default=6)
     parser.add_argument("--timed", type=int, default=20, help="prompts whose decoding is timed")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--untimed", action="store_true", help="texts and exits alone, for --time")
-    parser.add_argument("--time", type=Path, metavar="FILE", help="time what --untimed has written, nothing else")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="steps to run")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="what the steps before have written")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="combine results; nothing is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / "decoder_quality.json")
@@ -423,40 +433,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"{o.data} has no {split} file")
         parts[split] = load_instructions(file)
     sampling, decoding = (SAMPLED, "sampled") if o.sampled else (GREEDY, "greedy")
+    if ("texts" in o.only) == (o.input is not None):
+        parser.error("--input belongs to --only times and scores, which go on with what another run wrote")
     model, tokenizer = load_model(o.checkpoint)
     lm = DecoderEngine(model.to(o.device), tokenizer)  # not private: policies are exchanged in place
     # Longer prompts than the model was trained on say nothing of its exits.
     tests = [row for row in parts["test"] if len(tokenizer.encode(row.prompt)) <= o.max_length][: o.prompts]
-    if o.time is not None:
-        known = json.loads(o.time.read_text())
-        for key, value in (("decoding", {"name": decoding, **sampling}), ("prompts", len(tests))):
-            if known[key] != value:
-                parser.error(f"{o.time} has {key} {known[key]}, asked for are {value}: give the options of its run")
-        rows, about = known["rows"], {key: known[key] for key in _ABOUT}
-        criteria = sorted({check_of(row) for row in rows if row["method"] not in (OURS, FULL)})
+    prompts = [row.prompt for row in tests]
+    about: dict[str, Any] = {"decoding": {"name": decoding, **sampling}, "prompts": len(tests)}
+    steps: dict[str, Any] = {}
+    if o.input is None:
+        rows = generated(lm, prompts, _settings(parser, o, lm, parts), o.new_tokens, sampling, o.timed)
+        about["new_tokens"] = o.new_tokens
+        steps["texts"] = environment()
     else:
-        rows, about = _untimed(parser, o, lm, parts, tests, {"name": decoding, **sampling})
-        criteria = o.criteria
-    if o.untimed:
-        write_result(o.output, [], rows, **about)
-        return
-    checked = check_seconds(lm, criteria)
-    add_times(lm, rows, [row.prompt for row in tests], o.rounds, checked, sampling)
-    plot(rows, drawing, _title(o.checkpoint.name, len(tests), decoding))
-    write_result(
-        o.output, figures(rows, decoding), rows, **about, check_us={name: 1e6 * s for name, s in checked.items()}
-    )
+        rows, known = _continued(parser, o, about)
+        about |= known
+        steps |= about.pop("steps")
+    if "times" in o.only:
+        checked = check_seconds(lm, sorted({check_of(row) for row in rows if row["method"] not in (OURS, FULL)}))
+        add_times(lm, rows, prompts, o.rounds, checked, sampling)
+        about["check_us"] = {name: 1e6 * s for name, s in checked.items()}
+        steps["times"] = environment()
+    if "scores" in o.only:
+        folder, scorer = _scorer(o.scorer)
+        shown = add_scores(rows, [row.output for row in tests], bert_score(folder, o.scorer_layer, o.device))
+        about["scorer"] = {"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": scorer, "layer": o.scorer_layer}
+        about["examples_at_2x"] = {"prompts": [row.instruction for row in tests[:_SHOWN]], **shown}
+        steps["scores"] = environment()
+    done = set(steps) == set(STEPS)
+    if done:
+        plot(rows, drawing, _title(o.checkpoint.name, len(tests), decoding))
+    write_result(o.output, figures(rows, decoding) if done else [], rows, **about, steps=steps)
 
 
-def _untimed(
-    parser: argparse.ArgumentParser,
-    o: argparse.Namespace,
-    lm: DecoderEngine,
-    parts: Mapping[str, list[Instruction]],
-    tests: list[Instruction],
-    decoding: Mapping[str, Any],
+def _continued(
+    parser: argparse.ArgumentParser, o: argparse.Namespace, asked: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows without times, and what the result file says beside them; policies are trained where none are kept."""
+    """Rows of ``--input``, and what that file says beside them. An error where it is another run's, or lacks a step."""
+    result = json.loads(o.input.read_text())
+    for key, value in asked.items():
+        if result[key] != value:
+            parser.error(f"{o.input} has {key} {result[key]}, asked for are {value}: give the options of its run")
+    for needed in (STEPS[step] for step in o.only):
+        if any(needed not in row for row in result["rows"]):
+            parser.error(f"{o.input} has rows without {needed}, which is used up: name what --only texts has written")
+    return result["rows"], {key: result[key] for key in _ABOUT if key in result}
+
+
+def _settings(
+    parser: argparse.ArgumentParser, o: argparse.Namespace, lm: DecoderEngine, parts: Mapping[str, list[Instruction]]
+) -> list[Setting]:
+    """All that is compared; policies are trained where none are kept, on such tokens as the checkpoint's were."""
     kept = o.policies or o.output.with_suffix(".policies.safetensors")
     sets = None
     if kept.exists():
@@ -464,25 +492,25 @@ def _untimed(
             sets = read_policies(kept, o.alphas)
         except ValueError as error:
             parser.error(str(error))
-    folder, scorer = _scorer(o.scorer)
-    bert = bert_score(folder, o.scorer_layer, o.device)
     if "classifier" in o.criteria and not lm.config.early_exit_classifier:
         parser.error("the checkpoint has no early-exit classifier: leave that criterion out")
     if sets is None:
+        record = o.checkpoint / TRAINING
+        answers_only = json.loads(record.read_text())["config"]["answers_only"] if record.exists() else False
         training = without(parts["train"], parts["test"])
-        sets = train_policies(lm.model, lm.tokenizer, training, o.alphas or ALPHAS, o.max_length, o.epochs)
+        data = TokenizedInstructions.from_instructions(training, lm.tokenizer, o.max_length, answers_only)
+        sets = train_policies(lm.model, data, o.alphas or ALPHAS, o.epochs)
         store_policies(kept, sets)
-    found = settings(sets, o.criteria, 2 if o.coarse else 1, o.thresholds)
-    sampling = {key: value for key, value in decoding.items() if key != "name"}
-    rows, examples = curves(lm, tests, found, bert, o.new_tokens, sampling, o.timed)
-    scored = {"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": scorer, "layer": o.scorer_layer}
-    shown = {"prompts": [row.instruction for row in tests[:3]], **_nearest(examples)}
-    return rows, dict(zip(_ABOUT, (decoding, scored, len(tests), o.new_tokens, shown), strict=True))
+    return settings(sets, o.criteria, 2 if o.coarse else 1, o.thresholds)
 
 
 def merge(files: Sequence[Path], output: Path, drawing: Path, name: str) -> None:
     """Rows of all files, and the figures that follow from them. ValueError where they were not asked the same."""
     found = [json.loads(file.read_text()) for file in files]
+    for file, one in zip(files, found, strict=True):
+        left = [step for step, needed in STEPS.items() if any(needed in row for row in one["rows"])]
+        if left:
+            raise ValueError(f"{file} is not finished: run --only {' '.join(left)} --input {file} first")
     same = same_in_all(found, ("decoding", "scorer", "prompts", "new_tokens"))
     rows, about = merged(files, ("method", "value", "threshold"))
     decoding = same["decoding"]["name"]
@@ -491,7 +519,8 @@ def merge(files: Sequence[Path], output: Path, drawing: Path, name: str) -> None
     plot(rows, drawing, _title(name, same["prompts"], decoding))
     checks = {key: value for one in found for key, value in one["check_us"].items()}
     write_result(output, figures(rows, decoding), rows, **about, **same, check_us=checks,
-                 examples_at_2x={"prompts": shown[0]["prompts"], **_nearest(examples)})  # fmt: skip
+                 examples_at_2x={"prompts": shown[0]["prompts"], **_nearest(examples)},
+                 steps=[one["steps"] for one in found])  # fmt: skip
 
 
 def _title(name: str, prompts: int, decoding: str) -> str:

@@ -125,21 +125,37 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(quality, "train_policies", fail)
 
-    # Texts from one run, times from another: nothing is decoded anew but what is timed.
-    kept, texts, timed = output.with_suffix(".policies.safetensors"), tmp_path / "texts.json", tmp_path / "timed.json"
-    quality.main([*call[:-1], str(texts), "--policies", str(kept), "--untimed"])
-    assert all("relative_time" not in r and len(r["exit_layers"]) == 2 for r in json.loads(texts.read_text())["rows"])
+    # Texts from one run, times from another, scores from a third: each does its own step alone.
+    kept, files = output.with_suffix(".policies.safetensors"), [tmp_path / f"step_{k}.json" for k in range(3)]
+    quality.main([*call[:-1], str(files[0]), "--policies", str(kept), "--only", "texts"])
+    written = json.loads(files[0].read_text())
+    assert all(len(r["exit_layers"]) == 2 and len(r["texts"]) == 3 for r in written["rows"])
+    assert list(written["steps"]) == ["texts"] and not written["figures"] and not files[0].with_suffix(".png").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "curves", fail)
-        quality.main([*call[:-1], str(timed), "--time", str(texts)])
-        with pytest.raises(SystemExit):
-            quality.main([*call[:-1], str(timed), "--time", str(texts), "--sampled"])
-    assert "has decoding {'name': 'greedy'" in capsys.readouterr().err
-    again = json.loads(timed.read_text())
-    assert all(again[key] == result[key] for key in quality._ABOUT) and len(again["figures"]) == 16
-    assert set(again["check_us"]) == set(result["check_us"])
+        patch.setattr(quality, "generated", fail)
+        with patch.context() as inner:
+            inner.setattr(quality, "add_scores", fail)
+            quality.main([*call[:-1], str(files[1]), "--only", "times", "--input", str(files[0])])
+        patch.setattr(quality, "add_times", fail)
+        quality.main([*call[:-1], str(files[2]), "--only", "scores", "--input", str(files[1])])
+        for wrong, words in (
+            (["--only", "scores", "--input", str(files[1]), "--sampled"], "has decoding {'name': 'greedy'"),
+            (["--only", "times", "--input", str(files[1])], "has rows without exit_layers, which is used up"),
+            (["--only", "times"], "--input belongs to --only times and scores"),
+            (["--input", str(files[1])], "--input belongs to --only times and scores"),
+        ):
+            with pytest.raises(SystemExit):
+                quality.main([*call[:-1], str(tmp_path / "none.json"), *wrong])
+            assert words in capsys.readouterr().err
+    again = json.loads(files[2].read_text())
+    assert set(again) == set(result) and list(again["steps"]) == list(result["steps"]) == list(quality.STEPS)
+    assert all(again[key] == result[key] for key in quality._ABOUT if key not in ("check_us", "steps"))
+    assert set(again["check_us"]) == set(result["check_us"]) and len(again["figures"]) == 16
     for one, other in zip(again["rows"], result["rows"], strict=True):
-        assert set(one) == set(other) and one["mean_depth"] == other["mean_depth"] and one["relative_time"] > 0
+        assert set(one) == set(other) and one["relative_time"] > 0
+        assert all(one[key] == other[key] for key in one if key != "relative_time")
+    with pytest.raises(ValueError, match="is not finished: run --only scores --input"):
+        quality.main([call[0], "--merge", str(files[1]), "--output", str(tmp_path / "none.json")])
 
     before = result["rows"][1]["mean_depth"]
     quality.main(call)
