@@ -403,6 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--coarse", action="store_true", help="every second threshold of CALM's measures alone")
     parser.add_argument("--criteria", nargs="*", choices=THRESHOLDS, default=list(THRESHOLDS), help="of CALM")
     parser.add_argument("--epochs", type=int, default=2, help="of the policies")
+    parser.add_argument("--train-rows", type=int, help="the first train rows alone are the policies'; default: all")
     parser.add_argument("--policies", type=Path, help="file to keep them in; default: beside the output")
     parser.add_argument("--sampled", action="store_true", help="the paper's sampling instead of greedy decoding")
     parser.add_argument("--scorer", default="sentence-transformers/all-MiniLM-L6-v2", help="BERTScore's model")
@@ -497,7 +498,7 @@ def _settings(
     if sets is None:
         record = o.checkpoint / TRAINING
         answers_only = json.loads(record.read_text())["config"]["answers_only"] if record.exists() else False
-        training = without(parts["train"], parts["test"])
+        training = without(parts["train"], parts["test"])[: o.train_rows]
         data = TokenizedInstructions.from_instructions(training, lm.tokenizer, o.max_length, answers_only)
         sets = train_policies(lm.model, data, o.alphas or ALPHAS, o.epochs)
         store_policies(kept, sets)

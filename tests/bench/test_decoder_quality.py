@@ -103,7 +103,8 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys):
     output = tmp_path / "quality.json"
     call = [
         str(tmp_path / "ck"), "--data", str(tmp_path), "--prompts", "3", "--new-tokens", "6", "--alphas", "0", "20",
-        "--epochs", "400", "--timed", "2", "--rounds", "1", "--scorer", str(scorer), "--output", str(output),
+        "--epochs", "400", "--train-rows", "8", "--timed", "2", "--rounds", "1", "--scorer", str(scorer),
+        "--output", str(output),
     ]  # fmt: skip
     quality.main(call)
     result = json.loads(output.read_text())
