@@ -12,9 +12,8 @@ the time of a call for fewer tokens taken off). ``--gpt-fast`` adds gpt-fast at 
 fails, its row says why. ``--merge`` puts the rows of several files into one; each says of which commit it is.
 
 "trained model's exits" are drawn, each token's by itself, from the shares of a test set's tokens that left behind each
-layer of the shipped decoder, prompts included (its training.json): teacher-forced, it read texts and generated nothing.
-What it generates leaves later, and that is what serving sees: "generated tokens" are drawn from the shares of those
-(``decoder_quality.json``, policies of the same price).
+layer of the shipped decoder (its training.json): teacher-forced, it read answers and generated nothing. "generated
+tokens" are drawn from the shares of what it wrote itself (``decoder_quality.json``, policies of the same price).
 
 With ``--checkpoint`` weights are real and its policies decide. Prompts are eight short questions in the checkpoint's
 chat template then, in turns; EOS ids are ignored, so that all rows decode as many tokens: what stands behind the end of
@@ -101,7 +100,7 @@ def trained_exits(share: dict[int, float], trained: int, layers: int, tokens: in
 
 
 def shipped_share() -> tuple[dict[int, float], int]:
-    """Exit layers of the tokens of test texts that the shipped decoder reads, prompts included, and its depth."""
+    """Exit layers of the tokens of test answers that the shipped decoder reads, and its depth."""
     exits = json.loads((_SHIPPED / "config.json").read_text())["early_exit"]
     result = json.loads((_SHIPPED / "training.json").read_text())["result"]["test"]
     share = result["points"][f"{exits['threshold']:g}"]["exit_share"]

@@ -65,7 +65,7 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.75, "top_k": 40}  # the paper's text
 _RESAMPLES = 2000
 _SHOWN = 3  # prompts whose texts are kept
 _THRESHOLD = 0.5  # of the policies, where a row says no other
-STEPS = {"texts": "nothing", "times": "exit_layers", "scores": "texts"}  # and what each finds in rows, and takes away
+STEPS = {"texts": "", "times": "exit_layers", "scores": "texts"}  # and what each finds in rows, and takes away
 # Of a result file, beside its rows; each step knows some.
 _ABOUT = ("decoding", "prompts", "new_tokens", "check_us", "scorer", "examples_at_2x", "steps")
 # Points further apart than this factor say nothing about what lies between them.
@@ -441,6 +441,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Longer prompts than the model was trained on say nothing of its exits.
     tests = [row for row in parts["test"] if len(tokenizer.encode(row.prompt)) <= o.max_length][: o.prompts]
     prompts = [row.prompt for row in tests]
+    if "scores" in o.only:  # a scorer that is not there is found before the work
+        folder, scorer = _scorer(o.scorer)
+        bert = bert_score(folder, o.scorer_layer, o.device)
     about: dict[str, Any] = {"decoding": {"name": decoding, **sampling}, "prompts": len(tests)}
     steps: dict[str, Any] = {}
     if o.input is None:
@@ -457,8 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about["check_us"] = {name: 1e6 * s for name, s in checked.items()}
         steps["times"] = environment()
     if "scores" in o.only:
-        folder, scorer = _scorer(o.scorer)
-        shown = add_scores(rows, [row.output for row in tests], bert_score(folder, o.scorer_layer, o.device))
+        shown = add_scores(rows, [row.output for row in tests], bert)
         about["scorer"] = {"rouge": "rouge-score, ROUGE-L F1, stemmed", "bert": scorer, "layer": o.scorer_layer}
         about["examples_at_2x"] = {"prompts": [row.instruction for row in tests[:_SHOWN]], **shown}
         steps["scores"] = environment()

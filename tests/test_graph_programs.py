@@ -57,7 +57,7 @@ def test_a_capacity_is_made_once(device, monkeypatch):
 def test_what_a_large_batch_needed_does_not_push_out_small_ones(device, monkeypatch):
     """Its buffers alone are more than the limit; theirs are not."""
     fast, oracle = both(tiny_model().to(device))
-    large, *small = (padded(random_rows(size, seed=size)) for size in (60, 1, 9))
+    large, *small = (padded(random_rows(size, seed=size)) for size in (600, 1, 9))
     made = programs_made(monkeypatch)
     fast.run(large, batch_tokens=10**6)
     (alone,) = fast.executor._programs.values()

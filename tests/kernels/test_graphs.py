@@ -488,7 +488,7 @@ def test_two_captures_on_two_streams(cuda_device):
 def test_what_others_launch_during_a_capture_is_not_recorded(cuda_device):
     """On every stream of torch's pool, and on one of another owner."""
     builder, other = GraphBuilder(), Owner()
-    stream, theirs = own_stream(builder, cuda_device), own_stream(other, cuda_device)
+    stream, theirs = (own_stream(one, torch.device(cuda_device, 0)) for one in (builder, other))
     pool = [torch.cuda.Stream() for _ in range(64)]
     assert stream.cuda_stream not in {s.cuda_stream for s in (*pool, theirs)}
     x, y = (torch.zeros(1, device="cuda") for _ in range(2))
