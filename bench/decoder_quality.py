@@ -365,7 +365,8 @@ def figures(rows: Sequence[Mapping[str, Any]], decoding: str) -> list[dict[str, 
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Scores against relative time, a panel each; a band is the interval over prompts."""
+    """Scores against relative time, a panel each; a band is the interval over prompts. What takes longer than full
+    depth by more than a fifth is left out of the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -383,6 +384,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
             axes.fill_between(times, *bounds, alpha=0.12, color=line.get_color(), linewidth=0)
         axes.axhline(next(r[score] for r in rows if r["method"] == FULL), color="0.5", linewidth=0.8, linestyle="--")
         axes.set_title(titles[score], fontsize="medium")
+        axes.set_xlim(right=min(axes.get_xlim()[1], 1.2))
         axes.set_xlabel("decoding time of one prompt, full depth = 1")
         axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
