@@ -103,10 +103,18 @@ def test_the_whole_run(tmp_path, monkeypatch, capsys):
     output = tmp_path / "quality.json"
     call = [
         str(tmp_path / "ck"), "--data", str(tmp_path), "--prompts", "3", "--new-tokens", "6", "--alphas", "0", "20",
-        "--epochs", "400", "--train-rows", "8", "--timed", "2", "--rounds", "1", "--scorer", str(scorer),
+        "--epochs", "400", "--train-rows", "6", "--timed", "2", "--rounds", "1", "--scorer", str(scorer),
         "--output", str(output),
     ]  # fmt: skip
+    trained_on, train = [], quality.train_policies
+
+    def counted(model, data, *rest):
+        trained_on.append(len(data))
+        return train(model, data, *rest)
+
+    monkeypatch.setattr(quality, "train_policies", counted)
     quality.main(call)
+    assert trained_on == [6]
     result = json.loads(output.read_text())
     rows = {(r["method"], r["value"]): r for r in result["rows"]}
     assert len(rows) == 1 + 2 + 3 * 2 and result["prompts"] == 3
