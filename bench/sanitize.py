@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.bench import sanitize_triton
 from engine.kernels import attention, exits, extension, graphs, packing, products
@@ -191,33 +193,63 @@ def run_graph(device: str) -> None:
         done.synchronize()
 
 
-def run_passes(device: str) -> None:
-    """A small encoder's passes and a small decoder's steps as their engines run them, one graph each: rows that leave
-    everywhere, by policies and by scripts, with and without a pooler and a position bias, more rows than a node pays
-    for."""
+def _encoder_passes(device: str, sizes: tuple[list[int], ...], models: tuple[tuple[str, str], ...]) -> None:
+    """A small encoder's passes as its engine runs them, one graph each: rows leave by policies and by a script."""
     import engine
-    from engine.bench.decoder_h100 import random_decoder, spread
     from engine.bench.encoder_competitors import random_batch
     from engine.bench.encoder_session import random_backbone
 
-    place, dtype = torch.device(device), torch.float16 if device == "cuda" else torch.float32
-    for family, pooler in (("bert", "none"), ("bert", "shared"), ("mpnet", "none")):
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    for family, pooler in models:
         labels = ("yes", "no", "neither")
         config = engine.EarlyExitConfig(4, (1, 2, 3, 4), pooler=pooler, labels=labels, max_length=512)
-        module = engine.MultiExitEncoder(random_backbone(family, tiny=True), config).eval().to(place, dtype)
+        module = engine.MultiExitEncoder(random_backbone(family, tiny=True), config).eval().to(device, dtype)
         runner = engine.from_module(module, executor="graph")
-        for lengths in ([1], [3, 1, 33, 2, 7], [5] * 24):
+        for lengths in sizes:
             batch = random_batch(module, lengths).inputs
             for options in ({}, {"threshold": 1.0}, {"threshold": 0.0}):
                 runner.run(batch, **options)
             runner.run(batch, criterion="scripted", exit_layers=[1 + i % 4 for i in range(len(lengths))])
-    model = random_decoder("tiny", place, dtype, 64)
+
+
+def _decoder_steps(device: str) -> None:
+    """A small decoder's steps, one graph each, all decided and by a script."""
+    import engine
+    from engine.bench.decoder_h100 import random_decoder, spread
+
+    model = random_decoder("tiny", torch.device(device), torch.float16 if device == "cuda" else torch.float32, 64)
     lm = engine.generation.DecoderEngine(model, executor="graph", cache_bytes=1 << 20)
     for rows in (1, 5):
         prompts = [[3 + i, 7, 9][: 1 + i % 3] for i in range(rows)]
-        lm.run(prompts, max_new_tokens=12, ignore_eos=True)
-        script = [spread(4, 12, 2.0)] * rows
-        lm.run(prompts, max_new_tokens=12, ignore_eos=True, criterion="scripted", exit_layers=script)
+        # For the prompts, which torch's own kernels serve: under synccheck cuDNN's attention does not come to an end.
+        with sdpa_kernel(SDPBackend.MATH):
+            lm.run(prompts, max_new_tokens=12, ignore_eos=True)
+            script = [spread(4, 12, 2.0)] * rows
+            lm.run(prompts, max_new_tokens=12, ignore_eos=True, criterion="scripted", exit_layers=script)
+
+
+def run_passes(device: str) -> None:
+    """Whole encoder passes, with and without a pooler and a position bias, of few and of many rows, each in one piece:
+    without the conditional node that passes of few rows have."""
+    from engine.executors import graph_pass
+
+    models = (("bert", "none"), ("bert", "shared"), ("mpnet", "none"))
+    with mock.patch.object(graph_pass, "stage_layers", lambda deepest, rows: deepest + 1):
+        _encoder_passes(device, ([1], [3, 1, 33, 2, 7], [5] * 24), models)
+
+
+def run_steps(device: str) -> None:
+    """Whole decode steps; of four layers, no node stands behind any."""
+    _decoder_steps(device)
+
+
+def run_nodes(device: str) -> None:
+    """Passes and steps with kernels of ours behind a conditional node."""
+    from engine.decoding import graph as decoder_graph
+
+    _encoder_passes(device, ([1], [3, 1, 33, 2, 7]), (("bert", "none"),))
+    with mock.patch.object(decoder_graph, "_STAGE", 2):
+        _decoder_steps(device)
 
 
 RUNS: dict[str, Callable[[str], None]] = {
@@ -229,6 +261,8 @@ RUNS: dict[str, Callable[[str], None]] = {
     "products": run_products,
     "graph": run_graph,
     "passes": run_passes,
+    "steps": run_steps,
+    "nodes": run_nodes,
     **sanitize_triton.RUNS,
 }
 
@@ -243,7 +277,7 @@ def problem(name: str, device: str) -> str | None:
         return "the extension is not built"
     if device == "cuda" and not extension.cuda_kernels():
         return "the extension has no usable CUDA half"
-    if name in ("graph", "passes"):
+    if name in ("graph", "passes", "steps", "nodes"):
         return graphs.conditional_nodes_problem() if device == "cuda" else graphs.builder_problem()
     return None
 

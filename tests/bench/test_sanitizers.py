@@ -37,6 +37,22 @@ def test_reports_are_read():
     assert sanitizers.read_report("killed") == {"errors": None}
 
 
+def test_reports_of_libraries_are_told_apart():
+    """Errors without a kernel count as ours."""
+    line = "========= Uninitialized __global__ memory read of size 2 bytes\n=========     at {}+0x560\n"
+    line += "=========     by thread (0,0,0) in block (0,0,0)\n========= \n"
+    foreign = "void at::native::vectorized_elementwise_kernel<(int)8, at::native::CUDAFunctor_add<c10::Half>>(int, T2)"
+    own = "void consistentee::cuda::product_kernel<(bool)0, (bool)0, 4>(consistentee::cuda::ProductArgs)"
+    said = 3 * line.format(foreign) + 2 * line.format(own) + "========= Program hit cudaErrorInvalidValue\n"
+    said += "========= ERROR SUMMARY: 6 errors\n"
+    assert sanitizers.read_report(said) == {"errors": 3, "elsewhere": {"vectorized_elementwise": 3}}
+    race = "========= Error: Race reported between Read access at cudnn_sdpa_kernel0_0+0x300\n"
+    race += "=========     and Write access at cudnn_sdpa_kernel0_0+0x6890 [16 hazards]\n========= \n"
+    said = RACE.replace("SUMMARY: 9", "SUMMARY: 10") + race  # ten reports, of which the text has one and this one
+    found = sanitizers.read_report(said)
+    assert found == {"errors": 9, "places": ["Write rows gpu_qkv.py:191"], "elsewhere": {"cudnn_sdpa_kernel0_0": 1}}
+
+
 def test_the_error_is_told_and_not_the_frames_behind_it():
     """torch prints frames of C++ behind what it says."""
     said = "========= COMPUTE-SANITIZER\nTraceback (most recent call last):\ntorch.AcceleratorError: CUDA error: busy\n"
@@ -70,6 +86,26 @@ print({RACE!r} if race else "========= ERROR SUMMARY: 0 errors")
     assert len(rows) == 4 and {key for key, row in rows.items() if row["errors"]} == {("racecheck", "graph")}
     assert [(f["value"], f["met"], f["groups"]) for f in found["figures"]] == [(0, True, []), (9, False, ["graph"])]
     assert "Write rows gpu_qkv.py:191" in capsys.readouterr().out
+
+
+def test_what_a_tool_cannot_look_at_is_told(tmp_path, capsys):
+    """It has no number, and takes none from the groups that were looked at."""
+    body = """
+options = ["--num-cuda-barriers", "4096"]
+assert (tool, group) != ("racecheck", "nodes")
+assert (options == sys.argv[7:9]) == ((tool, group) == ("synccheck", "nodes")), sys.argv
+print(f"{group}: ran")
+print("========= ERROR SUMMARY: 0 errors")
+"""
+    found = run(tmp_path, body, "--tools", "racecheck", "synccheck", "--groups", "packing", "nodes")
+    rows = {(row["tool"], row["group"]): row for row in found["rows"]}
+    assert rows["racecheck", "nodes"]["errors"] is None and "crashes" in rows["racecheck", "nodes"]["left_out"]
+    assert [row["errors"] for key, row in rows.items() if key != ("racecheck", "nodes")] == [0, 0, 0]
+    assert [(f["name"], f["value"], f["met"]) for f in found["figures"]] == [
+        ("racecheck: errors over 1 groups", 0, True),
+        ("synccheck: errors over 2 groups", 0, True),
+    ]
+    assert "racecheck nodes: None racecheck crashes" in capsys.readouterr().out
 
 
 def test_every_row_is_written_when_it_is_there(tmp_path, monkeypatch, capsys):
