@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.exit_rows import ExitDestinations, ExitLimits
-from engine.kernels.gpu_attention import AttentionConfig, varlen_attention_
+from engine.kernels.gpu_attention import varlen_attention_
 from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.gpu_decode_attention import decode_attention_
 from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
@@ -203,12 +203,12 @@ def _run_exit_add_norms(device: str) -> None:
 def run_attention(device: str) -> None:
     """Heads that fill no block, lengths around a block; queries, keys and values as part of wider rows."""
     cases = (
-        (HALF, 2, 32, 20, False, None),
-        (HALF, 3, 12, 150, True, None),
-        (BRAIN, 2, 64, 150, False, AttentionConfig(128, 64, 8, 3)),
-        (SINGLE, 1, 20, 150, True, None),
+        (HALF, 2, 32, 20, False),
+        (HALF, 3, 12, 150, True),
+        (BRAIN, 2, 64, 150, False),
+        (SINGLE, 1, 20, 150, True),
     )
-    for dtype, heads, d, longest, biased, config in cases:
+    for dtype, heads, d, longest, biased in cases:
         make = Maker(device, dtype)
         hidden = heads * d
         bias = make.full(heads, 2 * longest + 5, dtype=SINGLE) if biased else None
@@ -218,9 +218,8 @@ def run_attention(device: str) -> None:
             qkv = make.head(tokens, tokens + SPARE, 3 * hidden + 8)[:, : 3 * hidden]
             for first_only, rows in ((False, tokens + SPARE), (True, capacity)):
                 varlen_attention_(
-                    make.empty(rows, hidden), qkv, starts, counts, heads, 0.3, longest, bias, first_only,
-                    None if first_only else config,
-                )  # fmt: skip
+                    make.empty(rows, hidden), qkv, starts, counts, heads, 0.3, longest, bias, first_only
+                )
 
 
 def run_linear(device: str) -> None:

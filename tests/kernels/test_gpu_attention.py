@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from engine.kernels.gpu_attention import attention_configs_for, varlen_attention_, varlen_attention__ref
+from engine.kernels.gpu_attention import (
+    AttentionConfig,
+    attention_configs_for,
+    varlen_attention_,
+    varlen_attention__ref,
+)
 from tests.kernels.cases import assert_no_worse, cu_seqlens_of, doubled
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -88,6 +93,17 @@ def test_all_tiles_compute_the_same(way, first_only):
         qkv = torch.randn(132, 3 * 32).to(dtype).to(way.device)
         for config in attention_configs_for(130, 32, dtype, first_only):
             run(way, qkv, lengths, 1, 0.17, 130, first_only=first_only, config=config)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_the_last_step_may_be_a_short_one(way, biased):
+    """No keys, as many as it holds, and one more, behind none, one and two whole steps."""
+    lengths = [1, 31, 32, 33, 64, 65, 96, 97, 128, 129]
+    qkv = torch.randn(sum(lengths), 3 * 32).to(HALF).to(way.device)
+    bias = torch.randn(1, 2 * 130 - 1).to(way.device) if biased else None
+    config = AttentionConfig(64, 64, 4, 2, tail=32)
+    assert biased or config == attention_configs_for(129, 32, HALF)[0]
+    run(way, qkv, lengths, 1, 0.17, 129, bias, config=config)
 
 
 @pytest.mark.parametrize("first_only", [False, True], ids=["all", "first"])
