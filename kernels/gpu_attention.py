@@ -116,7 +116,7 @@ def varlen_attention__ref(
 
 @jit
 def _step(
-    state, query, key_ptrs, value_ptrs, bias_ptrs, present, asked, in_head, scale_log2, HAS_BIAS: tl.constexpr
+    state, query, key_ptrs, value_ptrs, bias_ptr, distance, present, asked, in_head, scale_log2, HAS_BIAS: tl.constexpr
 ):
     """(top, weight_sum, total) of the queries, with some keys more."""
     top, weight_sum, total = state
@@ -125,7 +125,7 @@ def _step(
     scores = tl.dot(query, key, input_precision="ieee") * scale_log2
     if HAS_BIAS:
         # Queries beyond the sequence have no entry; nobody stores what they get.
-        bias = tl.load(bias_ptrs, mask=present[None, :] & asked[:, None], other=0.0)
+        bias = tl.load(bias_ptr + distance, mask=present[None, :] & asked[:, None], other=0.0)
         scores += bias.to(tl.float32) * 1.4426950408889634
     scores = tl.where(present[None, :], scores, -float("inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -177,29 +177,31 @@ def _attention_kernel(
     query = tl.load(
         sequence_ptr + queries[:, None] * qkv_stride + d[None, :], mask=asked[:, None] & in_head[None, :], other=0.0
     )
-    key_base = sequence_ptr + HIDDEN + d[:, None]
-    value_base = sequence_ptr + 2 * HIDDEN + d[None, :]
-    bias_base = bias_ptr + head * (2 * bias_span - 1) + (bias_span - 1) - queries[:, None] if HAS_BIAS else bias_ptr
+    if HAS_BIAS:
+        bias_ptr += head * (2 * bias_span - 1) + (bias_span - 1)
     top = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     weight_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     whole = length
     if TAIL:
         whole = tl.cdiv(tl.maximum(length - TAIL, 0), BLOCK_N) * BLOCK_N
+    keys = tl.arange(0, BLOCK_N)
+    key_ptrs = sequence_ptr + HIDDEN + keys[None, :] * qkv_stride + d[:, None]
+    value_ptrs = sequence_ptr + 2 * HIDDEN + keys[:, None] * qkv_stride + d[None, :]
     for done in range(0, whole, BLOCK_N):
-        keys = done + tl.arange(0, BLOCK_N)
         top, weight_sum, total = _step(
-            (top, weight_sum, total), query, key_base + keys[None, :] * qkv_stride,
-            value_base + keys[:, None] * qkv_stride, bias_base + keys[None, :] if HAS_BIAS else bias_ptr,
-            keys < length, asked, in_head, scale_log2, HAS_BIAS,
+            (top, weight_sum, total), query, key_ptrs, value_ptrs, bias_ptr, (done + keys)[None, :] - queries[:, None],
+            keys < length - done, asked, in_head, scale_log2, HAS_BIAS,
         )  # fmt: skip
+        key_ptrs += BLOCK_N * qkv_stride
+        value_ptrs += BLOCK_N * qkv_stride
     if TAIL:
         if whole < length:
-            keys = whole + tl.arange(0, TAIL)
+            last = whole + tl.arange(0, TAIL)
             top, weight_sum, total = _step(
-                (top, weight_sum, total), query, key_base + keys[None, :] * qkv_stride,
-                value_base + keys[:, None] * qkv_stride, bias_base + keys[None, :] if HAS_BIAS else bias_ptr,
-                keys < length, asked, in_head, scale_log2, HAS_BIAS,
+                (top, weight_sum, total), query, sequence_ptr + HIDDEN + last[None, :] * qkv_stride + d[:, None],
+                sequence_ptr + 2 * HIDDEN + last[:, None] * qkv_stride + d[None, :], bias_ptr,
+                last[None, :] - queries[:, None], last < length, asked, in_head, scale_log2, HAS_BIAS,
             )  # fmt: skip
     total = total / weight_sum[:, None]
     out_ptrs = out_ptr + (start + queries).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
