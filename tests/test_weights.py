@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 import engine
 from engine.executors.weights import WatchedWeights, _contents
 from engine.loading import save_checkpoint
-from tests.tiny import assert_same, padded, random_rows, tiny_model
+from tests.tiny import assert_same, padded, random_rows, tiny_backbone, tiny_model
 
 ROWS = padded(random_rows(24, seed=1))
 FP32 = dict(rtol=1e-5, atol=3e-5)
@@ -346,6 +347,18 @@ def test_replaced_modules_are_seen(model, packed):
             assert_seen(packed, model, before)
 
 
+def test_another_width_is_seen(device):
+    """Buffers of the graph executor were made for the old one."""
+    model = tiny_model().to(device)
+    runner = engine.from_module(model, executor="graph")
+    full_depth(runner)
+    narrow = engine.MultiExitEncoder(tiny_backbone(hidden_size=16), model.config).eval().to(device)
+    model.backbone, model.exits = narrow.backbone, narrow.exits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # packed serves instead
+        assert_seen(runner, model)
+
+
 def test_replaced_policies_are_seen(model, packed):
     before = packed.run(ROWS).exit_layers
     model.exits.policies[0] = copy.deepcopy(model.exits.policies[0])
@@ -427,6 +440,43 @@ def test_who_derives_may_move_parameters_and_nothing_else(model, another_thread)
     watched = WatchedWeights(model, True, derive)
     assert watched.current() == 0
     assert [watched.current() for _ in range(3)] == [int(another_thread)] * 3
+
+
+def test_two_threads_that_both_need_weights_derive_them_once(model):
+    derived, began, go_on = [], threading.Event(), threading.Event()
+
+    def derive(model):
+        derived.append(object())
+        began.set()
+        go_on.wait(10)
+        return derived[-1]
+
+    watched, found = WatchedWeights(model, False, derive), []
+    threads = [threading.Thread(target=lambda: found.append(watched.held())) for _ in range(2)]
+    threads[0].start()
+    assert began.wait(10)
+    threads[1].start()
+    time.sleep(0.2)  # it comes to where the first one is
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(derived) == 1 and found == derived * 2
+
+
+@pytest.mark.gpu
+def test_every_stream_may_read_what_was_derived(gpu):
+    """torch's streams do not wait for each other: a copy that is still being made would be read."""
+    ones = torch.ones(1 << 20, device="cuda")
+
+    def derive(model):
+        torch.cuda._sleep(200_000_000)
+        return ones * 2
+
+    watched = WatchedWeights(tiny_model().to("cuda"), False, derive)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        weights = watched.held()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert bool((weights == 2).all())
 
 
 def test_no_two_layers_share_storage(model):

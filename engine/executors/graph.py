@@ -514,8 +514,11 @@ class GraphExecutor:
         have, word = self._arena, weights.word
         wide = max(layer.intermediate.weight.shape[0] for layer in weights.layers)
         fits = have is not None and have.tokens >= tokens and have.inner.shape[1] >= wide
-        if not fits or have.hidden.dtype != word.dtype or have.hidden.device != word.device:
-            self._arena = Arena(tokens, weights.word.shape[1], wide, weights.word)
+        if fits:
+            hidden = have.hidden
+            fits = (hidden.shape[1], hidden.dtype, hidden.device) == (word.shape[1], word.dtype, word.device)
+        if not fits:
+            self._arena = Arena(tokens, word.shape[1], wide, word)
         return self._arena
 
     def _fall_back(self, problem: str, kind: str, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:

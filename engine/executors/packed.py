@@ -59,7 +59,11 @@ class PackedExecutor(AtOnce):
         with torch.inference_mode():
             device = weights.word.device
             batch = PackedBatch.from_rows(rows, weights.first_position, device, weights.own_kernel)
-            return _Pass(weights, batch, options.to(device)).run()
+            outputs = _Pass(weights, batch, options.to(device)).run()
+            if device.type == "cuda":
+                # Where another thread has derived new weights meanwhile, these go now, to others on its stream.
+                torch.cuda.current_stream(device).synchronize()
+            return outputs
 
 
 def _run_at_once(plan: EncoderPlan, rows: TokenRows, options: ExitOptions) -> RowOutputs:

@@ -280,7 +280,10 @@ class WatchedWeights(Generic[W]):
     def held(self) -> W:
         """The weights of the last look, or refresh."""
         held = self._held
-        return self.refresh() if held is None else held[0]
+        if held is not None:
+            return held[0]
+        with self._lock:  # somebody else may just have derived them
+            return self._derived() if self._held is None else self._held[0]
 
     def current(self) -> W:
         """The weights of this moment: a look. What cannot be derived is an error at every look."""
@@ -296,27 +299,34 @@ class WatchedWeights(Generic[W]):
     def refresh(self) -> W:
         """Pack again, whatever the watch says."""
         with self._lock:
-            prepare(self.model.device)  # where it may have moved
-            before, self._listing = self._listing, self._list()
-            state = self._read_state()
-            try:
-                weights = self._derive(self.model)
-            except BaseException:
-                self._listing = before  # compared with the new one, the next look would find nothing changed
-                raise
-            parameters = self._parameters()
-            if state is not None and parameters is not None:
-                # Deriving may move parameters into a storage that they share, which is no change. Where a value has
-                # changed meanwhile, the state from before is kept: the next look derives again.
-                places = self._places(parameters)
-                if places != state[0] and _contents(parameters) == state[1]:
-                    state = places, state[1]
-            if self._in_place and self._held is not None:
-                old, known = self._held
-                if known is not None and state is not None and known[0] == state[0]:
-                    weights = _renewed(old, weights)
-            self._held = weights, state
-            return weights
+            return self._derived()
+
+    def _derived(self) -> W:
+        """``refresh``, under the lock."""
+        device = self.model.device
+        prepare(device)  # where it may have moved
+        before, self._listing = self._listing, self._list()
+        state = self._read_state()
+        try:
+            weights = self._derive(self.model)
+        except BaseException:
+            self._listing = before  # compared with the new one, the next look would find nothing changed
+            raise
+        parameters = self._parameters()
+        if state is not None and parameters is not None:
+            # Deriving may move parameters into a storage that they share, which is no change. Where a value has
+            # changed meanwhile, the state from before is kept: the next look derives again.
+            places = self._places(parameters)
+            if places != state[0] and _contents(parameters) == state[1]:
+                state = places, state[1]
+        if self._in_place and self._held is not None:
+            old, known = self._held
+            if known is not None and state is not None and known[0] == state[0]:
+                weights = _renewed(old, weights)
+        if not self._in_place and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other threads read on other streams
+        self._held = weights, state
+        return weights
 
     def _list(self) -> tuple[list, list, list]:
         # Dictionaries of the modules themselves, so that a replaced parameter or child is seen through them.
