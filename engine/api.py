@@ -17,6 +17,7 @@ from engine.criteria import Criterion, make_criterion
 from engine.executors import ExitOptions, RowOutputs, executor_class
 from engine.executors.base import TokenRows
 from engine.inputs import InputReader, join
+from engine.kernels.capture import out_of_memory
 from engine.models.encoder import MultiExitEncoder
 from engine.options import OptionsReader, select_rows
 from engine.results import Classification
@@ -162,7 +163,9 @@ class Engine:
         """Start one micro-batch; calling what comes back waits for its results. Too large for memory: in halves."""
         try:
             return self.executor.submit(rows, options)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             if len(rows) == 1:
                 raise RuntimeError(
                     f"out of memory on {self.device} for a single row of {rows.num_tokens} tokens ({error}): free "

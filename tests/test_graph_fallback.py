@@ -159,6 +159,23 @@ def test_out_of_memory_of_the_driver_is_the_callers(failing):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name, value, reason", [
+    ("conditional_nodes_problem", lambda device: "conditional graph nodes need a driver for CUDA 12.4", "12.4"),
+    ("triton", None, "triton is not installed"),
+])  # fmt: skip
+def test_a_device_without_graphs_is_served_by_packed(gpu, monkeypatch, name, value, reason):
+    """Found when the engine is made, told once, by the first run."""
+    monkeypatch.setattr(graph_module, name, value)
+    fast, oracle = both(tiny_model().cuda())
+    rows = random_rows(9)
+    with pytest.warns(UserWarning, match=f"the graph executor cannot serve .*{reason}.*packed serves instead") as told:
+        got = fast.run(padded(rows))
+        fast.run(padded(rows), max_depth=3)
+    assert len(told) == 1
+    assert_same(got, oracle.run(padded(rows)), rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.gpu
 def test_a_failing_capture_falls_back(gpu, monkeypatch):
     def fail(self, stream):
         raise RuntimeError("CUDA: no luck")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import engine
+from engine import executors
 from engine.results import _softmax
 from tests.tiny import LABELS, assert_same, every_exit, padded, random_rows, random_texts, tiny_backbone, tiny_model
 
@@ -161,6 +162,28 @@ def test_from_module_wants_a_multi_exit_model(model):
 def test_executors_by_name(model):
     names = {name: engine.from_module(model, executor=name).executor.name for name in ("auto", "packed", "reference")}
     assert names == {"auto": "packed", "packed": "packed", "reference": "reference"}
+
+
+@pytest.mark.parametrize("text", ["CUDA: launch_batch: out of memory", "CUDA error: out of memory"])
+def test_memory_that_the_driver_lacks_halves_a_batch(packed, monkeypatch, text):
+    """torch's allocator has an error of its own; what the driver says comes as text."""
+    batch, submit, sizes = padded(random_rows(8, seed=2)), packed.executor.submit, []
+
+    def small_only(rows, options):
+        sizes.append(len(rows))
+        if len(rows) > 4:
+            raise RuntimeError(text)
+        return submit(rows, options)
+
+    whole = packed.run(batch)
+    monkeypatch.setattr(packed.executor, "submit", small_only)
+    assert_same(packed.run(batch), whole, **FP32)
+    assert sizes == [8, 4, 4]
+
+
+def test_auto_is_graph_on_cuda(monkeypatch):
+    monkeypatch.setattr(executors, "prepare", lambda device: None)
+    assert executors.executor_class("auto", torch.device("cuda")).name == "graph"
 
 
 def test_repr_says_what_it_is(packed):
