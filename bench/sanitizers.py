@@ -33,7 +33,7 @@ from engine.bench.record import RESULTS, figure, write_result
 
 # Conditional nodes under memcheck (2025.3.1): beside other processes the first launch mostly ends in an illegal address
 # that no kernel is charged with; alone it is clean, and so are 14 processes with 60 rounds each without the tool.
-ALONE = ("graph", "passes", "steps", "nodes")
+ALONE = ("graph", "nodes")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Behind a conditional node the tool's table of barriers overflows, and the launch fails. One of 16 384 fails it, too.
 OPTIONS = {("synccheck", "nodes"): ("--num-cuda-barriers", "4096")}
