@@ -2,17 +2,18 @@
 
 Every builder takes a model and a batch, compiles and warms up what it needs, and returns two calls: one with the inputs
 on the device already, and one from padded ids on the host to logits on the host. Shapes are static, as a server would
-have them in buckets. All but the naive early exit run every layer on every token, and classify the first token with the
-last exit's classifier.
+have them in buckets. All but the naive early exit run every layer and classify the first token with the last exit's
+classifier; packed, as ours, computes nothing but first tokens behind the last layer's keys and values.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,11 +44,15 @@ class LeftOutError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of ids padded at the right, on the host. input_ids, attention_mask int64 [B, S]; lengths: of the rows."""
+    """Rows of ids padded at the right, on the host. input_ids, attention_mask int64 [B, S]; lengths: of the rows.
+
+    others  batches that take turns with this one where time is taken from the host: as many rows, as wide
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     lengths: tuple[int, ...]
+    others: tuple[Batch, ...] = ()
 
     @property
     def is_full(self) -> bool:
@@ -70,12 +75,29 @@ def random_batch(module: MultiExitEncoder, lengths: Sequence[int], multiple: int
     return Batch(ids.where(mask.bool(), torch.tensor(config.pad_token_id)), mask, tuple(lengths))
 
 
+def varied_batch(module: MultiExitEncoder, lengths: Sequence[int], multiple: int, others: int) -> Batch:
+    """``random_batch`` with others: what a server sees, no two batches of the same lengths, nor of as many tokens.
+
+    Up to half of them have more tokens than the first, by one in each of some rows, half of them less.
+    """
+    longest, found = max(lengths), []
+    for k in range(1, others + 1):
+        own, step = list(lengths), 1 if k % 2 else -1
+        changed = [i for i, n in enumerate(own) if n < longest and n + step > 0]
+        for turn in range((k + 1) // 2 if changed else 0):
+            place = changed[turn % len(changed)]
+            own[place] = min(longest, max(1, own[place] + step))
+        found.append(random_batch(module, own[k % len(own) :] + own[: k % len(own)], multiple, seed=k))
+    return replace(random_batch(module, lengths, multiple), others=tuple(found))
+
+
 @dataclass(frozen=True, eq=False)
 class Competitor:
     """Two calls that do the same work.
 
     on_device  inputs are on the device; returns when the work is queued
-    from_host  padded ids on the host -> logits [B, C] on the host
+    from_host  padded ids on the host -> logits [B, C] on the host: of the batch given, the one it was made for or one
+               of its others
     period     calls after which all of its cases have had their turn
     stream     the stream on_device works on, None for the current one
     note       what a reader of its times should know
@@ -85,7 +107,7 @@ class Competitor:
     """
 
     on_device: Callable[[], Any]
-    from_host: Callable[[], Tensor]
+    from_host: Callable[[Batch], Tensor]
     period: int = 1
     stream: torch.cuda.Stream | None = None
     note: str = ""
@@ -171,19 +193,16 @@ def padded(module: MultiExitEncoder, batch: Batch, mode: str | None) -> Competit
         if mode is None:
             return forward(ids, mask)
         torch.compiler.cudagraph_mark_step_begin()
-        return forward(ids, mask).clone()  # the next call overwrites what a graph returns
+        return forward(ids, mask)  # which the next call overwrites
 
     staged = _staged(batch, device)
 
-    def from_host() -> Tensor:
-        for to, pinned, given in zip((ids, mask), staged, (batch.input_ids, batch.attention_mask), strict=True):
-            if to is not None:
-                pinned.copy_(given)
-                to.copy_(pinned, non_blocking=True)
+    def from_host(batch: Batch) -> Tensor:
+        _send((ids, mask), staged, batch)
         return on_device().cpu()
 
     for _ in range(_WARM_CALLS):
-        from_host()
+        from_host(batch)
     note = "" if batch.is_full else f"padded to {batch.input_ids.shape[1]}, with a mask"
     if module.family.position_bias:
         note = "; ".join(filter(None, [note, "eager attention (the model has no SDPA), position bias on the device"]))
@@ -196,6 +215,14 @@ def _staged(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     pin = device.type == "cuda"
     ids, mask = (torch.empty(t.shape, dtype=t.dtype, pin_memory=pin) for t in (batch.input_ids, batch.attention_mask))
     return ids, mask
+
+
+def _send(to: tuple[Tensor, Tensor | None], staged: tuple[Tensor, Tensor], batch: Batch) -> None:
+    """The ids on their way to the device, and the mask where there is one."""
+    for target, pinned, given in zip(to, staged, (batch.input_ids, batch.attention_mask), strict=True):
+        if target is not None:
+            pinned.copy_(given)
+            target.copy_(pinned, non_blocking=True)
 
 
 # -- packed: no padding, plain torch -----------------------------------------------------------------------------------
@@ -265,23 +292,28 @@ class PackedBuffers:
     """The host's and the device's copy of one packed batch, in one piece: one transfer a call."""
 
     def __init__(self, batch: Batch, device: torch.device):
-        self.rows, self.tokens = len(batch.lengths), sum(batch.lengths)
-        self.bucket = _up(self.tokens, _TOKEN_STEP)
+        rows, self.tokens = len(batch.lengths), sum(batch.lengths)
+        self.bucket = _up(max(sum(one.lengths) for one in (batch, *batch.others)), _TOKEN_STEP)
         self.longest = _up(max(batch.lengths), _LONGEST_STEP)
-        size = 2 * self.bucket + self.rows + 1
+        size = 2 * self.bucket + rows + 1
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
-        parts = [self.bucket, self.bucket, self.rows + 1]
-        self._fields = self._host.split(parts)
+        parts = [self.bucket, self.bucket, rows + 1]
+        self._fields = [part.numpy() for part in self._host.split(parts)]
         self.input_ids, self.positions, self.cu_seqlens = self._device.split(parts)
 
     def fill(self, batch: Batch) -> None:
-        """Strip the padding and send the batch on its way."""
+        """Strip the padding and send the batch on its way. By numpy: torch's threads take longer to wake than this."""
         ids, positions, cu_seqlens = self._fields
-        mask = batch.attention_mask.bool()
-        ids[: self.tokens] = batch.input_ids[mask]
-        positions[: self.tokens] = torch.arange(mask.shape[1]).expand(mask.shape)[mask]
-        cu_seqlens[1:] = batch.attention_mask.sum(1).cumsum(0)
+        given, mask = batch.input_ids.numpy(), batch.attention_mask.numpy()
+        tokens, place = int(mask.sum()), np.broadcast_to(np.arange(given.shape[1]), given.shape)
+        if tokens == given.size:
+            ids[:tokens].reshape(given.shape)[:] = given
+            positions[:tokens].reshape(given.shape)[:] = place
+        else:
+            there = mask.astype(bool)
+            ids[:tokens], positions[:tokens] = given[there], place[there]
+        np.cumsum(mask.sum(1), out=cu_seqlens[1:])
         self._device.copy_(self._host, non_blocking=True)
 
 
@@ -333,11 +365,11 @@ def packed(module: MultiExitEncoder, batch: Batch) -> Competitor:
             graph.replay()
             return result
 
-    def from_host() -> Tensor:
+    def from_host(batch: Batch) -> Tensor:
         buffers.fill(batch)
         return on_device().cpu()
 
-    from_host()
+    from_host(batch)
     return Competitor(on_device, from_host, note="; ".join(notes), ready_s=time.perf_counter() - started)
 
 
@@ -390,10 +422,9 @@ def naive_early_exit(
         decided = leave.tolist()
         if not any(decided):
             continue
-        gone, stay = (
-            torch.tensor([i for i, d in enumerate(decided) if d is wanted], device=rows.device)
-            for wanted in (True, False)
-        )
+        places = ([i for i, d in enumerate(decided) if d is wanted] for wanted in (True, False))
+        on_cuda = rows.is_cuda
+        gone, stay = (torch.tensor(p, pin_memory=on_cuda).to(rows.device, non_blocking=True) for p in places)
         left = rows.index_select(0, gone)
         logits[left], exit_layers[left] = exits.classify(k, state.index_select(0, gone)), layer
         if all(decided):
@@ -411,6 +442,7 @@ def naive(module: MultiExitEncoder, batch: Batch, scripts: Sequence[Sequence[int
     ids = batch.input_ids.to(device)
     mask = None if batch.is_full else batch.attention_mask.to(device)
     layers = [torch.tensor(script, device=device) for script in scripts]
+    staged = _staged(batch, device)
     turn = 0
 
     def on_device() -> Tensor:
@@ -418,14 +450,12 @@ def naive(module: MultiExitEncoder, batch: Batch, scripts: Sequence[Sequence[int
         turn += 1
         return naive_early_exit(module, ids, mask, script=layers[turn % len(layers)])[0]
 
-    def from_host() -> Tensor:
-        ids.copy_(batch.input_ids, non_blocking=True)
-        if mask is not None:
-            mask.copy_(batch.attention_mask, non_blocking=True)
+    def from_host(batch: Batch) -> Tensor:
+        _send((ids, mask), staged, batch)
         return on_device().cpu()
 
     for _ in range(2):
-        from_host()
+        from_host(batch)
     note = "reads the decision on the host at every exit"
     ready_s = time.perf_counter() - started
     return Competitor(on_device, from_host, len(layers), note=note, ready_s=ready_s, waits=True)

@@ -151,8 +151,13 @@ def _other(rows: Rows, model: str) -> list[dict[str, Any]]:
 
 
 def merged(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """``record.merged``; of rows of the same thing the one with times stays, else the latest file's."""
-    return record.merged(paths, _KEY, _rank)
+    """``record.merged``; of rows of the same thing the one with times stays, else the latest file's. ValueError where
+    rows are of different GPUs: each has a file of its own."""
+    rows, about = record.merged(paths, _KEY, _rank)
+    cards = sorted({row["gpu"] for row in rows if row.get("gpu") is not None})
+    if len(cards) > 1:
+        raise ValueError(f"rows of one file must be of one GPU, got {' and '.join(cards)}")
+    return rows, about
 
 
 def _rank(row: Mapping[str, Any]) -> int:

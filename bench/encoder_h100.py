@@ -1,7 +1,8 @@
 """Encoder on a CUDA device: full depth against other engines, what exits cost and save, waits, time to be ready.
 
     python -m engine.bench.encoder_h100 --output full.json --only full --batches 1 8
-    python -m engine.bench.encoder_h100 --merge full.json exits.json ... --output bench/results/encoder_h100.json
+    python -m engine.bench.encoder_h100 --merge full.json exits.json ... --output bench/results/encoder_h100.json \
+        --kernels bench/results/kernels_h100.json
 
 Parts: full (sequence 128, no padding), mixes (real lengths), exits (removed, nobody leaves, half of the depth), minilm
 and mpnet (the same as full and exits, real weights), capture (load + capture), sync (what waits inside a pass), profile
@@ -9,7 +10,8 @@ and mpnet (the same as full and exits, real weights), capture (load + capture), 
 says otherwise.
 
 Two clocks. ``device``: CUDA events around several calls whose inputs are on the device. ``host``: wall clock from
-padded ids on the host to logits on the host; ours reads, checks and packs the rows, and returns exit layers too.
+padded ids on the host to logits on the host; ours reads, checks and packs the rows, and returns exit layers too. Of
+real lengths, batches of other lengths and numbers of tokens take turns there, too many to be remembered.
 All competitors of a shape are interleaved in rounds; ``over_ours`` is the median over the rounds of their time over
 ours.
 
@@ -40,7 +42,7 @@ from torch import Tensor
 
 from engine.backbones import BackboneReference
 from engine.bench import encoder_competitors as peers
-from engine.bench.encoder_competitors import Batch, Competitor, random_batch
+from engine.bench.encoder_competitors import Batch, Competitor, random_batch, varied_batch
 from engine.bench.encoder_figures import MIXES, OURS, figures, merged, plot_times, show_rows
 from engine.bench.encoder_profile import profile_rows, table
 from engine.bench.encoder_session import (
@@ -69,6 +71,7 @@ from engine.executors.graph import capacity_for
 
 PARTS = ("full", "mixes", "exits", "minilm", "mpnet", "capture", "sync", "profile")
 LENGTHS = Path(__file__).resolve().parent / "lengths.json"
+OTHERS = 65  # batches that take turns in a mix: more sizes than our engine remembers the way of
 TOLERANCE = 2e-2  # of the largest logit, in fp16, from Hugging Face eager
 
 
@@ -83,8 +86,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def _checked(competitor: Competitor, expected: Tensor) -> float:
-    found = difference(competitor.from_host().cpu(), expected)
+def _checked(competitor: Competitor, batch: Batch, expected: Tensor) -> float:
+    found = difference(competitor.from_host(batch).cpu(), expected)
     if not found <= TOLERANCE:
         raise RuntimeError(f"logits differ from Hugging Face eager by {found:.3g} of the largest, allowed {TOLERANCE}")
     return found
@@ -93,12 +96,12 @@ def _checked(competitor: Competitor, expected: Tensor) -> float:
 def full_depth_rows(session: Session, subject: Subject, batch: Batch, where: Mapping[str, Any]) -> Rows:
     """Ours with exits removed, and every full-depth competitor that was asked for."""
     module, rows, ready, differences = subject.module, [], {}, {}
-    expected = peers.padded(module, batch, None).from_host()
+    expected = peers.padded(module, batch, None).from_host(batch)
 
     def attempt(name: str, make: Callable[[], Competitor]) -> None:
         try:
             made = make()
-            differences[name] = _checked(made, expected)
+            differences[name] = _checked(made, batch, expected)
             made.on_device()
             session.synchronise()
             ready[name] = made
@@ -116,7 +119,7 @@ def full_depth_rows(session: Session, subject: Subject, batch: Batch, where: Map
         attempt(name, lambda name=name: peers.build(name, module, batch))
         if name in ready and name in session.ready_s:
             session.ready_s[name] = ready[name].ready_s
-    found = measure(session, ready) if ready else {}
+    found = measure(session, ready, batch) if ready else {}
     for name, clocks in found.items():
         row = {**where, "competitor": name, "setting": "full depth", **clocks.to_dict()}
         row |= {"difference": differences[name], "ready_s": ready[name].ready_s}
@@ -157,7 +160,7 @@ def exit_rows(session: Session, subject: Subject, batch: Batch, where: Mapping[s
         print(f"{where['part']} {OURS}, policies: {peers.one_line(error)}", flush=True)
     if peers.NAIVE in session.competitors:
         entries[peers.NAIVE] = peers.naive(subject.module, batch, scripts)
-    found = measure(session, entries)
+    found = measure(session, entries, batch)
     mean_depth = sum(map(sum, scripts)) / sum(map(len, scripts))
     speedup = found["removed"].over(found["half"])
     row = {**where, "competitor": OURS, "mean_depth": mean_depth, "layers": layers}
@@ -193,7 +196,7 @@ def mix_rows(session: Session, subject: Subject, batch: Batch, where: Mapping[st
         return [*rows, {**where, "competitor": OURS, "setting": "half depth", "error": peers.one_line(error)}]
     if peers.NAIVE in session.competitors:
         entries[peers.NAIVE] = peers.naive(subject.module, batch, [script])
-    found, mean_depth = measure(session, entries), sum(script) / len(script)
+    found, mean_depth = measure(session, entries, batch), sum(script) / len(script)
     half = {**where, "competitor": OURS, "setting": "half depth", **found["half"].to_dict(), "mean_depth": mean_depth}
     return [*rows, half, *_naive_row(where, found, entries, mean_depth)]
 
@@ -236,7 +239,7 @@ def mixes_part(session: Session) -> Iterator[Rows]:
     found = json.loads(LENGTHS.read_text())
     for mix in session.mixes:
         lengths = mix_lengths(found[mix], 200 if session.tiny else 4000)
-        batch = random_batch(one.module, lengths, multiple=8)
+        batch = varied_batch(one.module, lengths, 8, 8 if session.tiny else OTHERS)
         yield mix_rows(session, one, batch, _where(session, "mixes", one, batch, mix))
 
 
@@ -364,6 +367,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minilm-folder", type=Path, help=f"Hugging Face folder; default: {HUB_IDS['minilm']}")
     parser.add_argument("--mpnet-folder", type=Path, help=f"Hugging Face folder; default: {HUB_IDS['mpnet']}")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="combine results; nothing is measured")
+    parser.add_argument("--kernels", type=Path, help="result file of kernels_h100 whose figures to add")
     parser.add_argument("--plot", type=Path, help="also draw time against batch, e.g. as a PNG")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and shapes, to try the script")
@@ -436,7 +440,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.merge is not None:
         rows, about = merged(options.merge)
-        write_result(options.output, figures(rows), rows, **about)
+        kernels = json.loads(options.kernels.read_text())["figures"] if options.kernels else []
+        write_result(options.output, [*figures(rows), *kernels], rows, **about)
     else:
         rows = run(options)
     if options.plot is not None:

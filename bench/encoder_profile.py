@@ -119,7 +119,7 @@ def _profile(session: Session, subject: Subject, batch: Batch, case: Mapping[str
     executor = subject.engine.executor
     replay = executor.replayer(*prepared(subject.engine, batch, case))
     found = typical([shares(spans) for spans in _recorded(session, replay)])
-    alone = Competitor(on_device=replay, from_host=replay, stream=executor._stream)
+    alone = Competitor(on_device=replay, from_host=lambda _: replay(), stream=executor._stream)
     seconds = [encoder_session._queued_seconds(session, alone, _CALLS) for _ in range(_REPLAYS)]
     return found | {"device_us": 1e6 * median(seconds)} | _graph_nodes(executor)
 

@@ -45,7 +45,33 @@ def test_packed_and_eager_equal_hugging_face(pooler):
     packed = peers.PackedBert(model, rows_one_by_one)
     found = packed(buffers.input_ids, buffers.positions, buffers.cu_seqlens, buffers.longest)
     torch.testing.assert_close(found, expected, **FP32)
-    torch.testing.assert_close(peers.build(peers.EAGER, model, batch).from_host(), expected, **FP32)
+    torch.testing.assert_close(peers.build(peers.EAGER, model, batch).from_host(batch), expected, **FP32)
+
+
+def test_batches_that_take_turns():
+    """None has the lengths of another, nor as many tokens; all fit the buffers that one of them was given."""
+    model, lengths = tiny_model(), [9, 1, 17, 4, 17, 12]
+    batch = peers.varied_batch(model, lengths, 8, 6)
+    every = (batch, *batch.others)
+    assert batch.lengths == tuple(lengths) and len(every) == 7
+    assert len({sum(one.lengths) for one in every}) == 7 and {max(one.lengths) for one in every} == {17}
+    assert sorted(sum(one.lengths) - 60 for one in every) == [-3, -2, -1, 0, 1, 2, 3]
+    buffers = peers.PackedBuffers(batch, torch.device("cpu"))
+    packed = peers.PackedBert(model, rows_one_by_one)
+    with torch.inference_mode():
+        for one in (*every, batch):
+            assert one.input_ids.shape == (6, 24) and one.attention_mask.sum(1).tolist() == list(one.lengths)
+            buffers.fill(one)
+            found = packed(buffers.input_ids, buffers.positions, buffers.cu_seqlens, buffers.longest)
+            torch.testing.assert_close(found, hugging_face_logits(model, one.inputs), **FP32)
+
+
+def test_rows_that_are_full_need_no_mask():
+    batch = mixed_batch((6, 6, 6))
+    buffers = peers.PackedBuffers(batch, torch.device("cpu"))
+    buffers.fill(batch)
+    assert buffers.input_ids[:18].tolist() == batch.input_ids.flatten().tolist()
+    assert buffers.positions[:18].tolist() == [*range(6)] * 3 and buffers.cu_seqlens.tolist() == [0, 6, 12, 18]
 
 
 @torch.inference_mode()
@@ -232,8 +258,11 @@ def test_a_tiny_run_and_a_merge(tmp_path, capsys):
     rest = "--only", "mixes", "mpnet", "sync", "--batches", "2", "--mixes", "sst2", "rte"
     bench.main([*few, str(paths["rest"]), *rest])
     merge = ["--merge", str(paths["full"]), str(paths["rest"]), "--output", str(paths["all"])]
-    bench.main([*merge, "--plot", str(tmp_path / "times.png")])
+    kernels = {"name": "norm + exit", "value": 0.9, "unit": "ratio of times", "bar": ">= 0.80", "met": True}
+    (tmp_path / "kernels.json").write_text(json.dumps({"figures": [kernels]}))
+    bench.main([*merge, "--plot", str(tmp_path / "times.png"), "--kernels", str(tmp_path / "kernels.json")])
     result = json.loads(paths["all"].read_text())
+    assert result["figures"][-1] == kernels
     assert {"machine", "versions", "commit", "date", "rows", "figures"} <= set(result) and len(result["runs"]) == 2
     assert {row["part"] for row in result["rows"]} == {"full", "exits", "mixes", "sync"}
     assert {row["mix"] for row in result["rows"] if row["part"] == "mixes"} == {"sst2", "rte"}
@@ -268,6 +297,11 @@ def test_rows_with_times_survive_a_merge(tmp_path):
     rows, found = merged([tmp_path / name for name in "abcd"])
     assert rows == [row | {"device_s": 2, "commit": "c" * 7}]
     assert [run["file"] for run in found["runs"]] == list("abcd")
+    for card in ("H100", "H200"):
+        two = {**about, "commit": "2", "rows": [row | {"part": card, "device_s": 1, "gpu": card}]}
+        (tmp_path / card).write_text(json.dumps(two))
+    with pytest.raises(ValueError, match="must be of one GPU, got H100 and H200"):
+        merged([tmp_path / "H100", tmp_path / "H200"])
     # Merged once more, it still says what came from where.
     (tmp_path / "whole").write_text(json.dumps({**about, **found, "rows": rows}))
     (tmp_path / "late").write_text(json.dumps({**about, "commit": "1", "rows": [row | {"batch": 8, "device_s": 3}]}))
@@ -288,7 +322,7 @@ def test_load_and_capture_warms_every_capacity():
 
 def test_who_computes_something_else_is_refused():
     exact = torch.tensor([[1.0, -2.0]])
-    wrong = peers.Competitor(on_device=lambda: None, from_host=lambda: exact + 0.05)
+    wrong = peers.Competitor(on_device=lambda: None, from_host=lambda batch: exact + 0.05)
     with pytest.raises(RuntimeError, match="differ from Hugging Face eager by 0.025 of the largest, allowed 0.02"):
-        bench._checked(wrong, exact)
+        bench._checked(wrong, None, exact)
     assert bench.difference(exact * torch.nan, exact) == float("inf")
