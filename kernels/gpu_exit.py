@@ -594,6 +594,9 @@ def exit_rows_(
     classifier  (weight (C, H), bias (C,)), the same
     The kernel in front may not be one that writes weights, counts or limits: they may be read before it has ended.
     Everything is computed in fp32 from the state as stored. A row's result does not depend on the other rows.
+    Bytes, of R live rows and b a number: R H b of states in; P H b of w1 (none with "confidence" and "last") and C H b
+    of the classifier (where a row leaves, or with "confidence"), once from memory and for further rows from L2; 4 C out
+    for a row that leaves (with "confidence" for all).
     """
     _check(out, limits, state, counts, layer, criterion, policy, classifier)
     check_rows("state", state, state, "state", state.shape[1], limits.row_ids.shape[0])
@@ -626,7 +629,9 @@ def exit_norm_rows_(
                  tokens of the rows layout); None: both are compact, row i reads row i
     partials     what the product that made x was given, or None: rows of x are taken from there where they are left as
                  sums. That product's live count is counts[1], and counts[0] without index
-    The norm is not stored: ``add_layer_norm_compact_`` computes it again for the tokens that stay.
+    The norm is not stored: ``add_layer_norm_compact_`` computes it again for the tokens that stay. Bytes: those of
+    ``exit_rows_``, with 2 R H b of x and residual and 4 R of index for its R H b; a row of x in S partial sums is 4 S H
+    instead of H b.
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)
     _check_norm(limits, x, residual, norm, index, partials)
@@ -666,7 +671,8 @@ def exit_add_norm_rows_(
     state        (cap_rows or more, H), dtype of x, last dimension contiguous, apart from normed: what the exit reads of
                  each live row, from a pooler. None: the normed first tokens
     partials     as in ``exit_norm_rows_``
-    The rest as in ``exit_norm_rows_``. Bytes: three rows a live token, the policy, and what rows that leave ask for.
+    The rest as in ``exit_norm_rows_``. Bytes, of T live tokens and b a number: 3 T H b, two rows in and one out (a row
+    of x in S partial sums is 4 S H instead of H b), and those of ``exit_norm_rows_``, or of ``exit_rows_``, beside it.
     Without ``state`` the exit decides on the numbers that ``normed`` gets, bit for bit.
     """
     _check(out, limits, x, counts, layer, criterion, policy, classifier)

@@ -363,6 +363,7 @@ def embed_layer_norm_rows_(
     weight, bias                          (H,), fp32 or the dtype of out
     counts                                (2,) int32: live rows, live tokens
     Sum and norm are in fp32. Ids out of range read row 0 on the device, and are an IndexError in the twin.
+    Bytes, of T live tokens and b a number: 4 T H b, three rows of tables in (L2 holds most) and one out, and the ids.
     """
     hidden = _check_norm(out, weight, bias)
     capacity = out.shape[0]
@@ -469,7 +470,8 @@ def add_layer_norm_rows_(
     x_index         the same for x
     partials        what the product that made x was given, or None: rows of x are taken from there where they are left
                     as sums. That product's live count is counts[which], and counts[1] with x_index
-    Sum and norm are in fp32.
+    Sum and norm are in fp32. Bytes, of n rows and b a number: 3 n H b, two rows in and one out, and 4 n of each index;
+    a row of x in S partial sums is 4 S H instead of H b.
     """
     hidden = _check_norm(out, weight, bias)
     capacity = out.shape[0]
@@ -515,7 +517,8 @@ def add_layer_norm_compact_(
                    not loaded
     partials       as in ``add_layer_norm_rows_``
     settled        token_dest was written further in front than by the kernel in front: it is loaded before that ends
-    Sum and norm are in fp32.
+    Sum and norm are in fp32. Bytes, of T live tokens, K that stay and b a number: 4 T of token_dest and 3 K H b, two
+    rows in and one out; a row of x in S partial sums is 4 S H instead of H b.
     """
     hidden = _check_norm(out, weight, bias)
     capacity = x.shape[0]

@@ -93,6 +93,7 @@ def survivors_(
     out_state       as ``state``: the survivors' values first; entries past them keep what they held
 
     Counts and cu_seqlens that contradict each other are a ValueError on the CPU and undefined places on CUDA (never one
-    outside token_dest's capacity). No host synchronisation, no allocation, one launch.
+    outside token_dest's capacity). No host synchronisation, no allocation, one launch. Bytes, of R live rows with s of
+    state each: R (5 + s) in, 4 (cap_rows + cap_tokens) out and s for each survivor.
     """
     _survivors_(keep, cu_seqlens, counts, state, out_cu_seqlens, token_dest, out_counts, out_state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,59 @@ def test_library_loads_without_cuda():
         # The runtime is linked statically; cudaXxx and cuXxx are its and the driver's names.
         name = line.split()[-1]
         assert not (" U " in line and name.startswith("cu")), f"{name} would have to come from CUDA at load"
+
+
+@pytest.fixture
+def cuda_half(build):
+    """The CUDA toolkit, where the built library has a CUDA half to be looked at."""
+    cuda = build.find_cuda()
+    if cuda is None:
+        pytest.skip("nvcc was not found")
+    if "consistentee_cuda_versions" not in exported():
+        pytest.skip("the extension was built without CUDA")
+    return cuda
+
+
+def exported() -> set[str]:
+    return {line.split()[-1] for line in dynamic("-D").splitlines() if " T " in line}
+
+
+@needs_library
+def test_library_exports_what_is_declared(cuda_half):
+    """The C functions that ctypes calls: graphs and products."""
+    for name in ("graph", "product"):
+        text = (ROOT / f"csrc/include/{name}.h").read_text()
+        declared = set(re.findall(rf"^EE_EXPORT .*?\b(consistentee_{name}\w*)\(", text, re.MULTILINE))
+        assert declared and declared <= exported(), declared - exported()
+
+
+@needs_library
+def test_library_holds_code_for_every_architecture(build, cuda_half, tmp_path):
+    """What setup.py asks nvcc for: code of every architecture, of Hopper alone too, and PTX for what comes after."""
+    folders = [Path(cuda_half.nvcc).parent, *(parent / "bin" for parent in cuda_half.library.parents)]
+    triton = importlib.util.find_spec("triton")  # which brings one
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    tool = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
+    if tool is None:
+        pytest.skip("there is no cuobjdump beside nvcc")
+
+    def listed(option: str) -> list[str]:
+        done = subprocess.run([tool, option, str(LIBRARY)], capture_output=True, text=True, check=True)
+        return re.findall(r"\.(sm_\w+)\.(?:cubin|ptx)$", done.stdout, re.MULTILINE)
+
+    def asked(flags, code: str) -> set[str]:
+        return {flag.rpartition(f"code={code}_")[2] for flag in flags if f"code={code}_" in flag}
+
+    usual, special = build.CUDA_ARCHS, [flag for flags in build.ARCH_SPECIFIC.values() for flag in flags]
+    assert asked(usual, "sm") == {"80", "90"} and asked(special, "sm") == {"90a"}
+    # A cuobjdump older than nvcc calls 90a 90 in its lists; the code itself says it.
+    assert {name.rstrip("a") for name in listed("--list-elf")} == {f"sm_{arch}" for arch in asked(usual, "sm")}
+    assert set(listed("--list-ptx")) == {f"sm_{arch}" for arch in asked(usual, "compute")}
+    subprocess.run([tool, "--extract-elf", "all", str(LIBRARY)], cwd=tmp_path, capture_output=True, check=True)
+    code = list(tmp_path.glob("*.cubin"))
+    for arch in asked(special, "sm"):
+        assert [path for path in code if f"sm_{arch}" in path.name or f"sm_{arch}".encode() in path.read_bytes()]
 
 
 # --- setup.py ------------------------------------------------------------------------------------------------------

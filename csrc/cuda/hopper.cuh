@@ -3,6 +3,8 @@
 #pragma once
 #include <cuda.h>
 
+#include <cstdio>
+
 #include "device.cuh"
 #include "wgmma.cuh"
 
@@ -67,21 +69,41 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
+// The driver's function of that name, null where it has none; or what went wrong.
+inline const char* driver_function(const char* name, void** found) {
+  cudaDriverEntryPointQueryResult state;
+#if CUDART_VERSION >= 12050
+  return error_text(cudaGetDriverEntryPointByVersion(name, found, 12000, cudaEnableDefault, &state));
+#else
+  return error_text(cudaGetDriverEntryPoint(name, found, cudaEnableDefault, &state));
+#endif
+}
+
 inline const char* encoder(Encode* encode) {
   static void* found = nullptr;
   if (found == nullptr) {
-    cudaDriverEntryPointQueryResult state;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
-#endif
-    if (error != cudaSuccess) return error_text(error);
+    if (const char* error = driver_function("cuTensorMapEncodeTiled", &found)) return error;
     if (found == nullptr) return "the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12";
   }
   *encode = reinterpret_cast<Encode>(found);
   return nullptr;
+}
+
+// Why there is no map, in the driver's words where it has some. The thread's own text, until it asks again.
+inline const char* refusal(CUresult result) {
+  thread_local char text[256];
+  const char* const sentence = "cuTensorMapEncodeTiled refused the operand's address, size or stride";
+  const char* said = nullptr;
+  void* found = nullptr;
+  if (driver_function("cuGetErrorString", &found) == nullptr && found != nullptr) {
+    reinterpret_cast<CUresult (*)(CUresult, const char**)>(found)(result, &said);
+  }
+  if (said != nullptr) {
+    std::snprintf(text, sizeof text, "%s: %s", sentence, said);
+  } else {
+    std::snprintf(text, sizeof text, "%s: error %d of the driver", sentence, static_cast<int>(result));
+  }
+  return text;
 }
 
 // The map of a matrix of 16-bit floats with `columns` innermost, copied in boxes of 128 bytes a row, swizzled; zeros
@@ -97,7 +119,7 @@ inline const char* encode_map(CUtensorMap* map, const void* data, int64_t rows, 
                                  const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the operand's address, size or stride";
+  return result == CUDA_SUCCESS ? nullptr : refusal(result);
 }
 
 }  // namespace cuda

@@ -243,7 +243,7 @@ def main() -> None:
                 for arch in SHARED_BYTES:
                     usage = compile_launch(launch, arch)
                     print(
-                        f"H {hidden}  {str(dtype).removeprefix('torch.'):8}  {launch.name:20}  sm_{arch}  "
+                        f"H {hidden}  {str(dtype).removeprefix('torch.'):8}  {launch.name:36}  sm_{arch}  "
                         f"{usage.registers:3} registers  {usage.stack_bytes} B spilled  "
                         f"{usage.shared_bytes / 1024:6.1f} KB shared",
                         flush=True,

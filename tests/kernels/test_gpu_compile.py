@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for sm_80 and sm_90, fits their shared memory and spills no register: no device needed.
 
-Here a cover of the forms; ``python -m tests.kernels.gpu_cases`` compiles all of them in all dtypes and prints what each
-one takes.
+Here every form, those that take most in all dtypes; ``python -m tests.kernels.gpu_cases`` compiles all of them in all
+dtypes and prints what each one takes.
 """
 
 import functools
@@ -15,14 +15,17 @@ from tests.kernels import gpu_cases
 pytestmark = gpu_cases.needs_compiler
 
 BERT, MINILM = 768, 384
-# One form of every kernel, the one that takes most.
+# Of every kernel the forms that take most.
 CORE = ("linear qkv", "attention 128 bias", "first tokens bias", "embed", "norm compact", "exit norm policy",
-        "exit add norm policy")  # fmt: skip
-ALL = (*CORE, "linear gelu", "linear pooler", "linear small", "attention 128", "exit norm confidence",
-       "exit norm last", "exit state scripted", "exit add norm confidence", "exit add norm last")  # fmt: skip
+        "exit add norm policy", "exit add norm, state, policy")  # fmt: skip
+ALL = (*CORE, "linear gelu", "linear pooler", "linear small", "linear down", "attention 128", "attention 32",
+       "attention 32 bias", "first tokens 128", "first tokens 32", "norm", "norm first", "exit norm confidence",
+       "exit norm last", "exit state policy", "exit state scripted", "exit add norm confidence", "exit add norm last",
+       "exit add norm, state, confidence", "exit add norm, state, last")  # fmt: skip
 # Only products of 16 bit on Hopper leave partial sums.
-PARTIALS = ("norm compact partials", "norm few partials", "exit norm partials policy", "exit norm partials last",
-            "exit add norm partials policy", "exit add norm few partials policy")  # fmt: skip
+PARTIALS = ("norm compact partials", "norm few partials",
+            *(f"{form} partials {criterion}" for form in ("exit norm", "exit add norm", "exit add norm few")
+              for criterion in ("policy", "confidence", "last")))  # fmt: skip
 
 
 @functools.cache
@@ -35,6 +38,10 @@ def check(hidden, dtype, name, arch):
     assert usage.stack_bytes == 0, "registers are spilled"
     assert usage.shared_bytes <= gpu_cases.SHARED_BYTES[arch]
     return usage
+
+
+def test_every_form_is_compiled():
+    assert sorted(ALL + PARTIALS) == sorted(name for name, _ in gpu_cases.calls(BERT, torch.float16))
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels.gpu_linear import ACTIVATIONS, ROWS, TOKENS, configs_for, linear_rows_, linear_rows__ref
+from engine.kernels.gpu_norms import add_layer_norm_rows_, add_layer_norm_rows__ref
 from engine.kernels.products import (
     PATHS,
     Partials,
@@ -177,6 +178,43 @@ def test_products_that_leave_partial_sums(hopper, capacity, live, features, widt
         check(whole, live, x[:live], weight, given if given is not None else torch.zeros_like(bias), "none")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("roomy", [False, True], ids=["as many rows as live", "many rows"])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("width", [768, 3072], ids=["out", "down"])
+@pytest.mark.parametrize("at", ["one", "four", "past four", "two", "past two"])
+def test_who_reads_partial_sums_knows_how_many_there_are(hopper, at, width, dtype, roomy):
+    """The product and the norm behind it, on both sides of both limits: each goes by the live count alone."""
+    features, eps = 768, 1e-12
+    partials = product_partials(partials_memory(torch.empty(0, dtype=dtype, device="cuda")), features, width)
+    four, two = partials.four, partials.two
+    assert 1 < four < two
+    live = {"one": 1, "four": four, "past four": four + 1, "two": two, "past two": two + 1}[at]
+    capacity = max(4200, two + 1) if roomy else live  # four rows a program of the norm, or one
+    x, weight, bias = case(capacity, features, width, dtype, "cuda")
+    x[live:] = float("nan")  # nobody may look
+    residual, norm = torch.randn(capacity, features).to("cuda", dtype), torch.randn(2, features).to("cuda", dtype)
+    partials.sums.fill_(float("nan"))
+    product, out = (poisoned(capacity, features, dtype, "cuda") for _ in range(2))
+    counts = counts_of(0, live, "cuda")
+    linear_rows_(product, x, weight, bias, counts, TOKENS, partials=partials)
+    assert bool((product == POISON).all()) == (at != "past two")
+    assert int((~partials.sums.isnan()).sum()) == live * features * partials.shares(live)
+    add_layer_norm_rows_(out, product, residual, *norm, eps, counts, TOKENS, partials=partials)
+    assert bool((out[live:] == POISON).all())
+
+    twins = []
+    for wide in (False, True):  # in the dtype itself, and in fp64
+        x_, weight_, bias_, residual_, *norm_ = (
+            t.double() if wide else t for t in (x[:live], weight, bias, residual[:live], *norm)
+        )
+        y, z = torch.empty_like(residual_), torch.empty_like(residual_)
+        linear_rows__ref(y, x_, weight_, bias_, counts, TOKENS)
+        add_layer_norm_rows__ref(z, y, residual_, *norm_, eps, counts, TOKENS)
+        twins.append(z)
+    assert_no_worse(out[:live], *twins, floor=2e-6)
+
+
 def test_partials(way):
     """The twin keeps to the layout, its reader adds up. Who cannot leave partial sums says so."""
     x, weight, bias = case(7, 16, 32, SINGLE, way.device)
@@ -225,6 +263,14 @@ def test_hopper_products_in_column_slices_of_larger_buffers(hopper):
     linear_rows_(out, wide_x[:, 64:192], weight, bias, counts_of(0, 80, "cuda"), TOKENS)
     check(out, 80, x[:80], weight, bias, "none")
     assert bool((wide_out[:, :32] == POISON).all() and (wide_out[:, 128:] == POISON).all())
+
+
+@pytest.mark.gpu
+def test_what_the_driver_refuses_is_said_in_its_words(hopper):
+    _, weight, bias = case(8, 16, 24, HALF, "cuda")
+    shifted = torch.empty(9, 25, dtype=HALF, device="cuda")[:8, 1:]
+    with pytest.raises(RuntimeError, match="^CUDA: a product of .* refused the operand's .*: invalid argument$"):
+        hopper_product(poisoned(8, 16, HALF, "cuda"), shifted, weight, bias, counts_of(8, 0, "cuda"), False, None)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Graphs with conditional nodes. Order of calls is checked in rehearsals, which need no device; replays need one."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -393,10 +394,29 @@ def test_an_invalidated_capture_is_an_error_and_can_be_aborted(stream, inside):
     flag, x = ints(1, device="cuda"), torch.zeros(1, device="cuda")
     builder = GraphBuilder()
     torch.cuda.synchronize()
-    with pytest.raises(RuntimeError), builder.capture(stream):
+    with pytest.raises(RuntimeError, match="CUDA|capture was invalidated"), builder.capture(stream):
         if inside:
             enter(builder.when(flag))
         x.item()  # waits for a stream that is being captured
+    with builder.capture(stream):
+        x.add_(1)
+    run(builder.instantiate(), stream)
+    assert x.item() == 1
+
+
+@pytest.mark.gpu
+@needs_nodes
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_invalidated_capture_is_told_in_the_words_of_cuda(stream, inside):
+    """By the builder, to whom torch's error has not come."""
+    flag, x = ints(1, device="cuda"), torch.zeros(1, device="cuda")
+    builder = GraphBuilder()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="^CUDA: end capture: .*capture"), builder.capture(stream):
+        with builder.when(flag) if inside else nullcontext():
+            x.add_(1)
+            with pytest.raises(RuntimeError, match="CUDA"):
+                x.item()
     with builder.capture(stream):
         x.add_(1)
     run(builder.instantiate(), stream)
