@@ -7,6 +7,8 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"triton": metadata.version("triton")} if find_spec("triton") else {}),
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
