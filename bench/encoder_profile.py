@@ -39,8 +39,8 @@ class Span(NamedTuple):
 
 def short_name(name: str) -> str:
     """Of a kernel, without namespaces, arguments and templates: but of a product, whether it applies GELU."""
-    bare = re.sub(r"^void\s+", "", name)
-    plain = re.split(r"[<(]", bare.replace("(anonymous namespace)::", ""), maxsplit=1)[0].rpartition("::")[2]
+    bare = re.sub(r"^void\s+|\(anonymous namespace\)::|<unnamed>::", "", name)
+    plain = re.split(r"[<(]", bare, maxsplit=1)[0].rpartition("::")[2]
     plain = re.sub(r"_0d\w*$", "", plain).removesuffix("_kernel").strip("_ ")
     if plain != _PRODUCT:
         return plain

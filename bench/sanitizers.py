@@ -44,8 +44,8 @@ _SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)\b(?! were not)")
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception): ")
 _PLACE = re.compile(r"(Write|Read) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?:\d+))?")
 _REPORT = re.compile(r"(?:^=+ +at|Race reported between \w+ access at) (.+?)\+0x", re.MULTILINE)  # one a report
-# Kernels that are not ours. initcheck does not see what cuBLAS writes by the copy engine, and charges who reads it.
-_LIBRARIES = re.compile(r"\bat::|\bcub::|cutlass|^cudnn|^cublas|^nvjet")
+# All others are libraries'. initcheck does not see what cuBLAS writes by the copy engine, and charges who reads it.
+_OURS = re.compile(r"\bconsistentee::|^_\w+_kernel\w*$")
 _PRINTED = "1000000"  # reports: without its limit all of them can be told apart
 
 
@@ -53,9 +53,9 @@ def read_report(text: str) -> dict[str, Any]:
     """errors in kernels of ours (None where the tool came to no end), by which accesses of the source races were
     reported, and elsewhere: {kernel: reports} of libraries'."""
     summaries = _SUMMARY.findall(text)
-    accesses = [access for access in _PLACE.findall(text) if not _LIBRARIES.search(access[1])]
+    accesses = [access for access in _PLACE.findall(text) if _OURS.search(access[1])]
     places = sorted({f"{kind} {short_name(kernel)} {place}".strip() for kind, kernel, place in accesses})
-    elsewhere = Counter(short_name(kernel) for kernel in _REPORT.findall(text) if _LIBRARIES.search(kernel))
+    elsewhere = Counter(short_name(kernel) for kernel in _REPORT.findall(text) if not _OURS.search(kernel))
     row: dict[str, Any] = {"errors": sum(map(int, summaries)) - elsewhere.total() if summaries else None}
     return row | ({"places": places} if places else {}) | ({"elsewhere": dict(elsewhere)} if elsewhere else {})
 

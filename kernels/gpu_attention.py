@@ -54,8 +54,9 @@ def attention_configs_for(
 ) -> tuple[AttentionConfig, ...]:
     """Candidates for sequences of up to ``max_seqlen`` tokens, the default first.
 
-    Steps of 64 keys take 2 us of 7 off a launch of 8 x 128 tokens on an H100, but sequences of 24 or 70 tokens pay for
-    keys that they do not have: hence the tail. A position bias needs registers, and has steps of 32.
+    Steps of 64 keys take 2 us of 7 off a launch of 8 x 128 tokens on an H100, but sequences of 70 tokens pay for keys
+    that they do not have: hence the tail. Up to 64 tokens the loop is short enough (1 to 2 % of a pass), and a position
+    bias needs the registers: steps of 32.
     """
     longest = max(16, next_power_of_2(max_seqlen))
     if first_only:
@@ -65,7 +66,7 @@ def attention_configs_for(
         return (AttentionConfig(min(longest, 32), min(longest, 32), 4, 2), AttentionConfig(16, 16, 4, 2))
     wide = [AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)]
     narrow = [AttentionConfig(64, 64, 4, 2, 32), AttentionConfig(64, 64, 4, 3), AttentionConfig(32, 32, 2, 3)]
-    if biased:
+    if biased or longest <= 64:
         narrow = [AttentionConfig(64, 32, 4, 3), *narrow[1:]]
     if longest < 64:
         narrow = [AttentionConfig(longest, longest, 4 if longest == 32 else 2, 2)]

@@ -28,10 +28,11 @@
 // so that both store it: no gain at 128 and 512 rows of 128 tokens, 1 to 2 % more at 16 and 32.
 // Pairs of programs (clusters) that bring x for each other: 2 us more for a launch, and a pair waits for its slower
 // half at every tile. Putting the sums of shared tiles of path 1 together here: that takes what it saves. A tile of
-// 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs all others as much. The next product's weights
-// brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more from 1 024 on. A product's own weights brought while
-// the kernel in front still runs: to L2, no gain; into the ring, 3 to 9 % slower at 128 to 1 024 tokens, and the
-// count read that early gains nothing.
+// 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs all others as much. One of 128 x 240, a round less
+// for QKV of 1 025 to 1 664 rows: 2 % of a pass at 10 x 128 tokens, 1 % at 12, nothing at 14 and 16. The next
+// product's weights brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more from 1 024 on. A product's own
+// weights brought while the kernel in front still runs: to L2, no gain; into the ring, 3 to 9 % slower at 128 to
+// 1 024 tokens, and the count read that early gains nothing.
 #include <type_traits>
 
 #include "device.cuh"

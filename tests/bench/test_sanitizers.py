@@ -46,6 +46,10 @@ def test_reports_of_libraries_are_told_apart():
     said = 3 * line.format(foreign) + 2 * line.format(own) + "========= Program hit cudaErrorInvalidValue\n"
     said += "========= ERROR SUMMARY: 6 errors\n"
     assert sanitizers.read_report(said) == {"errors": 3, "elsewhere": {"vectorized_elementwise": 3}}
+    unnamed = line.format("void <unnamed>::softmax_warp_forward<float, (int)2>(float *, int)")
+    assert sanitizers.read_report(unnamed + "========= ERROR SUMMARY: 1 error\n") == {
+        "errors": 0, "elsewhere": {"softmax_warp_forward": 1}
+    }  # fmt: skip
     race = "========= Error: Race reported between Read access at cudnn_sdpa_kernel0_0+0x300\n"
     race += "=========     and Write access at cudnn_sdpa_kernel0_0+0x6890 [16 hazards]\n========= \n"
     said = RACE.replace("SUMMARY: 9", "SUMMARY: 10") + race  # ten reports, of which the text has one and this one
