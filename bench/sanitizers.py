@@ -44,20 +44,27 @@ _SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)\b(?! were not)")
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception): ")
 _PLACE = re.compile(r"(Write|Read) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?:\d+))?")
 _REPORT = re.compile(r"(?:^=+ +at|Race reported between \w+ access at) (.+?)\+0x", re.MULTILINE)  # one a report
+# Of no kernel: what a copy reads, what a call is refused.
+_PLACELESS = re.compile(r"^=+ (?!COMPUTE-|Error: |.*SUMMARY)([A-Z].*)\n(?!=+ +at )", re.MULTILINE)
 # All others are libraries'. initcheck does not see what cuBLAS writes by the copy engine, and charges who reads it.
 _OURS = re.compile(r"\bconsistentee::|^_\w+_kernel\w*$")
 _PRINTED = "1000000"  # reports: without its limit all of them can be told apart
 
 
 def read_report(text: str) -> dict[str, Any]:
-    """errors in kernels of ours (None where the tool came to no end), by which accesses of the source races were
-    reported, and elsewhere: {kernel: reports} of libraries'."""
+    """errors but for libraries' kernels (None where the tool came to no end); where there are some, by which accesses
+    of the source races were reported, elsewhere: {kernel: reports} of libraries', and placeless: {what: reports} of
+    errors that no kernel is charged with."""
     summaries = _SUMMARY.findall(text)
     accesses = [access for access in _PLACE.findall(text) if _OURS.search(access[1])]
     places = sorted({f"{kind} {short_name(kernel)} {place}".strip() for kind, kernel, place in accesses})
     elsewhere = Counter(short_name(kernel) for kernel in _REPORT.findall(text) if not _OURS.search(kernel))
     row: dict[str, Any] = {"errors": sum(map(int, summaries)) - elsewhere.total() if summaries else None}
-    return row | ({"places": places} if places else {}) | ({"elsewhere": dict(elsewhere)} if elsewhere else {})
+    placeless = Counter(re.sub(r"0x[0-9a-f]+", "0x", what) for what in _PLACELESS.findall(text))
+    for name, found in (("places", places), ("elsewhere", dict(elsewhere)), ("placeless", dict(placeless))):
+        if found:
+            row[name] = found
+    return row
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -38,14 +38,16 @@ def test_reports_are_read():
 
 
 def test_reports_of_libraries_are_told_apart():
-    """Errors without a kernel count as ours."""
+    """Errors without a kernel count as ours, and are told."""
     line = "========= Uninitialized __global__ memory read of size 2 bytes\n=========     at {}+0x560\n"
     line += "=========     by thread (0,0,0) in block (0,0,0)\n========= \n"
     foreign = "void at::native::vectorized_elementwise_kernel<(int)8, at::native::CUDAFunctor_add<c10::Half>>(int, T2)"
     own = "void consistentee::cuda::product_kernel<(bool)0, (bool)0, 4>(consistentee::cuda::ProductArgs)"
     said = 3 * line.format(foreign) + 2 * line.format(own) + "========= Program hit cudaErrorInvalidValue\n"
     said += "========= ERROR SUMMARY: 6 errors\n"
-    assert sanitizers.read_report(said) == {"errors": 3, "elsewhere": {"vectorized_elementwise": 3}}
+    assert sanitizers.read_report(said) == {
+        "errors": 3, "elsewhere": {"vectorized_elementwise": 3}, "placeless": {"Program hit cudaErrorInvalidValue": 1}
+    }  # fmt: skip
     unnamed = line.format("void <unnamed>::softmax_warp_forward<float, (int)2>(float *, int)")
     assert sanitizers.read_report(unnamed + "========= ERROR SUMMARY: 1 error\n") == {
         "errors": 0, "elsewhere": {"softmax_warp_forward": 1}
