@@ -118,6 +118,8 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         yield f"attention {max_seqlen} bias", lambda a=attend: gpu_attention.varlen_attention_(*a, table)
         first = (empty(rows, hidden), *attend[1:])
         yield f"first tokens {max_seqlen}", lambda a=first: gpu_attention.varlen_attention_(*a, None, True)
+    few = (empty(tokens, hidden), qkv, cu_seqlens[:17], counts, NUM_HEADS, scale, 128)
+    yield "attention 128 few", lambda: gpu_attention.varlen_attention_(*few)
     yield "first tokens bias", lambda a=first: gpu_attention.varlen_attention_(*a, table, True)
 
     norm = (weight, bias, 1e-12)
