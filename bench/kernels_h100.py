@@ -35,7 +35,7 @@ from engine.bench.record import RESULTS, figure, write_result
 from engine.console import show_table
 from engine.kernels.exit_rows import ExitDestinations, ExitLimits, classifier_math, policy_math
 from engine.kernels.exits import add_layer_norm_ref, embed_layer_norm_ref
-from engine.kernels.gpu_attention import attention_configs_for, varlen_attention_
+from engine.kernels.gpu_attention import attention_configs_for, position_matrix, varlen_attention_
 from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import configs_for, linear_math, linear_rows_
@@ -170,9 +170,8 @@ def attention_ops(m: _Maker) -> list[Op]:
         def make(rows=rows, biased=biased) -> dict[str, Any]:
             made = {"out": m.empty(rows, hidden), "qkv": m.randn(m.tokens, 3 * hidden), "cu": m.cu_seqlens()}
             if biased:  # of MPNet: one number for each distance, which torch takes as a matrix
-                bias = m.randn(heads, 2 * m.seqlen - 1)
-                place = torch.arange(m.seqlen, device=m.device)
-                made |= {"bias": bias, "matrix": bias[:, place - place[:, None] + m.seqlen - 1]}
+                bias = position_matrix(m.randn(heads, 2 * m.seqlen - 1))
+                made |= {"bias": bias, "matrix": bias[:, : m.seqlen, : m.seqlen].contiguous()}
             return {**made, **m.counts()}
 
         def launch(t, counts, first_only=first_only, config=None) -> Tensor:

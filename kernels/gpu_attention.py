@@ -35,7 +35,13 @@ from engine.kernels.gpu_common import (
     tl,
 )
 
-__all__ = ["AttentionConfig", "attention_configs_for", "varlen_attention_", "varlen_attention__ref"]
+__all__ = [
+    "AttentionConfig",
+    "attention_configs_for",
+    "position_matrix",
+    "varlen_attention_",
+    "varlen_attention__ref",
+]
 
 
 class AttentionConfig(NamedTuple):
@@ -49,6 +55,7 @@ class AttentionConfig(NamedTuple):
     tail: int = 0
 
 
+_BIAS_SIDE = 128  # of a matrix of position bias: multiples of it, which every tile divides
 # Programs of 64 queries up to which steps of 64 keys pay.
 _FEW_PROGRAMS = 1024
 
@@ -111,10 +118,7 @@ def varlen_attention__ref(
         query, key, value = heads[0][:, :1] if first_only else heads[0], heads[1], heads[2]
         scores = query @ key.transpose(1, 2) * scale
         if position_bias is not None:
-            position = torch.arange(length, device=qkv.device)
-            middle = (position_bias.shape[1] - 1) // 2
-            entries = position - position[: query.shape[1], None] + middle
-            scores = scores + position_bias.to(wide)[:, entries]
+            scores = scores + position_bias[:, : query.shape[1], :length].to(wide)
         attended = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1).to(out.dtype)
         if first_only:
             out[row] = attended[0]
@@ -126,18 +130,15 @@ def varlen_attention__ref(
 
 
 @jit
-def _step(
-    state, query, key_ptrs, value_ptrs, bias_ptr, distance, present, asked, in_head, scale_log2, HAS_BIAS: tl.constexpr
-):
+def _step(state, query, key_ptrs, value_ptrs, bias_ptrs, present, in_head, scale_log2, HAS_BIAS: tl.constexpr):
     """(top, weight_sum, total) of the queries, with some keys more."""
     top, weight_sum, total = state
     key = tl.load(key_ptrs, mask=present[None, :] & in_head[:, None], other=0.0)
     # In units of log 2, where the hardware's exponential is.
     scores = tl.dot(query, key, input_precision="ieee") * scale_log2
     if HAS_BIAS:
-        # Queries beyond the sequence have no entry; nobody stores what they get.
-        bias = tl.load(bias_ptr + distance, mask=present[None, :] & asked[:, None], other=0.0)
-        scores += bias.to(tl.float32) * 1.4426950408889634
+        # No mask, which would split the loads: there is an entry wherever a tile reaches, whoever needs it.
+        scores += tl.load(bias_ptrs).to(tl.float32) * 1.4426950408889634
     scores = tl.where(present[None, :], scores, -float("inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
     shrink = tl.exp2(top - higher)
@@ -148,7 +149,7 @@ def _step(
     return higher, weight_sum, tl.dot(weights.to(value.dtype), value, total, input_precision="ieee")
 
 
-@jit(do_not_specialize=["blocks", "bias_span"], do_not_specialize_on_alignment=UNALIGNED)
+@jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=UNALIGNED)
 def _attention_kernel(
     out_ptr,
     qkv_ptr,
@@ -159,7 +160,7 @@ def _attention_kernel(
     out_stride,
     qkv_stride,
     blocks,
-    bias_span,
+    bias_stride,
     HIDDEN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -188,8 +189,9 @@ def _attention_kernel(
     query = tl.load(
         sequence_ptr + queries[:, None] * qkv_stride + d[None, :], mask=asked[:, None] & in_head[None, :], other=0.0
     )
+    bias_base = bias_ptr
     if HAS_BIAS:
-        bias_ptr += head * (2 * bias_span - 1) + (bias_span - 1)
+        bias_base = bias_ptr + (head * bias_stride + queries[:, None]) * bias_stride
     top = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     weight_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -201,8 +203,9 @@ def _attention_kernel(
     value_ptrs = sequence_ptr + 2 * HIDDEN + keys[:, None] * qkv_stride + d[None, :]
     for done in range(0, whole, BLOCK_N):
         top, weight_sum, total = _step(
-            (top, weight_sum, total), query, key_ptrs, value_ptrs, bias_ptr, (done + keys)[None, :] - queries[:, None],
-            keys < length - done, asked, in_head, scale_log2, HAS_BIAS,
+            (top, weight_sum, total), query, key_ptrs, value_ptrs,
+            bias_base + (done + keys)[None, :] if HAS_BIAS else bias_ptr, keys < length - done, in_head, scale_log2,
+            HAS_BIAS,
         )  # fmt: skip
         key_ptrs += BLOCK_N * qkv_stride
         value_ptrs += BLOCK_N * qkv_stride
@@ -211,15 +214,15 @@ def _attention_kernel(
             last = whole + tl.arange(0, TAIL)
             top, weight_sum, total = _step(
                 (top, weight_sum, total), query, sequence_ptr + HIDDEN + last[None, :] * qkv_stride + d[:, None],
-                sequence_ptr + 2 * HIDDEN + last[:, None] * qkv_stride + d[None, :], bias_ptr,
-                last[None, :] - queries[:, None], last < length, asked, in_head, scale_log2, HAS_BIAS,
+                sequence_ptr + 2 * HIDDEN + last[:, None] * qkv_stride + d[None, :],
+                bias_base + last[None, :] if HAS_BIAS else bias_ptr, last < length, in_head, scale_log2, HAS_BIAS,
             )  # fmt: skip
     total = total / weight_sum[:, None]
     out_ptrs = out_ptr + (start + queries).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=asked[:, None] & in_head[None, :])
 
 
-@jit(do_not_specialize=["bias_span"], do_not_specialize_on_alignment=UNALIGNED)
+@jit(do_not_specialize_on_alignment=UNALIGNED)
 def _first_token_kernel(
     out_ptr,
     qkv_ptr,
@@ -229,7 +232,7 @@ def _first_token_kernel(
     scale_log2,
     out_stride,
     qkv_stride,
-    bias_span,
+    bias_stride,
     HIDDEN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -263,8 +266,7 @@ def _first_token_kernel(
         value = tl.load(key_ptrs + HIDDEN, mask=here, other=0.0).to(tl.float32)
         scores = tl.sum(key * query[None, :], axis=1)
         if HAS_BIAS:
-            entry = done + keys + (bias_span - 1)
-            bias = tl.load(bias_ptr + head * (2 * bias_span - 1) + entry, mask=present, other=0.0)
+            bias = tl.load(bias_ptr + head * bias_stride * bias_stride + done + keys)
             scores += bias.to(tl.float32) * 1.4426950408889634
         scores = tl.where(present, scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, axis=0))
@@ -279,7 +281,21 @@ def _first_token_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=in_head)
 
 
-# --- public function -------------------------------------------------------------------------------------------------
+# --- public functions -------------------------------------------------------------------------------------------------
+
+
+def position_matrix(table: Tensor) -> Tensor:
+    """(num_heads, P, P) as ``varlen_attention_`` takes it from (num_heads, 2 * M - 1), whose entry (j - i) + M - 1 is
+    that of query position i and key position j; P is M rounded up. Beyond M there are zeros, which nobody needs.
+
+    A matrix is read 16 bytes at a time, where every number of the table is a load of its own.
+    """
+    reach = (table.shape[1] + 1) // 2
+    place = torch.arange(reach, device=table.device)
+    side = cdiv(reach, _BIAS_SIDE) * _BIAS_SIDE
+    matrix = table.new_zeros(table.shape[0], side, side)
+    matrix[:, :reach, :reach] = table[:, place - place[:, None] + reach - 1]
+    return matrix
 
 
 def varlen_attention_(
@@ -303,8 +319,9 @@ def varlen_attention_(
     counts         (2,) int32: live rows, live tokens
     num_heads      divides H; scale: of the scores
     max_seqlen     host integer that no length exceeds (queries from there on would not be served)
-    position_bias  (num_heads, 2 * M - 1), fp32 or the dtype of out, M >= max_seqlen, or None. Entry (j - i) + M - 1 is
-                   added to the scaled score of query position i and key position j (MPNet)
+    position_bias  (num_heads, P, P), contiguous, fp32 or the dtype of out, or None; P a multiple of 128, at least
+                   max_seqlen. Entry (h, i, j) is added to the scaled score of query position i and key position j
+                   (MPNet: ``position_matrix``)
     first_only     only each sequence's first token asks: with all or one, one cu_seqlens tells queries and keys
     config         of ``attention_configs_for``; its default where None
     Scores and sums are in fp32; in 16 bit the weights are rounded to the dtype of out before they meet V (not with
@@ -324,15 +341,15 @@ def varlen_attention_(
     check_rows("out", out, out, "out", hidden, cap_rows if first_only else qkv.shape[0])
     check_apart(out, "qkv", qkv)
     check_counts("counts", counts, out, "out")
-    span = 0
+    side = 0
     if position_bias is not None:
-        span = (position_bias.shape[-1] + 1) // 2
-        if span < max_seqlen:
+        side = position_bias.shape[-1]
+        if side < max_seqlen or side % _BIAS_SIDE:
             raise ValueError(
-                f"position_bias must reach max_seqlen, [{num_heads}, 2 * M - 1] with M >= {max_seqlen}, got "
-                f"{list(position_bias.shape)}"
+                f"position_bias must be [{num_heads}, P, P], P a multiple of {_BIAS_SIDE} and at least max_seqlen "
+                f"({max_seqlen}), got {list(position_bias.shape)}"
             )
-        check_weight("position_bias", position_bias, out, "out", num_heads, 2 * span - 1)
+        check_weight("position_bias", position_bias, out, "out", num_heads, side, side)
     if not runs_kernel(out):
         varlen_attention__ref(
             out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, position_bias, first_only
@@ -356,9 +373,9 @@ def varlen_attention_(
     )
     with on_device(out):
         if first_only:
-            _first_token_kernel[(cap_rows, num_heads)](*pointers, span, **sizes)
+            _first_token_kernel[(cap_rows, num_heads)](*pointers, side, **sizes)
         else:
             blocks = cdiv(max_seqlen, config.block_m)
             _attention_kernel[(cap_rows * blocks, num_heads)](
-                *pointers, blocks, span, BLOCK_M=config.block_m, TAIL=config.tail, **sizes
+                *pointers, blocks, side, BLOCK_M=config.block_m, TAIL=config.tail, **sizes
             )

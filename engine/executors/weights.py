@@ -24,7 +24,8 @@ W = TypeVar("W")
 
 
 class Heads(NamedTuple):
-    """What the attention of all layers has in common. position_bias: see ``lead_attention``."""
+    """What the attention of all layers has in common. position_bias: see ``lead_attention``; of who asks for
+    ``derive(..., PlainLinear)`` a matrix, see ``varlen_attention_``."""
 
     num_heads: int
     scale: float
@@ -237,6 +238,10 @@ def derive(model: MultiExitEncoder, product: type[PackedLinear] | type[PlainLine
             policy=None if policy is None else (*_pair(policy.dense), *_pair(policy.out)),
         )
     bias = family.relative_bias(backbone, config.max_length)
+    if bias is not None and product is PlainLinear:
+        from engine.kernels.gpu_attention import position_matrix  # brings triton along
+
+        bias = position_matrix(bias)
     hf = backbone.config
     return EncoderWeights(
         word=_table(embeddings.word_embeddings),

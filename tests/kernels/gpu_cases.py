@@ -111,16 +111,16 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
     yield "linear down", lambda: gpu_linear.linear_rows_(*down)
 
     scale = 0.125
-    table = empty(NUM_HEADS, 2 * 512 - 1, dtype=floats)
+    matrix = empty(NUM_HEADS, 512, 512, dtype=floats)
     for max_seqlen in (128, 32):
         attend = (empty(tokens, hidden), qkv, cu_seqlens, counts, NUM_HEADS, scale, max_seqlen)
         yield f"attention {max_seqlen}", lambda a=attend: gpu_attention.varlen_attention_(*a)
-        yield f"attention {max_seqlen} bias", lambda a=attend: gpu_attention.varlen_attention_(*a, table)
+        yield f"attention {max_seqlen} bias", lambda a=attend: gpu_attention.varlen_attention_(*a, matrix)
         first = (empty(rows, hidden), *attend[1:])
         yield f"first tokens {max_seqlen}", lambda a=first: gpu_attention.varlen_attention_(*a, None, True)
     few = (empty(tokens, hidden), qkv, cu_seqlens[:17], counts, NUM_HEADS, scale, 128)
     yield "attention 128 few", lambda: gpu_attention.varlen_attention_(*few)
-    yield "first tokens bias", lambda a=first: gpu_attention.varlen_attention_(*a, table, True)
+    yield "first tokens bias", lambda a=first: gpu_attention.varlen_attention_(*a, matrix, True)
 
     norm = (weight, bias, 1e-12)
     other, out = empty(tokens, hidden), empty(tokens, hidden)

@@ -4,6 +4,7 @@ import torch
 from engine.kernels.gpu_attention import (
     AttentionConfig,
     attention_configs_for,
+    position_matrix,
     varlen_attention_,
     varlen_attention__ref,
 )
@@ -40,12 +41,13 @@ def run(way, qkv, lengths, num_heads, scale, max_seqlen, bias=None, first_only=F
     tokens = sum(lengths[:live])
     qkv = qkv.clone()
     qkv[tokens:] = float("nan")
+    matrix = None if bias is None else position_matrix(bias)
     cu_seqlens = cu_seqlens_of(lengths, way.device)
     counts = torch.tensor([live, tokens], dtype=torch.int32, device=way.device)
     rows = len(lengths) if first_only else qkv.shape[0]
     out = torch.full((rows, qkv.shape[1] // 3), POISON, dtype=qkv.dtype, device=way.device)
     way(varlen_attention_, varlen_attention__ref)(
-        out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, bias, first_only, config
+        out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, matrix, first_only, config
     )
     n = live if first_only else tokens
     assert bool((out[n:] == POISON).all())
@@ -149,8 +151,9 @@ MESSAGES = [
     ((OUT[:1], QKV, CU, N, 2, 1.0, 5, None, True), r"out must have shape \[2 or more, 8\], got \[1, 8\]"),
     ((OUT, QKV, CU.long(), N, 2, 1.0, 5), "cu_seqlens must be int32, got int64"),
     ((OUT, QKV, CU, N[:1], 2, 1.0, 5), r"counts must be int32 of shape \[2\]"),
-    ((OUT, QKV, CU, N, 2, 1.0, 5, torch.zeros(2, 7)), r"must reach max_seqlen, \[2, 2 \* M - 1\] with M >= 5, got"),
-    ((OUT, QKV, CU, N, 2, 1.0, 5, torch.zeros(1, 9)), r"position_bias must have shape \[2, 9\], got \[1, 9\]"),
+    ((OUT, QKV, CU, N, 2, 1.0, 5, torch.zeros(2, 9)), r"be \[2, P, P\], P a multiple of 128 .* \(5\), got \[2, 9\]"),
+    ((OUT, QKV, CU, N, 2, 1.0, 130, torch.zeros(2, 128, 128)), r"at least max_seqlen \(130\), got \[2, 128, 128\]"),
+    ((OUT, QKV, CU, N, 2, 1.0, 5, torch.zeros(1, 128, 128)), r"must have shape \[2, 128, 128\], got \[1, 128, 128\]"),
     ((QKV[:, :8], QKV, CU, N, 2, 1.0, 5), "out must not overlap qkv in memory"),
 ]
 
