@@ -31,6 +31,7 @@ from engine.kernels.gpu_policy import delta_rows_, policy_rows_, policy_splits
 from engine.kernels.gpu_qkv import QkvConfig, qkv_rows_
 from engine.kernels.gpu_stream import StreamConfig, stream_rows_, stream_workspace
 from engine.kernels.products import Partials
+from engine.kernels.survivors import Removal
 
 __all__ = ["RUNS"]
 
@@ -219,6 +220,13 @@ def run_attention(device: str) -> None:
             for first_only, rows in ((False, tokens + SPARE), (True, capacity)):
                 varlen_attention_(
                     make.empty(rows, hidden), qkv, starts, counts, heads, 0.3, longest, bias, first_only
+                )
+            if not biased:
+                keep = (torch.rand(capacity, device=device) < 0.5).to(torch.int8)
+                written = (make.ints([0] * n) for n in (capacity + 1, tokens + SPARE, 2, capacity))
+                removal = Removal(keep, make.ints(list(range(capacity))), *written)
+                varlen_attention_(
+                    make.empty(tokens + SPARE, hidden), qkv, starts, counts, heads, 0.3, longest, removal=removal
                 )
 
 

@@ -34,8 +34,10 @@ from engine.kernels.gpu_common import (
     runs_kernel,
     tl,
 )
+from engine.kernels.survivors import Removal
 
 __all__ = [
+    "REMOVAL_ROWS",
     "AttentionConfig",
     "attention_configs_for",
     "position_matrix",
@@ -55,6 +57,7 @@ class AttentionConfig(NamedTuple):
     tail: int = 0
 
 
+REMOVAL_ROWS = 256  # each of which looks at all others
 _BIAS_SIDE = 128  # of a matrix of position bias: multiples of it, which every tile divides
 # Programs of 64 queries up to which steps of 64 keys pay.
 _FEW_PROGRAMS = 1024
@@ -104,6 +107,7 @@ def varlen_attention__ref(
     position_bias: Tensor | None = None,
     first_only: bool = False,
     config: AttentionConfig | None = None,
+    removal: Removal | None = None,
 ) -> None:
     wide = torch.promote_types(qkv.dtype, torch.float32)
     n = int(counts[0])
@@ -124,6 +128,8 @@ def varlen_attention__ref(
             out[row] = attended[0]
         else:
             out[start:end] = attended
+    if removal is not None:
+        removal.run(cu_seqlens, counts)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -149,6 +155,38 @@ def _step(state, query, key_ptrs, value_ptrs, bias_ptrs, present, in_head, scale
     return higher, weight_sum, tl.dot(weights.to(value.dtype), value, total, input_precision="ieee")
 
 
+@jit
+def _find_places(
+    removal, cu_seqlens_ptr, row, first, live, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr
+):
+    """One row's part of a removal, for its tokens from ``first`` on. Everything that is read is loaded ahead."""
+    keep_ptr, row_ids_ptr, out_cu_seqlens_ptr, token_dest_ptr, out_counts_ptr, out_row_ids_ptr = removal
+    others = tl.arange(0, ROWS)
+    keep = loaded_ahead(keep_ptr + others, mask=others < live, other=0).to(tl.int32) != 0
+    start = loaded_ahead(cu_seqlens_ptr + others, mask=others < live, other=0)
+    length = tl.where(keep, loaded_ahead(cu_seqlens_ptr + others + 1, mask=others < live, other=0) - start, 0)
+    in_front = others < row
+    place, place_start = tl.sum(tl.where(in_front & keep, 1, 0), 0), tl.sum(tl.where(in_front, length, 0), 0)
+    rows, tokens = tl.sum(tl.where(keep, 1, 0), 0), tl.sum(length, 0)
+    lives = row < live
+    stays = loaded_ahead(keep_ptr + row, mask=lives, other=0).to(tl.int32) != 0
+    own_start = loaded_ahead(cu_seqlens_ptr + row, mask=lives, other=0)
+    own_length = loaded_ahead(cu_seqlens_ptr + row + 1, mask=lives, other=0) - own_start
+    row_id = loaded_ahead(row_ids_ptr + row, mask=lives, other=0)
+    begin(EARLY)
+    token = first + tl.arange(0, BLOCK_M)
+    tl.store(
+        token_dest_ptr + own_start + token, tl.where(stays, place_start + token, -1), mask=lives & (token < own_length)
+    )
+    if first == 0:
+        tl.store(out_cu_seqlens_ptr + place + 1, place_start + own_length, mask=stays)
+        tl.store(out_row_ids_ptr + place, row_id, mask=stays)
+        if row == 0:
+            tl.store(out_cu_seqlens_ptr, 0)
+            tl.store(out_counts_ptr, rows)
+            tl.store(out_counts_ptr + 1, tokens)
+
+
 @jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=UNALIGNED)
 def _attention_kernel(
     out_ptr,
@@ -161,6 +199,7 @@ def _attention_kernel(
     qkv_stride,
     blocks,
     bias_stride,
+    removal,
     HIDDEN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -168,12 +207,17 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
+    REMOVAL_ROWS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     pid = tl.program_id(0)
     head = tl.program_id(1)
     row = pid // blocks
     live = loaded_ahead(counts_ptr)
+    if REMOVAL_ROWS:
+        if head * HEAD_DIM == HIDDEN:  # behind the last head
+            _find_places(removal, cu_seqlens_ptr, row, (pid % blocks) * BLOCK_M, live, REMOVAL_ROWS, BLOCK_M, EARLY)
+            return
     start = loaded_ahead(cu_seqlens_ptr + row)
     length = loaded_ahead(cu_seqlens_ptr + row + 1) - start
     begin(EARLY)
@@ -309,6 +353,7 @@ def varlen_attention_(
     position_bias: Tensor | None = None,
     first_only: bool = False,
     config: AttentionConfig | None = None,
+    removal: Removal | None = None,
 ) -> None:
     """softmax(scale * Q K^T + bias) V within each of the counts[0] live sequences, every token seeing all of its own.
 
@@ -324,6 +369,8 @@ def varlen_attention_(
                    (MPNet: ``position_matrix``)
     first_only     only each sequence's first token asks: with all or one, one cu_seqlens tells queries and keys
     config         of ``attention_configs_for``; its default where None
+    removal        ``survivors_`` on these counts and cu_seqlens beside it, in programs of their own, which hides that
+                   one's launch: of at most REMOVAL_ROWS rows, not with first_only
     Scores and sums are in fp32; in 16 bit the weights are rounded to the dtype of out before they meet V (not with
     first_only). A row's result does not depend on the other rows.
     """
@@ -350,9 +397,16 @@ def varlen_attention_(
                 f"({max_seqlen}), got {list(position_bias.shape)}"
             )
         check_weight("position_bias", position_bias, out, "out", num_heads, side, side)
+    if removal is not None:
+        if first_only or cap_rows > REMOVAL_ROWS:
+            raise ValueError(
+                f"a removal takes all tokens' attention and at most {REMOVAL_ROWS} rows, got first_only={first_only} "
+                f"and {cap_rows} rows"
+            )
+        removal.check(cu_seqlens, counts)
     if not runs_kernel(out):
         varlen_attention__ref(
-            out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, position_bias, first_only
+            out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, position_bias, first_only, None, removal
         )
         return
     if cap_rows == 0 or hidden == 0:
@@ -376,6 +430,7 @@ def varlen_attention_(
             _first_token_kernel[(cap_rows, num_heads)](*pointers, side, **sizes)
         else:
             blocks = cdiv(max_seqlen, config.block_m)
-            _attention_kernel[(cap_rows * blocks, num_heads)](
-                *pointers, blocks, side, BLOCK_M=config.block_m, TAIL=config.tail, **sizes
+            own, places = (num_heads, 0) if removal is None else (num_heads + 1, next_power_of_2(cap_rows))
+            _attention_kernel[(cap_rows * blocks, own)](
+                *pointers, blocks, side, removal, BLOCK_M=config.block_m, TAIL=config.tail, REMOVAL_ROWS=places, **sizes
             )

@@ -11,13 +11,51 @@ its new place, ``token_dest``, so that compaction costs no pass of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.kernels.extension import bind
 
-__all__ = ["survivors_"]
+__all__ = ["Removal", "survivors_"]
+
+
+class Removal(NamedTuple):
+    """``survivors_`` of rows whose one value is their id, for a kernel to do beside its own work
+    (``varlen_attention_``): keep, row_ids and what is written. The counts and cu_seqlens are that kernel's.
+
+    Past the live tokens of token_dest, and past the survivors of out_cu_seqlens, anything may stand afterwards.
+    """
+
+    keep: Tensor
+    row_ids: Tensor
+    out_cu_seqlens: Tensor
+    token_dest: Tensor
+    out_counts: Tensor
+    out_row_ids: Tensor
+
+    def check(self, cu_seqlens: Tensor, counts: Tensor) -> None:
+        """ValueError where shapes or dtypes are others, or what is written shares memory with anything."""
+        rows = cu_seqlens.shape[0] - 1
+        sizes = dict(keep=rows, row_ids=rows, out_cu_seqlens=rows + 1, out_counts=2, out_row_ids=rows)
+        for name, size in sizes.items():
+            x: Tensor = getattr(self, name)
+            wanted = (torch.bool, torch.int8, torch.uint8) if name == "keep" else (torch.int32,)
+            if x.shape != (size,) or x.dtype not in wanted or x.device != counts.device or not x.is_contiguous():
+                raise ValueError(
+                    f"{name} of a removal must be {' or '.join(str(w).removeprefix('torch.') for w in wanted)} of "
+                    f"shape [{size}] on {counts.device}, got {x.dtype} {list(x.shape)} on {x.device}"
+                )
+        dest = self.token_dest
+        if dest.dim() != 1 or dest.dtype != torch.int32 or not dest.is_contiguous():
+            raise ValueError(f"token_dest of a removal must be int32 [tokens], got {dest.dtype} {list(dest.shape)}")
+        written = [self.out_cu_seqlens, self.token_dest, self.out_counts, self.out_row_ids]
+        _refuse_overlap([self.keep, cu_seqlens, counts, self.row_ids], written)
+
+    def run(self, cu_seqlens: Tensor, counts: Tensor) -> None:
+        """In torch."""
+        survivors__ref(self.keep, cu_seqlens, counts, [self.row_ids], *self[2:5], [self.out_row_ids])
 
 
 def _refuse_overlap(read: list[Tensor], written: list[Tensor]) -> None:

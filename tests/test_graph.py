@@ -148,7 +148,7 @@ def test_depths_and_stages(exits, stage, device, moves, monkeypatch):
     assert_equals_reference(model, *both(model))
 
 
-def launches(monkeypatch, model, **options):
+def launches(monkeypatch, model, rows=3, **options):
     """Kernels of one pass in order, by the names of their ops."""
     names = []
 
@@ -159,20 +159,31 @@ def launches(monkeypatch, model, **options):
         for name, op in list(vars(graph_pass).items()):
             if name.endswith("_") and not name.startswith("_") and callable(op):
                 patch.setattr(graph_pass, name, counted(name, op))
-        engine.from_module(model, executor="graph").run(padded(random_rows(3)), **options)
+        engine.from_module(model, executor="graph").run(padded(random_rows(rows)), **options)
     return names
 
 
-@pytest.mark.parametrize("pooler, more", [("none", 1), ("shared", 3)])
-def test_a_delayed_exit_costs_one_launch_and_those_of_its_pooler(monkeypatch, pooler, more):
-    """The exit in front of the last layer, which moves its tokens at once, one more."""
+@pytest.mark.parametrize("pooler, more", [("none", 0), ("shared", 2)])
+def test_a_delayed_exit_costs_no_launch_but_those_of_its_pooler(monkeypatch, pooler, more):
+    """The exit in front of the last layer, which moves its tokens at once, two more; and all of them one more where
+    there are too many rows to find the survivors beside the attention."""
     model = tiny_model("bert", pooler)
     none, every = (launches(monkeypatch, model, min_depth=depth) for depth in (4, 1))
-    assert none.count("survivors") == 0 and every.count("survivors") == 3
+    assert none.count("survivors") == 0 and every.count("survivors") == 1
     assert every.count("add_layer_norm_compact") == 3
-    assert len(every) == len(none) + 3 * more + 1
+    assert len(every) == len(none) + 3 * more + 2
+    with monkeypatch.context() as few:
+        few.setattr(graph_pass, "REMOVAL_ROWS", 1)
+        assert len(launches(monkeypatch, model, min_depth=1)) == len(none) + 3 * more + 4
     monkeypatch.setattr(graph_pass, "_DELAY_TOKENS", 63)
-    assert len(launches(monkeypatch, model, min_depth=1)) == len(none) + 3 * more + 3
+    assert len(launches(monkeypatch, model, min_depth=1)) == len(none) + 3 * more + 6
+
+
+def test_survivors_are_found_at_once_where_a_node_asks_for_them(monkeypatch):
+    """Behind the third layer of six, for up to 16 rows; behind the fifth, whose tokens move at once, in any case."""
+    model = tiny_model(layers=6)
+    for rows, expected in ((5, 2), (20, 1)):
+        assert launches(monkeypatch, model, rows=rows, min_depth=1).count("survivors") == expected
 
 
 def half_precision_cases():
@@ -513,16 +524,16 @@ def test_ten_thousand_batches_without_a_mismatch_or_growth(gpu):
 
 @pytest.fixture
 def ends_within_a_node(gpu, monkeypatch):
-    """``ends_within_a_node(error, times)``: so many captures raise it at their fifth exit, no rehearsal does. With
+    """``ends_within_a_node(error, times)``: so many captures raise it at their fifth attention, no rehearsal does. With
     seven layers and few rows it stands within a conditional node. Returns a list that grows by the number of open
     nodes."""
 
     def end(error: Exception, times: int) -> list[int]:
-        exits, nodes, ended = [], [], []
-        capture, when, survivors_ = GraphBuilder.capture, GraphBuilder.when, graph_pass.survivors_
+        calls, nodes, ended = [], [], []
+        capture, when, attention_ = GraphBuilder.capture, GraphBuilder.when, graph_pass.varlen_attention_
 
         def begin(self, stream=None):
-            exits.clear()
+            calls.clear()
             return capture(self, stream)
 
         @contextmanager
@@ -534,17 +545,17 @@ def ends_within_a_node(gpu, monkeypatch):
                 finally:
                     nodes.pop()
 
-        def failing(*arguments):
+        def failing(*arguments, **named):
             if torch.cuda.is_current_stream_capturing():
-                exits.append(1)
-                if len(exits) == 5 and len(ended) < times:
+                calls.append(1)
+                if len(calls) == 5 and len(ended) < times:
                     ended.append(len(nodes))
                     raise error
-            survivors_(*arguments)
+            attention_(*arguments, **named)
 
         monkeypatch.setattr(GraphBuilder, "capture", begin)
         monkeypatch.setattr(GraphBuilder, "when", counted)
-        monkeypatch.setattr(graph_pass, "survivors_", failing)
+        monkeypatch.setattr(graph_pass, "varlen_attention_", failing)
         return ended
 
     return end

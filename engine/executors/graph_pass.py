@@ -5,7 +5,8 @@ into a record of its own. ``survivors_`` says where each token goes; who moves i
 
 * at once: the one behind the exit, for which the exit has taken the norm of the first tokens alone;
 * delayed: the first one of the next layer, whose attention still sees all rows, those that leave, too. The exit then
-  runs beside the norm in front of it, one launch, so it costs one launch more (``survivors_``) than no exit.
+  runs beside the norm in front of it and ``survivors_`` beside that attention (``Removal``), so it costs no launch more
+  than no exit, but where a conditional node asks who is left.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from engine.executors.weights import EncoderWeights, ExitWeights, LayerWeights, PlainLinear
 from engine.kernels.exit_rows import ExitDestinations, ExitLimits
-from engine.kernels.gpu_attention import varlen_attention_
+from engine.kernels.gpu_attention import REMOVAL_ROWS, varlen_attention_
 from engine.kernels.gpu_common import ROWS, TOKENS
 from engine.kernels.gpu_exit import exit_add_norm_rows_, exit_norm_rows_, exit_rows_
 from engine.kernels.gpu_linear import linear_rows_
@@ -31,7 +32,7 @@ from engine.kernels.products import (
     product_problem,
     product_workspace,
 )
-from engine.kernels.survivors import survivors_
+from engine.kernels.survivors import Removal, survivors_
 
 # Largest capacity at which tokens move with a delay. At every exit that saves the exit's own launch, 5 us of an H100. A
 # row pays once, where it leaves: QKV, attention and output projection for nobody, some 9 ns a token of BERT-base.
@@ -144,6 +145,7 @@ class Pass:
             stage = stage_layers(steps.deepest, self.capacity.rows)
             since, left_behind = 0, False  # layers since the last stage; whether rows can have left since
             before: Live | None = None  # the rows as hidden still has them, where their move is delayed
+            removal: Removal | None = None  # where ``now`` is still to be found, beside the attention of ``before``
             for layer in range(1, steps.deepest + 1):
                 if left_behind and since >= stage:
                     stages.enter_context(when(now.counts[:1]))
@@ -152,8 +154,8 @@ class Pass:
                 if layer == steps.deepest:
                     self._last_layer(layer, now)
                     break
-                x, projected, partials = self._layer(w.layers[layer - 1], now, before)
-                norm, before = w.layers[layer - 1].output_norm, None
+                x, projected, partials = self._layer(w.layers[layer - 1], now, before, removal)
+                norm, before, removal = w.layers[layer - 1].output_norm, None, None
                 if layer not in steps.reads:
                     add_layer_norm_rows_(hidden, projected, x, *norm, now.counts, TOKENS, partials=partials)
                     continue
@@ -161,23 +163,27 @@ class Pass:
                 # The last layer serves first tokens alone: it has no Add & Norm that could move the others.
                 if self._delays and layer + 1 < steps.deepest:
                     self._exit(layer, now, x, projected, partials, norm, normed=hidden)
-                    self._find_survivors(now, after)
-                    before = now
+                    before, removal = now, self._removal(now, after)
+                    if since >= stage or self.capacity.rows > REMOVAL_ROWS:  # a node asks whether anybody is left
+                        self._find_survivors(now, removal)
+                        removal = None
                 else:
                     self._exit(layer, now, x, projected, partials, norm)
-                    self._find_survivors(now, after)
+                    self._find_survivors(now, self._removal(now, after))
                     add_layer_norm_compact_(hidden, projected, x, *norm, now.counts, self._token_dest, partials)
                 now, left_behind = after, True
 
-    def _layer(self, w: LayerWeights, now: Live, before: Live | None) -> tuple[Tensor, Tensor, Partials | None]:
+    def _layer(
+        self, w: LayerWeights, now: Live, before: Live | None, removal: Removal | None
+    ) -> tuple[Tensor, Tensor, Partials | None]:
         """A layer up to its last Add & Norm: (x, projected, partials), the normed sum of x and projected being its
-        result. before: see ``record``."""
+        result. before, removal: see ``record``."""
         a, tokens = self.arena, self.capacity.tokens
         hidden, attended, x, projected, inner = (
             buffer[:tokens] for buffer in (a.hidden, a.attended, a.x, a.projected, a.inner)
         )
         standing = now if before is None else before
-        self._attend(w.qkv, attended, standing, first_only=False)
+        self._attend(w.qkv, attended, standing, first_only=False, removal=removal)
         partials = self._project(projected, attended, w.attention_output, standing.counts, TOKENS)
         norm = w.attention_norm
         if before is None:
@@ -226,7 +232,9 @@ class Pass:
         linear_rows_(out, x, *linear, counts, which, partials=partials)
         return partials
 
-    def _attend(self, qkv: PlainLinear, attended: Tensor, now: Live, first_only: bool) -> None:
+    def _attend(
+        self, qkv: PlainLinear, attended: Tensor, now: Live, first_only: bool, removal: Removal | None = None
+    ) -> None:
         a, tokens, heads = self.arena, self.capacity.tokens, self.weights.heads
         self._multiply(a.qkv[:tokens], a.hidden[:tokens], qkv, now.counts, TOKENS)
         varlen_attention_(
@@ -239,6 +247,7 @@ class Pass:
             self.capacity.longest,
             heads.position_bias,
             first_only,
+            removal=removal,
         )
 
     def _exit(
@@ -282,14 +291,11 @@ class Pass:
         else:
             exit_add_norm_rows_(out, limits, normed, projected, x, norm, *decision, None, self._state, partials)
 
-    def _find_survivors(self, now: Live, after: Live) -> None:
-        survivors_(
-            self._out.keep,
-            now.cu_seqlens,
-            now.counts,
-            [now.row_ids],
-            after.cu_seqlens,
-            self._token_dest,
-            after.counts,
-            [after.row_ids],
+    def _removal(self, now: Live, after: Live) -> Removal:
+        return Removal(
+            self._out.keep, now.row_ids, after.cu_seqlens, self._token_dest, after.counts, after.row_ids
         )
+
+    def _find_survivors(self, now: Live, removal: Removal) -> None:
+        keep, row_ids, *written, out_row_ids = removal
+        survivors_(keep, now.cu_seqlens, now.counts, [row_ids], *written, [out_row_ids])

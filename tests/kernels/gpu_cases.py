@@ -15,6 +15,7 @@ import torch
 from engine.kernels import exit_rows, gpu_attention, gpu_common, gpu_exit, gpu_linear, gpu_norms
 from engine.kernels.gpu_common import AMPERE, HOPPER, INTERPRETED, TileLimits, triton
 from engine.kernels.products import Partials
+from engine.kernels.survivors import Removal
 
 MODULES = (gpu_linear, gpu_attention, gpu_norms, gpu_exit)
 NUM_HEADS = 12  # of BERT-base (H 768, head_dim 64) and MiniLM (H 384, head_dim 32)
@@ -120,6 +121,8 @@ def calls(hidden: int, dtype: torch.dtype, tokens: int = 4096, rows: int = 64) -
         yield f"first tokens {max_seqlen}", lambda a=first: gpu_attention.varlen_attention_(*a, None, True)
     few = (empty(tokens, hidden), qkv, cu_seqlens[:17], counts, NUM_HEADS, scale, 128)
     yield "attention 128 few", lambda: gpu_attention.varlen_attention_(*few)
+    removal = Removal(empty(16, dtype=torch.int8), *(empty(n, dtype=int32) for n in (16, 17, tokens, 2, 16)))
+    yield "attention 128 removal", lambda: gpu_attention.varlen_attention_(*few, removal=removal)
     yield "first tokens bias", lambda a=first: gpu_attention.varlen_attention_(*a, matrix, True)
 
     norm = (weight, bias, 1e-12)

@@ -8,6 +8,7 @@ from engine.kernels.gpu_attention import (
     varlen_attention_,
     varlen_attention__ref,
 )
+from engine.kernels.survivors import Removal
 from tests.kernels.cases import assert_no_worse, cu_seqlens_of, doubled
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -135,6 +136,38 @@ def test_large_scores_and_nan(way, first_only):
     assert bool(out[first_of_last:].isnan().all()) and not bool(out[:first_of_last].isnan().any())
 
 
+@pytest.mark.parametrize("lengths, capacity", [([5], 1), ([3, 1, 16, 33, 70], 9), ([2] * 40, 40), ([1, 40, 7], 256)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_survivors_are_found_beside_it(way, lengths, capacity, share):
+    """As ``survivors_`` finds them, for all the rows that are live; the attention is what it is without."""
+    live, tokens = len(lengths), sum(lengths)
+    device = way.device
+    cu_seqlens = torch.full((capacity + 1,), 99_999, dtype=torch.int32)
+    cu_seqlens[: live + 1] = cu_seqlens_of(lengths)
+    cu_seqlens, counts = cu_seqlens.to(device), torch.tensor([live, tokens], dtype=torch.int32, device=device)
+    qkv = torch.randn(tokens, 3 * 32, device=device)
+    keep = (torch.rand(capacity) < share).to(torch.int8).to(device)
+
+    def removal():
+        poison = [torch.full((n,), -7, dtype=torch.int32, device=device) for n in (capacity + 1, tokens, 2, capacity)]
+        row_ids = torch.randperm(capacity, generator=torch.Generator().manual_seed(0)).to(torch.int32).to(device)
+        return Removal(keep, row_ids, *poison)
+
+    for now in (counts, torch.zeros_like(counts)):
+        found, expected = removal(), removal()
+        outs = [torch.full((tokens, 32), POISON, device=device) for _ in range(2)]
+        attend = way(varlen_attention_, varlen_attention__ref)
+        attend(outs[0], qkv, cu_seqlens, now, 2, 0.2, max(lengths), removal=found)
+        attend(outs[1], qkv, cu_seqlens, now, 2, 0.2, max(lengths))
+        expected.run(cu_seqlens.where(cu_seqlens != 99_999, tokens), now)
+        assert torch.equal(*outs)
+        n, stay = int(now[1]), int(expected.out_counts[0])
+        assert found.out_counts.tolist() == expected.out_counts.tolist()
+        assert found.token_dest[:n].tolist() == expected.token_dest[:n].tolist()
+        assert found.out_cu_seqlens[: stay + 1].tolist() == expected.out_cu_seqlens[: stay + 1].tolist()
+        assert found.out_row_ids[:stay].tolist() == expected.out_row_ids[:stay].tolist()
+
+
 def test_twin_refuses_longer_rows():
     with pytest.raises(ValueError, match="max_seqlen must be at least the longest length, got 4 for 5 tokens"):
         varlen_attention__ref(OUT, QKV, CU, torch.tensor([2, 7], dtype=torch.int32), 2, 1.0, 4)
@@ -162,3 +195,21 @@ MESSAGES = [
 def test_messages(arguments, message):
     with pytest.raises(ValueError, match=message):
         varlen_attention_(*arguments)
+
+
+def test_messages_of_a_removal():
+    def ints(n):
+        return torch.zeros(n, dtype=torch.int32)
+
+    good = Removal(torch.zeros(2, dtype=torch.int8), ints(2), ints(3), ints(7), ints(2), ints(2))
+    varlen_attention_(OUT, QKV, CU, N, 2, 1.0, 5, removal=good)
+    for wrong, message in (
+        (dict(keep=ints(2)), r"keep of a removal must be bool or int8 or uint8 of shape \[2\] on cpu, got torch.int32"),
+        (dict(out_cu_seqlens=ints(2)), r"out_cu_seqlens of a removal must be int32 of shape \[3\]"),
+        (dict(token_dest=torch.zeros(7)), r"token_dest of a removal must be int32 \[tokens\], got torch.float32"),
+        (dict(out_row_ids=good.row_ids), "outputs must not share memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            varlen_attention_(OUT, QKV, CU, N, 2, 1.0, 5, removal=good._replace(**wrong))
+    with pytest.raises(ValueError, match="at most 256 rows, got first_only=True and 2 rows"):
+        varlen_attention_(OUT, QKV, CU, N, 2, 1.0, 5, first_only=True, removal=good)
