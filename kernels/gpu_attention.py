@@ -58,7 +58,9 @@ class AttentionConfig(NamedTuple):
 
 
 REMOVAL_ROWS = 256  # each of which looks at all others
-_BIAS_SIDE = 128  # of a matrix of position bias: multiples of it, which every tile divides
+# Of a matrix of position bias: multiples of it. Tiles divide it; the first token's steps may run on into the next rows
+# of the same head, whose numbers nobody takes.
+_BIAS_SIDE = 128
 # Programs of 64 queries up to which steps of 64 keys pay.
 _FEW_PROGRAMS = 1024
 
@@ -403,7 +405,7 @@ def varlen_attention_(
                 f"a removal takes all tokens' attention and at most {REMOVAL_ROWS} rows, got first_only={first_only} "
                 f"and {cap_rows} rows"
             )
-        removal.check(cu_seqlens, counts)
+        removal.check(cu_seqlens, counts, qkv.shape[0], (out, qkv))
     if not runs_kernel(out):
         varlen_attention__ref(
             out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, position_bias, first_only, None, removal
@@ -430,7 +432,9 @@ def varlen_attention_(
             _first_token_kernel[(cap_rows, num_heads)](*pointers, side, **sizes)
         else:
             blocks = cdiv(max_seqlen, config.block_m)
-            own, places = (num_heads, 0) if removal is None else (num_heads + 1, next_power_of_2(cap_rows))
+            own, among = num_heads, 0
+            if removal is not None:  # two forms, each of which has to be compiled
+                own, among = num_heads + 1, 32 if cap_rows <= 32 else REMOVAL_ROWS
             _attention_kernel[(cap_rows * blocks, own)](
-                *pointers, blocks, side, removal, BLOCK_M=config.block_m, TAIL=config.tail, REMOVAL_ROWS=places, **sizes
+                *pointers, blocks, side, removal, BLOCK_M=config.block_m, TAIL=config.tail, REMOVAL_ROWS=among, **sizes
             )

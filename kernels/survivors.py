@@ -21,6 +21,9 @@ from engine.kernels.extension import bind
 __all__ = ["Removal", "survivors_"]
 
 
+_NOWHERE = 1 << 30
+
+
 class Removal(NamedTuple):
     """``survivors_`` of rows whose one value is their id, for a kernel to do beside its own work
     (``varlen_attention_``): keep, row_ids and what is written. The counts and cu_seqlens are that kernel's.
@@ -35,8 +38,9 @@ class Removal(NamedTuple):
     out_counts: Tensor
     out_row_ids: Tensor
 
-    def check(self, cu_seqlens: Tensor, counts: Tensor) -> None:
-        """ValueError where shapes or dtypes are others, or what is written shares memory with anything."""
+    def check(self, cu_seqlens: Tensor, counts: Tensor, tokens: int, others: Sequence[Tensor] = ()) -> None:
+        """ValueError where shapes or dtypes are others, token_dest has no place for so many tokens, or what is written
+        shares memory with anything, ``others`` too."""
         rows = cu_seqlens.shape[0] - 1
         sizes = dict(keep=rows, row_ids=rows, out_cu_seqlens=rows + 1, out_counts=2, out_row_ids=rows)
         for name, size in sizes.items():
@@ -48,14 +52,22 @@ class Removal(NamedTuple):
                     f"shape [{size}] on {counts.device}, got {x.dtype} {list(x.shape)} on {x.device}"
                 )
         dest = self.token_dest
-        if dest.dim() != 1 or dest.dtype != torch.int32 or not dest.is_contiguous():
-            raise ValueError(f"token_dest of a removal must be int32 [tokens], got {dest.dtype} {list(dest.shape)}")
+        if dest.dim() != 1 or dest.dtype != torch.int32 or dest.device != counts.device or not dest.is_contiguous():
+            raise ValueError(
+                f"token_dest of a removal must be int32 [tokens] on {counts.device}, got {dest.dtype} "
+                f"{list(dest.shape)} on {dest.device}"
+            )
+        if len(dest) < tokens:
+            raise ValueError(f"token_dest of a removal must have a place for {tokens} tokens, got {len(dest)}")
         written = [self.out_cu_seqlens, self.token_dest, self.out_counts, self.out_row_ids]
-        _refuse_overlap([self.keep, cu_seqlens, counts, self.row_ids], written)
+        _refuse_overlap([self.keep, cu_seqlens, counts, self.row_ids, *others], written)
 
     def run(self, cu_seqlens: Tensor, counts: Tensor) -> None:
-        """In torch."""
+        """In torch. What may be anything afterwards is something that nobody can take for a place."""
         survivors__ref(self.keep, cu_seqlens, counts, [self.row_ids], *self[2:5], [self.out_row_ids])
+        rows, tokens = self.out_cu_seqlens.shape[0], self.token_dest.shape[0]
+        self.out_cu_seqlens[torch.arange(rows, device=counts.device) > self.out_counts[0]] = _NOWHERE
+        self.token_dest[torch.arange(tokens, device=counts.device) >= counts[1]] = _NOWHERE
 
 
 def _refuse_overlap(read: list[Tensor], written: list[Tensor]) -> None:

@@ -183,6 +183,8 @@ class Pass:
             buffer[:tokens] for buffer in (a.hidden, a.attended, a.x, a.projected, a.inner)
         )
         standing = now if before is None else before
+        # Of what an exit has found and this attention finds there is always a product between writer and reader, which
+        # therefore may load it before its wait.
         self._attend(w.qkv, attended, standing, first_only=False, removal=removal)
         partials = self._project(projected, attended, w.attention_output, standing.counts, TOKENS)
         norm = w.attention_norm

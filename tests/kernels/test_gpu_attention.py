@@ -206,7 +206,8 @@ def test_messages_of_a_removal():
     for wrong, message in (
         (dict(keep=ints(2)), r"keep of a removal must be bool or int8 or uint8 of shape \[2\] on cpu, got torch.int32"),
         (dict(out_cu_seqlens=ints(2)), r"out_cu_seqlens of a removal must be int32 of shape \[3\]"),
-        (dict(token_dest=torch.zeros(7)), r"token_dest of a removal must be int32 \[tokens\], got torch.float32"),
+        (dict(token_dest=torch.zeros(7)), r"token_dest of a removal must be int32 \[tokens\] on cpu, got torch.f"),
+        (dict(token_dest=ints(6)), "token_dest of a removal must have a place for 7 tokens, got 6"),
         (dict(out_row_ids=good.row_ids), "outputs must not share memory"),
     ):
         with pytest.raises(ValueError, match=message):

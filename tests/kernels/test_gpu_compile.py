@@ -50,7 +50,7 @@ def test_every_form_is_compiled():
 @pytest.mark.parametrize("name", ALL)
 def test_half_precision(name, arch):
     usage = check(BERT, torch.float16, name, arch)
-    if arch == 90 and name in ("linear qkv", "linear gelu", "attention 128", "attention 128 few"):
+    if arch == 90 and name.startswith(("linear qkv", "linear gelu", "attention 128")) and "bias" not in name:
         # Tensor cores fed by asynchronous copies: the early return has not stopped the pipeline.
         assert "wgmma.mma_async" in usage.ptx and "cp.async" in usage.ptx
 
