@@ -55,6 +55,10 @@ class Batch:
     others: tuple[Batch, ...] = ()
 
     @property
+    def turns(self) -> tuple[Batch, ...]:
+        return self, *self.others
+
+    @property
     def is_full(self) -> bool:
         return min(self.lengths) == self.input_ids.shape[1]
 
@@ -293,7 +297,7 @@ class PackedBuffers:
 
     def __init__(self, batch: Batch, device: torch.device):
         rows, self.tokens = len(batch.lengths), sum(batch.lengths)
-        self.bucket = _up(max(sum(one.lengths) for one in (batch, *batch.others)), _TOKEN_STEP)
+        self.bucket = _up(max(sum(one.lengths) for one in batch.turns), _TOKEN_STEP)
         self.longest = _up(max(batch.lengths), _LONGEST_STEP)
         size = 2 * self.bucket + rows + 1
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -380,6 +380,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"batches and rounds must be at least 1 and budget above 0, got {options.batches}, {options.rounds} and "
             f"{options.budget:g}"
         )
+    if options.kernels is not None and options.merge is None:
+        parser.error("--kernels adds figures to merged results: give --merge, too")
     measures = options.merge is None and options.write_lengths is None
     if measures and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available; --device cpu --tiny tries the script")

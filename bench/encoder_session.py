@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import engine
 from engine.api import Engine
@@ -167,7 +166,7 @@ def ours(model: Engine, batch: Batch, cases: Sequence[Mapping[str, Any]], checke
     one not at the last layer; checked=False: where the policies decide."""
     started = time.perf_counter()
     executor = model.executor
-    for one, case in itertools.product((batch, *batch.others), cases):
+    for one, case in itertools.product(batch.turns, cases):
         found = run_ours(model, one, case).exit_layers.tolist()
         check_served(model)
         expected = case.get("exit_layers", [model.config.num_layers] * len(found))
@@ -272,15 +271,12 @@ def _seconds(timing: Timing) -> dict[str, float]:
 def measure(session: Session, competitors: Mapping[str, Competitor], batch: Batch) -> dict[str, Clocks]:
     """Both clocks of every competitor, interleaved; from the host, the batch and its others by turns."""
     device = _device_clock(session, competitors)
-    calls = {name: c.period * max(1, len(batch.others)) for name, c in competitors.items()}
-
-    def turn(c: Competitor, calls: int) -> Callable[[], Tensor]:
-        given = itertools.cycle((batch, *batch.others))
-        return lambda: [c.from_host(next(given)) for _ in range(calls)][-1]
-
-    turns = {name: turn(c, calls[name]) for name, c in competitors.items()}
+    given = {name: c.period * batch.turns for name, c in competitors.items()}
+    turns = {
+        name: lambda c=c, given=given[name]: [c.from_host(one) for one in given][-1] for name, c in competitors.items()
+    }
     measured = interleave(turns, repeats=session.rounds, warmup=1, device=session.device)
-    host = {name: Timing(tuple(s / calls[name] for s in m.timing.seconds)) for name, m in measured.items()}
+    host = {name: Timing(tuple(s / len(given[name]) for s in m.timing.seconds)) for name, m in measured.items()}
     return {name: Clocks(device.get(name), host[name]) for name in competitors}
 
 

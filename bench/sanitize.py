@@ -212,8 +212,8 @@ def _encoder_passes(device: str, sizes: tuple[list[int], ...], models: tuple[tup
             runner.run(batch, criterion="scripted", exit_layers=[1 + i % 4 for i in range(len(lengths))])
 
 
-def _decoder_steps(device: str) -> None:
-    """A small decoder's steps, one graph each, all decided and by a script."""
+def run_steps(device: str) -> None:
+    """A small decoder's steps, one graph each, decided and by a script; of four layers, so that there is no node."""
     import engine
     from engine.bench.decoder_h100 import random_decoder, spread
 
@@ -238,18 +238,13 @@ def run_passes(device: str) -> None:
         _encoder_passes(device, ([1], [3, 1, 33, 2, 7], [5] * 24), models)
 
 
-def run_steps(device: str) -> None:
-    """Whole decode steps; of four layers, no node stands behind any."""
-    _decoder_steps(device)
-
-
 def run_nodes(device: str) -> None:
     """Passes and steps with kernels of ours behind a conditional node."""
     from engine.decoding import graph as decoder_graph
 
     _encoder_passes(device, ([1], [3, 1, 33, 2, 7]), (("bert", "none"),))
     with mock.patch.object(decoder_graph, "_STAGE", 2):
-        _decoder_steps(device)
+        run_steps(device)
 
 
 RUNS: dict[str, Callable[[str], None]] = {

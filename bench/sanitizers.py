@@ -80,15 +80,15 @@ def run_one(
 
     running  holds the process while it runs, for who may have to ``stop`` it
     """
+    row: dict[str, Any] = {"tool": tool, "group": group}
+    if (tool, group) in LEFT_OUT:
+        return row | {"errors": None, "left_out": LEFT_OUT[tool, group]}
     running = set() if running is None else running
     # Blocks of torch's caching allocator hide overruns, and what an earlier owner has written.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--print-limit", _PRINTED, "--show-backtrace", "no", *OPTIONS.get((tool, group), ())]
     call = [sanitizer, "--tool", tool, *options, sys.executable, "-m", "engine.bench.sanitize", "--only", group]
     started = time.perf_counter()
-    row: dict[str, Any] = {"tool": tool, "group": group}
-    if (tool, group) in LEFT_OUT:
-        return row | {"errors": None, "left_out": LEFT_OUT[tool, group]}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     with subprocess.Popen(call, env=environment, start_new_session=True, **pipes) as process:
         running.add(process)

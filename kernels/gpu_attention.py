@@ -34,7 +34,7 @@ from engine.kernels.gpu_common import (
     runs_kernel,
     tl,
 )
-from engine.kernels.survivors import Removal
+from engine.kernels.survivors import Removal, _refuse_overlap
 
 __all__ = [
     "REMOVAL_ROWS",
@@ -77,8 +77,8 @@ def attention_configs_for(
 
     Steps of 64 keys take 2 us of 7 off a launch of 8 x 128 tokens on an H100, but sequences of 70 tokens pay for keys
     that they do not have: hence the tail. Up to 64 tokens the loop is short enough (1 to 2 % of a pass). Of many
-    programs a multiprocessor has room for more at 95 registers a thread than at 139 (a fifth of a launch of 128 x 128
-    tokens), and a position bias needs registers, too: steps of 32.
+    programs a multiprocessor has room for more where they have fewer registers (a fifth of a launch of 128 x 128 tokens
+    at 95 and 139 a thread), and a position bias needs some, too: steps of 32.
     """
     longest = max(16, next_power_of_2(max_seqlen))
     if first_only:
@@ -138,15 +138,16 @@ def varlen_attention__ref(
 
 
 @jit
-def _step(state, query, key_ptrs, value_ptrs, bias_ptrs, present, in_head, scale_log2, HAS_BIAS: tl.constexpr):
-    """(top, weight_sum, total) of the queries, with some keys more."""
+def _step(state, query, key_ptrs, value_ptrs, bias_ptrs, at, length, in_head, scale_log2, HAS_BIAS: tl.constexpr):
+    """(top, weight_sum, total) of the queries, with the keys at some places more. bias_ptrs: of each query's row."""
     top, weight_sum, total = state
+    present = at < length
     key = tl.load(key_ptrs, mask=present[None, :] & in_head[:, None], other=0.0)
     # In units of log 2, where the hardware's exponential is.
     scores = tl.dot(query, key, input_precision="ieee") * scale_log2
     if HAS_BIAS:
         # No mask, which would split the loads: there is an entry wherever a tile reaches, whoever needs it.
-        scores += tl.load(bias_ptrs).to(tl.float32) * 1.4426950408889634
+        scores += tl.load(bias_ptrs + at[None, :]).to(tl.float32) * 1.4426950408889634
     scores = tl.where(present[None, :], scores, -float("inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
     shrink = tl.exp2(top - higher)
@@ -235,9 +236,9 @@ def _attention_kernel(
     query = tl.load(
         sequence_ptr + queries[:, None] * qkv_stride + d[None, :], mask=asked[:, None] & in_head[None, :], other=0.0
     )
-    bias_base = bias_ptr
+    bias_ptrs = bias_ptr
     if HAS_BIAS:
-        bias_base = bias_ptr + (head * bias_stride + queries[:, None]) * bias_stride
+        bias_ptrs = bias_ptr + (head * bias_stride + queries[:, None]) * bias_stride
     top = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     weight_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -249,8 +250,7 @@ def _attention_kernel(
     value_ptrs = sequence_ptr + 2 * HIDDEN + keys[:, None] * qkv_stride + d[None, :]
     for done in range(0, whole, BLOCK_N):
         top, weight_sum, total = _step(
-            (top, weight_sum, total), query, key_ptrs, value_ptrs,
-            bias_base + (done + keys)[None, :] if HAS_BIAS else bias_ptr, keys < length - done, in_head, scale_log2,
+            (top, weight_sum, total), query, key_ptrs, value_ptrs, bias_ptrs, done + keys, length, in_head, scale_log2,
             HAS_BIAS,
         )  # fmt: skip
         key_ptrs += BLOCK_N * qkv_stride
@@ -260,8 +260,8 @@ def _attention_kernel(
             last = whole + tl.arange(0, TAIL)
             top, weight_sum, total = _step(
                 (top, weight_sum, total), query, sequence_ptr + HIDDEN + last[None, :] * qkv_stride + d[:, None],
-                sequence_ptr + 2 * HIDDEN + last[:, None] * qkv_stride + d[None, :],
-                bias_base + last[None, :] if HAS_BIAS else bias_ptr, last < length, in_head, scale_log2, HAS_BIAS,
+                sequence_ptr + 2 * HIDDEN + last[:, None] * qkv_stride + d[None, :], bias_ptrs, last, length, in_head,
+                scale_log2, HAS_BIAS,
             )  # fmt: skip
     total = total / weight_sum[:, None]
     out_ptrs = out_ptr + (start + queries).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
@@ -344,6 +344,19 @@ def position_matrix(table: Tensor) -> Tensor:
     return matrix
 
 
+def _check_removal(removal: Removal, out: Tensor, qkv: Tensor, cu_seqlens: Tensor, counts: Tensor) -> None:
+    """token_dest has a place for every token of qkv, the others are of their own size; none is written into another."""
+    rows = cu_seqlens.shape[0] - 1
+    sizes = Removal(rows, rows, rows + 1, qkv.shape[0], 2, rows)
+    for name, size in sizes._asdict().items():
+        dtypes = (torch.bool, torch.int8, torch.uint8) if name == "keep" else torch.int32
+        vector = getattr(removal, name)
+        check_vector(f"{name} of a removal", vector, counts, "counts", dtypes, size)
+        if name != "token_dest" and len(vector) != size:
+            raise ValueError(f"{name} of a removal must have shape [{size}], got {list(vector.shape)}")
+    _refuse_overlap([*removal[:2], cu_seqlens, counts, out, qkv], list(removal[2:]))
+
+
 def varlen_attention_(
     out: Tensor,
     qkv: Tensor,
@@ -405,7 +418,7 @@ def varlen_attention_(
                 f"a removal takes all tokens' attention and at most {REMOVAL_ROWS} rows, got first_only={first_only} "
                 f"and {cap_rows} rows"
             )
-        removal.check(cu_seqlens, counts, qkv.shape[0], (out, qkv))
+        _check_removal(removal, out, qkv, cu_seqlens, counts)
     if not runs_kernel(out):
         varlen_attention__ref(
             out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, position_bias, first_only, None, removal

@@ -20,8 +20,7 @@ from engine.kernels.extension import bind
 
 __all__ = ["Removal", "survivors_"]
 
-
-_NOWHERE = 1 << 30
+_NOWHERE = 1 << 30  # no place of a row or token
 
 
 class Removal(NamedTuple):
@@ -37,30 +36,6 @@ class Removal(NamedTuple):
     token_dest: Tensor
     out_counts: Tensor
     out_row_ids: Tensor
-
-    def check(self, cu_seqlens: Tensor, counts: Tensor, tokens: int, others: Sequence[Tensor] = ()) -> None:
-        """ValueError where shapes or dtypes are others, token_dest has no place for so many tokens, or what is written
-        shares memory with anything, ``others`` too."""
-        rows = cu_seqlens.shape[0] - 1
-        sizes = dict(keep=rows, row_ids=rows, out_cu_seqlens=rows + 1, out_counts=2, out_row_ids=rows)
-        for name, size in sizes.items():
-            x: Tensor = getattr(self, name)
-            wanted = (torch.bool, torch.int8, torch.uint8) if name == "keep" else (torch.int32,)
-            if x.shape != (size,) or x.dtype not in wanted or x.device != counts.device or not x.is_contiguous():
-                raise ValueError(
-                    f"{name} of a removal must be {' or '.join(str(w).removeprefix('torch.') for w in wanted)} of "
-                    f"shape [{size}] on {counts.device}, got {x.dtype} {list(x.shape)} on {x.device}"
-                )
-        dest = self.token_dest
-        if dest.dim() != 1 or dest.dtype != torch.int32 or dest.device != counts.device or not dest.is_contiguous():
-            raise ValueError(
-                f"token_dest of a removal must be int32 [tokens] on {counts.device}, got {dest.dtype} "
-                f"{list(dest.shape)} on {dest.device}"
-            )
-        if len(dest) < tokens:
-            raise ValueError(f"token_dest of a removal must have a place for {tokens} tokens, got {len(dest)}")
-        written = [self.out_cu_seqlens, self.token_dest, self.out_counts, self.out_row_ids]
-        _refuse_overlap([self.keep, cu_seqlens, counts, self.row_ids, *others], written)
 
     def run(self, cu_seqlens: Tensor, counts: Tensor) -> None:
         """In torch. What may be anything afterwards is something that nobody can take for a place."""

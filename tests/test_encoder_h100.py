@@ -52,7 +52,7 @@ def test_batches_that_take_turns():
     """None has the lengths of another, nor as many tokens; all fit the buffers that one of them was given."""
     model, lengths = tiny_model(), [9, 1, 17, 4, 17, 12]
     batch = peers.varied_batch(model, lengths, 8, 6)
-    every = (batch, *batch.others)
+    every = batch.turns
     assert batch.lengths == tuple(lengths) and len(every) == 7
     assert len({sum(one.lengths) for one in every}) == 7 and {max(one.lengths) for one in every} == {17}
     assert sorted(sum(one.lengths) - 60 for one in every) == [-3, -2, -1, 0, 1, 2, 3]
@@ -244,6 +244,7 @@ def test_arguments(capsys):
         (["--device", "cpu", "--batches", "0"], "batches and rounds must be at least 1"),
         (["--device", "cpu", "--only", "gpt"], "invalid choice: 'gpt'"),
         (["--device", "cpu", "--plot", "times.bmp"], "must end in .png"),
+        (["--device", "cpu", "--kernels", "kernels.json"], "give --merge, too"),
     ):
         with pytest.raises(SystemExit):
             bench.parse(wrong)

@@ -204,10 +204,12 @@ def test_messages_of_a_removal():
     good = Removal(torch.zeros(2, dtype=torch.int8), ints(2), ints(3), ints(7), ints(2), ints(2))
     varlen_attention_(OUT, QKV, CU, N, 2, 1.0, 5, removal=good)
     for wrong, message in (
-        (dict(keep=ints(2)), r"keep of a removal must be bool or int8 or uint8 of shape \[2\] on cpu, got torch.int32"),
-        (dict(out_cu_seqlens=ints(2)), r"out_cu_seqlens of a removal must be int32 of shape \[3\]"),
-        (dict(token_dest=torch.zeros(7)), r"token_dest of a removal must be int32 \[tokens\] on cpu, got torch.f"),
-        (dict(token_dest=ints(6)), "token_dest of a removal must have a place for 7 tokens, got 6"),
+        (dict(keep=ints(2)), "keep of a removal must be bool or int8 or uint8, got int32"),
+        (dict(out_cu_seqlens=ints(2)), r"out_cu_seqlens of a removal must have shape \[3 or more\], got \[2\]"),
+        (dict(out_cu_seqlens=ints(4)), r"out_cu_seqlens of a removal must have shape \[3\], got \[4\]"),
+        (dict(out_counts=ints(4)[::2]), "out_counts of a removal must be contiguous, got stride 2"),
+        (dict(token_dest=torch.zeros(7)), "token_dest of a removal must be int32, got float32"),
+        (dict(token_dest=ints(6)), r"token_dest of a removal must have shape \[7 or more\], got \[6\]"),
         (dict(out_row_ids=good.row_ids), "outputs must not share memory"),
     ):
         with pytest.raises(ValueError, match=message):

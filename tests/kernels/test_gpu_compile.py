@@ -19,9 +19,8 @@ BERT, MINILM = 768, 384
 CORE = ("linear qkv", "attention 128 bias", "first tokens bias", "embed", "norm compact", "exit norm policy",
         "exit add norm policy", "exit add norm, state, policy")  # fmt: skip
 ALL = (*CORE, "linear gelu", "linear pooler", "linear small", "linear down", "attention 128", "attention 128 few",
-       "attention 128 removal",
-       "attention 32", "attention 32 bias", "first tokens 128", "first tokens 32", "norm", "norm first",
-       "exit norm confidence", "exit norm last", "exit state policy", "exit state scripted",
+       "attention 128 removal", "attention 32", "attention 32 bias", "first tokens 128", "first tokens 32", "norm",
+       "norm first", "exit norm confidence", "exit norm last", "exit state policy", "exit state scripted",
        "exit add norm confidence", "exit add norm last", "exit add norm, state, confidence",
        "exit add norm, state, last")  # fmt: skip
 # Only products of 16 bit on Hopper leave partial sums.

@@ -251,6 +251,14 @@ def run(graph, stream):
     stream.synchronize()
 
 
+def assert_captures(builder, stream, x):
+    """Whatever became of the capture before. x: 0 so far."""
+    with builder.capture(stream):
+        x.add_(1)
+    run(builder.instantiate(), stream)
+    assert x.item() == 1
+
+
 def nested(builder, flags, x):
     """``x[i] += 1`` where flags[0] to flags[i] are all set."""
 
@@ -381,10 +389,7 @@ def test_abort_leaves_the_stream_usable(stream):
         with torch.cuda.stream(stream):
             assert not torch.cuda.is_current_stream_capturing()
             assert x.item() == 0
-    with builder.capture(stream):
-        x.add_(1)
-    run(builder.instantiate(), stream)
-    assert x.item() == 1
+    assert_captures(builder, stream, x)
 
 
 @pytest.mark.gpu
@@ -398,10 +403,7 @@ def test_an_invalidated_capture_is_an_error_and_can_be_aborted(stream, inside):
         if inside:
             enter(builder.when(flag))
         x.item()  # waits for a stream that is being captured
-    with builder.capture(stream):
-        x.add_(1)
-    run(builder.instantiate(), stream)
-    assert x.item() == 1
+    assert_captures(builder, stream, x)
 
 
 @pytest.mark.gpu
@@ -417,10 +419,7 @@ def test_an_invalidated_capture_is_told_in_the_words_of_cuda(stream, inside):
             x.add_(1)
             with pytest.raises(RuntimeError, match="CUDA"):
                 x.item()
-    with builder.capture(stream):
-        x.add_(1)
-    run(builder.instantiate(), stream)
-    assert x.item() == 1
+    assert_captures(builder, stream, x)
 
 
 @pytest.mark.gpu
