@@ -189,7 +189,7 @@ def attention_ops(m: _Maker) -> list[Op]:
 
         configs = {
             _config_name(c): lambda t, c=c, launch=launch: launch(t, t["counts"], config=c)
-            for c in attention_configs_for(m.seqlen, hidden // heads, m.dtype, first_only, biased, m.rows * heads)
+            for c in attention_configs_for(m.seqlen, hidden // heads, m.dtype, first_only, m.rows * heads)
         }
         name = "attention" + (", first tokens" if first_only else "") + (" + position bias" if biased else "")
         moved = ((2 if first_only else 3) * m.tokens * hidden + (2 if first_only else 1) * rows * hidden)

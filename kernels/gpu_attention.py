@@ -70,7 +70,6 @@ def attention_configs_for(
     head_dim: int,
     dtype: torch.dtype,
     first_only: bool = False,
-    biased: bool = False,
     sequences: int = 1,
 ) -> tuple[AttentionConfig, ...]:
     """Candidates for so many sequences (rows times heads) of up to ``max_seqlen`` tokens, the default first.
@@ -78,7 +77,7 @@ def attention_configs_for(
     Steps of 64 keys take 2 us of 7 off a launch of 8 x 128 tokens on an H100, but sequences of 70 tokens pay for keys
     that they do not have: hence the tail. Up to 64 tokens the loop is short enough (1 to 2 % of a pass). Of many
     programs a multiprocessor has room for more where they have fewer registers (a fifth of a launch of 128 x 128 tokens
-    at 95 and 139 a thread), and a position bias needs some, too: steps of 32.
+    at 95 and 139 a thread): steps of 32.
     """
     longest = max(16, next_power_of_2(max_seqlen))
     if first_only:
@@ -88,7 +87,7 @@ def attention_configs_for(
         return (AttentionConfig(min(longest, 32), min(longest, 32), 4, 2), AttentionConfig(16, 16, 4, 2))
     wide = [AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 4, 3), AttentionConfig(128, 128, 8, 2)]
     narrow = [AttentionConfig(64, 64, 4, 2, 32), AttentionConfig(64, 64, 4, 3), AttentionConfig(32, 32, 2, 3)]
-    if biased or longest <= 64 or sequences * cdiv(max_seqlen, 64) > _FEW_PROGRAMS:
+    if longest <= 64 or sequences * cdiv(max_seqlen, 64) > _FEW_PROGRAMS:
         narrow = [AttentionConfig(64, 32, 4, 3), *narrow[1:]]
     if longest < 64:
         narrow = [AttentionConfig(longest, longest, 4 if longest == 32 else 2, 2)]
@@ -427,8 +426,7 @@ def varlen_attention_(
     if cap_rows == 0 or hidden == 0:
         return
     if config is None:
-        biased, sequences = position_bias is not None, cap_rows * num_heads
-        config = attention_configs_for(max_seqlen, head_dim, out.dtype, first_only, biased, sequences)[0]
+        config = attention_configs_for(max_seqlen, head_dim, out.dtype, first_only, cap_rows * num_heads)[0]
     pointers = (out, qkv, cu_seqlens, counts, position_bias, scale * math.log2(math.e), out.stride(0), qkv.stride(0))
     sizes = dict(
         HIDDEN=hidden,

@@ -27,7 +27,9 @@
 // On path 4, half of the last tile's sums handed through the ring to the other warpgroup, which has nothing left to do,
 // so that both store it: no gain at 128 and 512 rows of 128 tokens, 1 to 2 % more at 16 and 32.
 // Pairs of programs (clusters) that bring x for each other: 2 us more for a launch, and a pair waits for its slower
-// half at every tile. Putting the sums of shared tiles of path 1 together here: that takes what it saves. A tile of
+// half at every tile. Pairs that bring W for each other: 1 % less for a pass of 512 x 128 tokens, nothing at 32 to 128,
+// 3 % more at 16 (and a third more with a release of cluster scope at each step, which waits for all stores of its
+// thread). Putting the sums of shared tiles of path 1 together here: that takes what it saves. A tile of
 // 128 x 144: 1 us less for QKV of 1 024 rows, and its code costs all others as much. One of 128 x 240, a round less
 // for QKV of 1 025 to 1 664 rows: 2 % of a pass at 10 x 128 tokens, 1 % at 12, nothing at 14 and 16. The next
 // product's weights brought to L2 meanwhile: no gain at 128 tokens, 1 to 5 % more from 1 024 on. A product's own

@@ -36,8 +36,9 @@ from engine.kernels.survivors import Removal, survivors_
 
 # Largest capacity at which tokens move with a delay. At every exit that saves the exit's own launch, 5 us of an H100. A
 # row pays once, where it leaves: QKV, attention and output projection for nobody, some 9 ns a token of BERT-base.
-# Measured with exits spread over all layers: at 20 x 128 tokens 1 % faster, at 24 x 128 even, at 32 x 128 3 % slower.
-_DELAY_TOKENS = 3584
+# Measured on an H200, whose exits are found beside the next attention then: 3 to 4 % faster at 32 x 128 tokens where
+# nobody leaves and 1 % with exits spread over all layers; at 40 x 128 half a percent faster and 1 % slower.
+_DELAY_TOKENS = 4096
 
 # Largest capacity at which a conditional node pays: nobody is left in the middle of a pass of few rows alone.
 _STAGE_ROWS = 16
@@ -47,11 +48,10 @@ def stage_layers(deepest: int, rows: int) -> int:
     """Layers between two conditional nodes: with few rows one node, in the middle of the pass, and never fewer than
     three layers; with many none.
 
-    A node costs 15 to 40 us of an H100 where it is taken (with half of BERT-base behind it), a layer of kernels that
-    find no rows about 8. With a node every three layers, a pass that nobody leaves took 3 to 5 % longer; with none at
-    32 rows it takes 2 % less than with one. With exits spread over all layers that holds at 8 and 16 rows, too; there
-    the node stays for policies that let most rows go early. One row, which leaves in the first half of BERT-base as
-    often as not, takes 12 % less with the node.
+    A node costs 15 to 40 us where it is taken (with half of BERT-base behind it), a layer of kernels that find no rows
+    about 8. With a node every three layers, a pass that nobody leaves took 3 to 5 % longer on an H100; with none at 32
+    rows it takes 2 % less than with one. An H200 takes 3 to 5 % less without it at 1 to 8 rows where some row stays to
+    the end, and 25 to 45 % more where all leave in the first half: it pays from one pass in ten on that ends there.
     """
     return max(3, -(-deepest // 2)) if rows <= _STAGE_ROWS else deepest + 1
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.bench import sanitize, sanitize_triton
 from engine.kernels import extension
@@ -38,6 +41,34 @@ def test_triton_needs_no_extension(capsys, monkeypatch):
         assert what == ("ran" if name in sanitize_triton.RUNS else "left out, the extension is not built")
     with pytest.raises(SystemExit, match="^nothing to sanitize: the extension is not built"):
         sanitize.main(["--device", "cpu", "--only", "packing"])
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+def test_no_product_of_a_library(inference):
+    def results(x, q):
+        attended = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return F.linear(x, q[0, 0], x[0, 0, :5]), F.linear(x, q[0, 0]), F.linear(x[0], q[0, 0]), attended, q @ q.mT
+
+    with torch.inference_mode(inference):
+        x, q = torch.randn(2, 3, 8), torch.randn(2, 4, 5, 8)
+        with sdpa_kernel(SDPBackend.MATH):
+            with Called() as usual:
+                expected = results(x, q)
+            with Called() as called, sanitize.WithoutLibraries():
+                found = results(x, q)
+    torch.testing.assert_close(found, expected)
+    products = {"mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "scaled_dot_product_attention"}
+    assert usual.names & products and not called.names & products
 
 
 class Recorder:
