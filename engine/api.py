@@ -216,7 +216,7 @@ class Engine:
 
     def _results(self, outputs: RowOutputs, tokens: int, micro_batches: int, started: float) -> Classification:
         # Copies made outside inference mode are ordinary tensors, which a caller may compute on with autograd.
-        if outputs[0].is_inference() or not outputs[0].is_cpu:
+        if not outputs[0].is_cpu or (outputs[0].is_inference() and not torch.is_inference_mode_enabled()):
             outputs = [x.clone() if x.is_cpu else x.cpu() for x in outputs]
         logits, exit_layers, exit_probs = outputs
         seconds = time.perf_counter() - started

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.executors.base import TokenRows
+from engine.kernels.token_rows import all_below, read_tokens
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAPPING_KEYS = ("input_ids", "attention_mask", "token_type_ids")
@@ -62,7 +63,7 @@ class InputReader:
     def open(self, batch: Any, truncation: bool) -> TokenRows | Texts:
         """What ``read`` returns; but where there is much text, all that can be checked without tokenising it has been
         checked, and its tokens are to be had part by part."""
-        if isinstance(batch, Mapping):
+        if isinstance(batch, (dict, Mapping)):  # of an abstract class alone it would take longer to know
             return self._read_mapping(batch, truncation)
         if isinstance(batch, (str, bytes)) or not isinstance(batch, Sequence):
             hint = ": put it in a list" if isinstance(batch, str) else ""
@@ -92,7 +93,7 @@ class InputReader:
         rows = [encoding.ids for encoding in encodings]
         lengths = tuple(map(len, rows))
         ids = _flat(rows)
-        if min(lengths) == 0 or not _all_below(ids, self.vocab_size) or max(lengths) > self.max_length:
+        if min(lengths) == 0 or not all_below(ids, self.vocab_size) or max(lengths) > self.max_length:
             self._refuse_text(rows)
         types = None
         if self.type_vocab_size > 1 and isinstance(batch[0], tuple):  # all 0 for a single text, whatever the family
@@ -142,18 +143,13 @@ class InputReader:
             types = None
         if len(ids) == 0:
             return _NO_ROWS
-        rows = _without_padding(ids, mask, types)
-        if (
-            rows is None
-            or not _all_below(rows.ids, self.vocab_size)
-            or (ids.shape[1] > self.max_length and max(rows.lengths) > self.max_length)
-            or (rows.types is not None and not _all_below(rows.types, self.type_vocab_size))
-        ):
+        found = read_tokens(ids, mask, types, self.vocab_size, self.type_vocab_size)
+        if found is None or (ids.shape[1] > self.max_length and max(found[2]) > self.max_length):
             self._refuse_mapping(ids, mask, types, truncation)
-        return rows
+        return TokenRows(*found)
 
     def _refuse_mapping(
-        self, ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None, truncation: bool
+        self, ids: Tensor, mask: Tensor | None, types: Tensor | None, truncation: bool
     ) -> NoReturn:
         for index, row in enumerate(ids.tolist()):
             start, end = (0, len(row)) if mask is None else _block(index, mask[index].tolist())
@@ -238,39 +234,6 @@ def join(parts: Sequence[TokenRows]) -> TokenRows:
     return TokenRows(np.concatenate([part.ids for part in parts]), types, lengths)
 
 
-def _without_padding(ids: np.ndarray, mask: np.ndarray | None, types: np.ndarray | None) -> TokenRows | None:
-    """The tokens of [N, S] arrays, N at least 1. None where a row has no token or its mask is not one block of 1s."""
-    n, width = ids.shape
-    if width == 0:
-        return None
-    tokens = None if mask is None else mask == 1
-    if tokens is None or tokens.item(tokens.argmin()):  # no padding, so views of the caller's memory will do
-        ids, lengths = ids.ravel(), (width,) * n
-        types = None if types is None else types.ravel()
-    else:
-        # From the first 1 of every row to its last: as many as there are 1s, or there is a 0 between (or nothing else).
-        spans = width - tokens[:, ::-1].argmax(1) - tokens.argmax(1)
-        if not spans.sum() == np.count_nonzero(tokens) == np.count_nonzero(mask):
-            return None
-        ids, lengths = ids[tokens], tuple(spans.tolist())
-        types = None if types is None else types[tokens]
-    if types is not None:
-        types = _int64(types)
-        if _all_below(types, 1):
-            types = None  # zeros are what a row without types has; any() takes three times as long
-    return TokenRows(_int64(ids), types, lengths)
-
-
-def _int64(values: np.ndarray) -> np.ndarray:
-    return values if values.dtype == np.int64 else values.astype(np.int64)
-
-
-def _all_below(values: np.ndarray, limit: int) -> bool:
-    """Whether all of these int64 are in 0 ... limit - 1: as unsigned numbers, negative ones are the greatest."""
-    unsigned = values.view(np.uint64)
-    return unsigned.item(unsigned.argmax()) < limit  # for a short row a third of what max() costs
-
-
 def _flat(rows: list[list[int]]) -> np.ndarray:
     return np.array(rows[0], np.int64) if len(rows) == 1 else np.fromiter(chain.from_iterable(rows), np.int64)
 
@@ -322,15 +285,20 @@ def _describe(row: Any) -> str:
     return f"{type(row).__name__}: {str(row)[:40]!r}"
 
 
-def _integers(name: str, value: Any, like: np.ndarray | None) -> np.ndarray | None:
-    """Rows of integers [N, S]. ``like``: an array that it must equal in shape; then None stays None."""
+def _integers(name: str, value: Any, like: Tensor | None) -> Tensor | None:
+    """Rows of integers, int64 [N, S] on the host, contiguous. ``like``: a tensor that it must equal in shape; then None
+    stays None."""
     if value is None and like is not None:
         return None
     if isinstance(value, Tensor):
-        if value.dtype == torch.int64 and value.is_cpu:  # what tokenizers return: questions to torch cost more
-            array = value.numpy()
-            if array.ndim == 2 and (like is None or array.shape == like.shape):
-                return array
+        if (  # what tokenizers return
+            value.dtype == torch.int64
+            and value.is_cpu
+            and value.is_contiguous()
+            and len(value.shape) == 2
+            and (like is None or value.shape == like.shape)
+        ):
+            return value
     else:
         if isinstance(value, (list, tuple)) and len(value) == 0:
             value = torch.empty(0, 0, dtype=torch.int64)
@@ -348,4 +316,4 @@ def _integers(name: str, value: Any, like: np.ndarray | None) -> np.ndarray | No
         value = torch.empty(value.shape, dtype=torch.int64)  # what an empty list becomes is no number at all
     if like is not None and value.shape != like.shape and (len(value) or len(like)):
         raise ValueError(f"{name} has shape {list(value.shape)}, input_ids has {list(like.shape)}: they must be equal")
-    return (value.long() if value.dtype == torch.bool else value).cpu().numpy()
+    return value.cpu().long().contiguous()

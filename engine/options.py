@@ -36,11 +36,13 @@ class OptionsReader:
         exit_layers: Any,
     ) -> ExitOptions:
         """Options of ``n`` rows. The same plain values for the same number of rows give the same (read-only) record."""
+        key: tuple = id(config), id(criterion), n
         values = (threshold, min_depth, max_depth)
-        if exit_layers is not None or not all(isinstance(value, _SCALARS) for value in values):
-            return _read(config, n, criterion, threshold, min_depth, max_depth, exit_layers)
-        # With types, because 1, 1.0 and True are equal and not equally allowed.
-        key = (id(config), id(criterion), n, *values, *map(type, values))
+        if exit_layers is not None or any(value is not None for value in values):
+            if exit_layers is not None or not all(isinstance(value, _SCALARS) for value in values):
+                return _read(config, n, criterion, threshold, min_depth, max_depth, exit_layers)
+            # With types, because 1, 1.0 and True are equal and not equally allowed.
+            key += *values, *map(type, values)
         found = self._remembered.get(key)
         if found is None:
             found = config, _read(config, n, criterion, threshold, min_depth, max_depth, exit_layers)

@@ -404,8 +404,12 @@ def test_batches_seen_before_take_a_short_way(gpu, monkeypatch):
     fast.executor.weights.watching = False
     cases = [(padded(random_rows(n, seed=n)), options) for n in (1, 5, 33) for options in ({}, {"threshold": 0.3})]
     first = [fast.run(batch, **options) for batch, options in cases]
+    fast.run(padded(random_rows(9, lengths=[5] * 9)))
     with monkeypatch.context() as patch:
         patch.setattr(fast.executor, "_program", None)  # the long way would call it
+        for lengths in ([6] * 9, [7, 1, 2, 30, 3, 3, 3, 3, 3]):  # as many rows, and a program that there is
+            batch = padded(random_rows(9, lengths=lengths))
+            assert_same(fast.run(batch), oracle.run(batch))
         again = [fast.run(batch, **options) for batch, options in reversed(cases)][::-1]
         for got, before, (batch, options) in zip(again, first, cases, strict=True):
             assert_same(got, before)

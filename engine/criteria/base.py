@@ -90,8 +90,9 @@ BUILT_IN: dict[str, Criterion] = {}  # filled where the package is imported
 
 def make_criterion(name: str | Criterion) -> Criterion:
     """A criterion by name (one shared object: all state is per row and per run), or the one given."""
-    if isinstance(name, Criterion):
+    if isinstance(name, str):  # asked first: whether something is an instance of an abstract class takes longer
+        if name in BUILT_IN:
+            return BUILT_IN[name]
+    elif isinstance(name, Criterion):
         return name
-    if not isinstance(name, str) or name not in BUILT_IN:
-        raise ValueError(f"criterion must be one of {', '.join(BUILT_IN)} or a Criterion, got {name!r}")
-    return BUILT_IN[name]
+    raise ValueError(f"criterion must be one of {', '.join(BUILT_IN)} or a Criterion, got {name!r}")

@@ -36,7 +36,6 @@ from engine.models.encoder import MultiExitEncoder
 
 T = TypeVar("T")
 _MAX_PROGRAMS = 512  # each takes some of the host, too
-_REMEMBERED = 64  # sizes of batches, for each record of options, whose program is known at once
 # Of the device's memory, for all programs; beyond it, those used longest ago go.
 _MEMORY_SHARE = 0.25
 _GRAPH_BYTES = 1 << 20  # of the device for one graph, about
@@ -88,7 +87,8 @@ class _Slot:
     def fill(self, rows: TokenRows, options: ExitOptions) -> None:
         """The batch, and how its rows may leave: unless it is what the slot already holds (read-only records)."""
         fields, n, tokens = self._fields, len(rows), rows.num_tokens
-        fields["counts"][:] = n, tokens
+        counts = fields["counts"]
+        counts[0], counts[1] = n, tokens
         fields["input_ids"][:tokens] = rows.ids
         if rows.lengths != self._lengths:
             fields["cu_seqlens"][: n + 1] = rows.cu_seqlens
@@ -267,7 +267,7 @@ class GraphExecutor:
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
         self._warm: set[tuple[Capacity, Steps]] = set()  # what was asked for ahead
-        self._recent: WeakKeyDictionary[ExitOptions, dict[tuple, tuple[tuple[Capacity, Steps], _Program]]]
+        self._recent: WeakKeyDictionary[ExitOptions, dict[Capacity, tuple[tuple[Capacity, Steps], _Program]]]
         self._recent = WeakKeyDictionary()  # see ``_remember``
         self._held: EncoderWeights | None = None  # what the programs are made of
         self._disturbed, self._pause = 0, 0  # captures in a row; batches before the next attempt
@@ -342,11 +342,11 @@ class GraphExecutor:
 
     def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
-        seen = len(rows), rows.num_tokens, max(rows.lengths)
+        capacity = self._capacity(len(rows), rows.num_tokens, max(rows.lengths))
         with self._lock:
             known = self._recent.get(options)
-            if known is not None and seen in known:
-                key, program = known[seen]
+            if known is not None and capacity in known:
+                key, program = known[capacity]
                 self._programs.move_to_end(key)
                 return program.submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
@@ -355,25 +355,22 @@ class GraphExecutor:
             if problem is None:
                 with self._own_stream():
                     self._hold(self._with_room(self.weights.held))  # what it refuses is the caller's to mend
-                    made = self._made(lambda: self._program(rows, options))
+                    made = self._made(lambda: self._program(capacity, options))
                     if not isinstance(made, str):
-                        self._remember(options, seen, made)
+                        self._remember(options, capacity, made)
                         return made.submit(rows, options, self._stream)
                     problem, kind = made, "passing"
             if self._problem is not None:
                 kind = "for good"
         return self._fall_back(problem, kind, rows, options)
 
-    def _remember(self, options: ExitOptions, seen: tuple, program: _Program) -> None:
-        """The way of a batch like this one is short from now on: same sizes, same options (records that
+    def _remember(self, options: ExitOptions, capacity: Capacity, program: _Program) -> None:
+        """The way of a batch like this one is short from now on: same capacity, same options (records that
         ``OptionsReader`` hands out again), same program, and nothing on the caller's stream to wait for. What is known
         of options made for one call goes with them."""
-        if self._stream is None or program.graph is None:
-            return
-        known = self._recent.setdefault(options, {})
-        if len(known) >= _REMEMBERED:
-            known.clear()
-        known[seen] = next(reversed(self._programs)), program
+        if self._stream is not None and program.graph is not None:
+            known = self._recent.setdefault(options, {})
+            known[capacity] = next(reversed(self._programs)), program
 
     def _trouble(self, options: ExitOptions) -> str | None:
         """Why graphs cannot serve these options, or None."""
@@ -434,7 +431,7 @@ class GraphExecutor:
         and tokens, whatever their longest row up to ``longest``). Where a capture fails, the first run says so."""
         with torch.inference_mode(), self._lock:
             if self._trouble(options) is None:
-                key = self._key(rows, tokens, longest, options)
+                key = self._key(self._capacity(rows, tokens, longest), options)
                 with self._own_stream():
                     self._hold(self._with_room(self.weights.held))
                     self._made(lambda: self._program_at(key))
@@ -444,13 +441,14 @@ class GraphExecutor:
         """For benchmarks: the batch stands on the device; every call launches its pass again, and waits for nothing."""
         with torch.inference_mode(), self._lock, self._own_stream():
             self._hold(self.weights.held())
-            program = self._program(rows, options)
+            capacity = self._capacity(len(rows), rows.num_tokens, max(rows.lengths))
+            program = self._program(capacity, options)
             if isinstance(program, str):
                 raise RuntimeError(f"no graph can be replayed: {program}")
             return program.replayer(rows, options, self._stream, self._lock)
 
-    def _program(self, rows: TokenRows, options: ExitOptions) -> _Program | str:
-        key = self._key(len(rows), rows.num_tokens, max(rows.lengths), options)
+    def _program(self, capacity: Capacity, options: ExitOptions) -> _Program | str:
+        key = self._key(capacity, options)
         if key not in self._programs:
             key = self._covering(key) or key
         return self._program_at(key)
@@ -479,11 +477,13 @@ class GraphExecutor:
         self._programs.move_to_end(key)
         return program
 
-    def _key(self, rows: int, tokens: int, longest: int, options: ExitOptions) -> tuple[Capacity, Steps]:
+    def _capacity(self, rows: int, tokens: int, longest: int) -> Capacity:
+        return capacity_for(rows, tokens, longest, self._model.config.max_length)
+
+    def _key(self, capacity: Capacity, options: ExitOptions) -> tuple[Capacity, Steps]:
         config = self._model.config
         reads = tuple(k for k in config.exit_layers if k < options.deepest and options.reads_exit(k))
         criterion = "policy" if options.criterion.policy_threshold is not None else "scripted"
-        capacity = capacity_for(rows, tokens, longest, config.max_length)
         return capacity, Steps(criterion, reads, options.deepest)
 
     def _covering(self, key: tuple[Capacity, Steps]) -> tuple[Capacity, Steps] | None:
