@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from engine.executors import ExitOptions
 
 _SCALARS = (int, float, type(None))
 _REMEMBERED = 256
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 class OptionsReader:
@@ -79,7 +83,8 @@ def _read(
         shallowest=1 if min_depth is None or n == 0 else int(least.min()),
         deepest=num_layers if max_depth is None or n == 0 else int(most.max()),
         uniform=_uniform(min_depth) and _uniform(max_depth),
-        leave_rates=_leave_rates(config, thresholds, script),
+        exits=exits[:-1],
+        expect=partial(_leave_rates, config, thresholds, script),
     )
 
 
@@ -128,9 +133,13 @@ def _uniform(value: Any) -> bool:
 
 def per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
     """One value or one per row -> [n] on the host."""
-    plain = (type(value) is int and abs(value) < 1 << 31) or (type(value) is float and dtype.is_floating_point)
-    if plain:  # most often, and then the long way takes four times as long
+    # Most often it is a number or a list of numbers; else the long way, which takes four times as long.
+    kinds = {int, float} if dtype.is_floating_point else {int}
+    if type(value) in kinds and abs(value) < 1 << 31:
         return torch.full((n,), value, dtype=dtype)
+    if type(value) is list and len(value) == n > 0 and kinds.issuperset(map(type, value)):
+        with suppress(OverflowError):  # which the long way names
+            return torch.from_numpy(np.array(value, _NUMPY[dtype]))
     kind = "a number" if dtype.is_floating_point else "an integer"
     if isinstance(value, (str, bytes, Mapping)):
         raise TypeError(f"{name} must be {kind}, or one per row, got {type(value).__name__}: {value!r}")
@@ -149,10 +158,10 @@ def per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def _check_layers(name: str, layers: Tensor, low: int, high: int, why_low: str = "") -> None:
-    bad = (layers < low) | (layers > high)
-    if bool(bad.any()):
-        row = int(torch.nonzero(bad)[0])
-        raise ValueError(f"{name} must lie between {low}{why_low} and {high}, got {int(layers[row])} (row {row})")
+    values = layers.numpy()  # of few of them numpy knows sooner
+    if len(values) and not low <= values.min() <= values.max() <= high:
+        row = next(i for i, value in enumerate(values) if not low <= value <= high)
+        raise ValueError(f"{name} must lie between {low}{why_low} and {high}, got {values[row]} (row {row})")
 
 
 def select_rows(options: ExitOptions, rows: slice | Tensor) -> ExitOptions:

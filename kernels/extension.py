@@ -37,8 +37,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def c_functions(name: str, prototypes: dict[str, tuple]) -> dict[str, Callable] | str:
-    """Plain C functions ``consistentee_<name><key>``, each with its (result, arguments) of ctypes; or why there are none
-    (the CUDA half's)."""
+    """Plain C functions ``consistentee_<name><key>``, each with its (result, arguments) of ctypes; or why there are
+    none (the CUDA half's)."""
     if _dll is None:
         return "the extension is not built"
     if not all(hasattr(_dll, f"consistentee_{name}{key}") for key in prototypes):

@@ -34,6 +34,7 @@ from tests.tiny import (
     FAMILIES,
     MAX_LENGTH,
     POOLERS,
+    Half,
     assert_same,
     every_exit,
     padded,
@@ -423,20 +424,25 @@ def test_batches_seen_before_take_a_short_way(gpu, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_options_of_one_call_are_not_remembered(gpu):
-    fast = engine.from_module(tiny_model("bert", "none").cuda(), executor="graph")
+def test_options_of_one_call_take_the_short_way(gpu, monkeypatch):
+    """Those that a program was made for: what it does, not what it was first asked with."""
+    model = tiny_model("bert", "none").cuda()
+    fast, oracle = both(model)
     fast.executor.weights.watching = False
     batch = padded(random_rows(6))
-    for _ in range(5):
-        fast.run(batch, criterion="scripted", exit_layers=[1, 2, 3, 1, 2, 3])
-    gc.collect()
-    assert len(fast.executor._recent) <= 1  # the last ones, which the program's buffers hold
-    for _ in range(2):
-        fast.run(batch, threshold=0.4)  # another program
-    gc.collect()
-    assert len(fast.executor._recent) in (1, 2)
-    options = fast._options_reader.options(fast.config, 6, make_criterion("policy"), 0.4, None, None, None)
-    assert options in fast.executor._recent
+    fast.run(batch, criterion="scripted", exit_layers=[1] * 6)
+    fast.run(batch, threshold=0.4)
+    known = dict(fast.executor._known)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.executor, "_program", None)  # the long way would call it
+        for script in ([1, 2, 3, 1, 2, 3], [3] * 6, [2, 1, 1, 1, 1, 3]):
+            assert fast.run(batch, criterion="scripted", exit_layers=script).exit_layers.tolist() == script
+        thresholds = [0.1, 0.9, 0.5, 0.3, 0.2, 0.7]
+        assert_same(fast.run(batch, threshold=thresholds), oracle.run(batch, threshold=thresholds))
+    assert fast.executor._known == known and len(known) == 2  # and nothing stays of them
+    with pytest.warns(UserWarning, match="'half' is neither"):  # though a script's program looks alike
+        got = fast.run(batch, criterion=Half())
+    assert_same(got, oracle.run(batch, criterion=Half()), rtol=1e-4, atol=3e-5)
 
 
 @pytest.mark.gpu

@@ -13,14 +13,7 @@ from engine.criteria import Policy
 from engine.executors import graph as graph_module
 from engine.kernels.graphs import AllocationError
 from tests.test_graph import both
-from tests.tiny import assert_same, disturb_captures, padded, random_rows, tiny_model
-
-
-class Half(Policy):
-    """A threshold that an executor cannot compare for itself."""
-
-    name = "half"
-    policy_threshold = None
+from tests.tiny import Half, assert_same, disturb_captures, padded, random_rows, tiny_model
 
 
 def test_what_it_cannot_serve_is_packed_with_one_warning(device):

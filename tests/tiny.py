@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import engine
+from engine.criteria import Policy
 from engine.kernels import capture
 from engine.kernels.graphs import GraphBuilder
 from engine.models.families import family_of
@@ -138,6 +139,13 @@ def widen_policies(model: engine.MultiExitEncoder, seed: int = 0) -> engine.Mult
 
 
 # -- batches -----------------------------------------------------------------------------------------------------
+
+
+class Half(Policy):
+    """A threshold that an executor cannot compare for itself."""
+
+    name = "half"
+    policy_threshold = None
 
 
 def random_rows(

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -76,13 +75,14 @@ def check_threshold(criterion: Criterion, threshold: Tensor) -> None:
     if criterion.swept is None:
         return
     low, high = criterion.swept.low, criterion.swept.high
-    bad = ~((threshold >= low) & (threshold <= high))
-    if bool(bad.any()):
-        row = int(torch.nonzero(bad)[0])
-        raise ValueError(
-            f"threshold must lie in [{low:g}, {high:g}] for the {criterion.name} criterion, got "
-            f"{float(threshold[row]):g} (row {row})"
-        )
+    values = threshold.numpy()  # of few of them numpy knows sooner
+    if len(values) == 0 or (low <= values.min() and values.max() <= high):
+        return
+    row = next(i for i, value in enumerate(values) if not low <= value <= high)
+    raise ValueError(
+        f"threshold must lie in [{low:g}, {high:g}] for the {criterion.name} criterion, got "
+        f"{float(values[row]):g} (row {row})"
+    )
 
 
 BUILT_IN: dict[str, Criterion] = {}  # filled where the package is imported

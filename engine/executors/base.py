@@ -172,8 +172,9 @@ class ExitOptions:
     exit_layers  int32 [B], for the scripted criterion
     shallowest, deepest  the least min_depth and the greatest max_depth, on the host
     uniform      every row has the same min_depth and max_depth
-    leave_rates  {layer: expected share of the rows reaching it that leave there}. Plans the order of work, and never
-                 changes a result beyond rounding
+    exits        where exits stand, but for the last layer's
+    expect       {layer: expected share of the rows reaching it that leave there} for all of exits. Plans the order of
+                 work, and never changes a result beyond rounding
     """
 
     criterion: Criterion
@@ -184,7 +185,18 @@ class ExitOptions:
     shallowest: int
     deepest: int
     uniform: bool
-    leave_rates: Mapping[int, float]
+    exits: tuple[int, ...]
+    expect: Callable[[], Mapping[int, float]]
+
+    @cached_property
+    def leave_rates(self) -> Mapping[int, float]:
+        """``expect``, worked out where somebody plans by it."""
+        return self.expect()
+
+    @cached_property
+    def reads(self) -> tuple[int, ...]:
+        """Layers in front of ``deepest`` whose exit is read."""
+        return tuple(layer for layer in self.exits if layer < self.deepest and self.reads_exit(layer))
 
     def begin(self) -> dict[str, Tensor]:
         """The criterion's fresh per-row state. With state, it may write into what it gets: these options serve other
@@ -208,7 +220,7 @@ class ExitOptions:
             return f"criterion {criterion.name!r} is neither a threshold on the policy nor a script"
         if not self.uniform:
             # An exit at which some row's limit may end is read for all rows, and the kernel then decides about all.
-            exits = (layer for layer in self.leave_rates if self.shallowest <= layer < self.deepest)
+            exits = (layer for layer in self.exits if self.shallowest <= layer < self.deepest)
             if not all(map(criterion.may_decide, exits)):
                 return f"criterion {criterion.name!r} decides at some exits only, and rows have limits of their own"
         return None
@@ -217,9 +229,8 @@ class ExitOptions:
     def leave_rates_read(self) -> Tensor:
         """fp32 [deepest]: ``leave_rates`` of layers 1 ... deepest; -1 where no exit stands that matters to any row."""
         rates = [-1.0] * self.deepest
-        for layer, rate in self.leave_rates.items():
-            if layer < self.deepest and self.reads_exit(layer):
-                rates[layer - 1] = rate
+        for layer in self.reads:
+            rates[layer - 1] = self.leave_rates[layer]
         return torch.tensor(rates)
 
     @cached_property

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -267,8 +266,8 @@ class GraphExecutor:
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
         self._warm: set[tuple[Capacity, Steps]] = set()  # what was asked for ahead
-        self._recent: WeakKeyDictionary[ExitOptions, dict[Capacity, tuple[tuple[Capacity, Steps], _Program]]]
-        self._recent = WeakKeyDictionary()  # see ``_remember``
+        # By what a batch asks for: who serves it, itself or a larger one.
+        self._known: dict[tuple[Capacity, Steps], tuple[tuple[Capacity, Steps], _Program]] = {}
         self._held: EncoderWeights | None = None  # what the programs are made of
         self._disturbed, self._pause = 0, 0  # captures in a row; batches before the next attempt
         self._forget()
@@ -278,7 +277,7 @@ class GraphExecutor:
         """Give back what all programs hold."""
         self._programs.clear()
         self._warm.clear()
-        self._recent.clear()
+        self._known.clear()
         self._arena: Arena | None = None
 
     def _place(self, device: torch.device) -> None:
@@ -333,7 +332,7 @@ class GraphExecutor:
         """Programs are of these weights, or go."""
         if weights is not self._held:
             self._programs.clear()
-            self._recent.clear()
+            self._known.clear()
             self._held = weights
 
     def run(self, rows: TokenRows, options: ExitOptions) -> RowOutputs:
@@ -342,11 +341,12 @@ class GraphExecutor:
 
     def submit(self, rows: TokenRows, options: ExitOptions) -> Callable[[], RowOutputs]:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
-        capacity = self._capacity(len(rows), rows.num_tokens, max(rows.lengths))
+        asked = self._key(len(rows), rows.num_tokens, max(rows.lengths), options)
         with self._lock:
-            known = self._recent.get(options)
-            if known is not None and capacity in known:
-                key, program = known[capacity]
+            known = self._known.get(asked)
+            # The short way: whose program is there has nothing to wait for on the caller's stream.
+            if known is not None and options.no_comparison is None:
+                key, program = known
                 self._programs.move_to_end(key)
                 return program.submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
@@ -355,22 +355,15 @@ class GraphExecutor:
             if problem is None:
                 with self._own_stream():
                     self._hold(self._with_room(self.weights.held))  # what it refuses is the caller's to mend
-                    made = self._made(lambda: self._program(capacity, options))
+                    made = self._made(lambda: self._program(asked))
                     if not isinstance(made, str):
-                        self._remember(options, capacity, made)
+                        if made.graph is not None:
+                            self._known[asked] = next(reversed(self._programs)), made
                         return made.submit(rows, options, self._stream)
                     problem, kind = made, "passing"
             if self._problem is not None:
                 kind = "for good"
         return self._fall_back(problem, kind, rows, options)
-
-    def _remember(self, options: ExitOptions, capacity: Capacity, program: _Program) -> None:
-        """The way of a batch like this one is short from now on: same capacity, same options (records that
-        ``OptionsReader`` hands out again), same program, and nothing on the caller's stream to wait for. What is known
-        of options made for one call goes with them."""
-        if self._stream is not None and program.graph is not None:
-            known = self._recent.setdefault(options, {})
-            known[capacity] = next(reversed(self._programs)), program
 
     def _trouble(self, options: ExitOptions) -> str | None:
         """Why graphs cannot serve these options, or None."""
@@ -431,7 +424,7 @@ class GraphExecutor:
         and tokens, whatever their longest row up to ``longest``). Where a capture fails, the first run says so."""
         with torch.inference_mode(), self._lock:
             if self._trouble(options) is None:
-                key = self._key(self._capacity(rows, tokens, longest), options)
+                key = self._key(rows, tokens, longest, options)
                 with self._own_stream():
                     self._hold(self._with_room(self.weights.held))
                     self._made(lambda: self._program_at(key))
@@ -441,14 +434,12 @@ class GraphExecutor:
         """For benchmarks: the batch stands on the device; every call launches its pass again, and waits for nothing."""
         with torch.inference_mode(), self._lock, self._own_stream():
             self._hold(self.weights.held())
-            capacity = self._capacity(len(rows), rows.num_tokens, max(rows.lengths))
-            program = self._program(capacity, options)
+            program = self._program(self._key(len(rows), rows.num_tokens, max(rows.lengths), options))
             if isinstance(program, str):
                 raise RuntimeError(f"no graph can be replayed: {program}")
             return program.replayer(rows, options, self._stream, self._lock)
 
-    def _program(self, capacity: Capacity, options: ExitOptions) -> _Program | str:
-        key = self._key(capacity, options)
+    def _program(self, key: tuple[Capacity, Steps]) -> _Program | str:
         if key not in self._programs:
             key = self._covering(key) or key
         return self._program_at(key)
@@ -471,20 +462,16 @@ class GraphExecutor:
             while len(self._programs) > 1 and (self._bytes() > self._limit() or len(self._programs) > _MAX_PROGRAMS):
                 oldest, _ = self._programs.popitem(last=False)
                 self._warm.discard(oldest)  # smaller ones may fit
-                self._recent.clear()
+                self._known.clear()
             if self._bytes() > self._limit():
                 self._arena = None  # this one's alone is too large: others get a smaller one, and it is the next to go
         self._programs.move_to_end(key)
         return program
 
-    def _capacity(self, rows: int, tokens: int, longest: int) -> Capacity:
-        return capacity_for(rows, tokens, longest, self._model.config.max_length)
-
-    def _key(self, capacity: Capacity, options: ExitOptions) -> tuple[Capacity, Steps]:
-        config = self._model.config
-        reads = tuple(k for k in config.exit_layers if k < options.deepest and options.reads_exit(k))
+    def _key(self, rows: int, tokens: int, longest: int, options: ExitOptions) -> tuple[Capacity, Steps]:
         criterion = "policy" if options.criterion.policy_threshold is not None else "scripted"
-        return capacity, Steps(criterion, reads, options.deepest)
+        capacity = capacity_for(rows, tokens, longest, self._model.config.max_length)
+        return capacity, Steps(criterion, options.reads, options.deepest)
 
     def _covering(self, key: tuple[Capacity, Steps]) -> tuple[Capacity, Steps] | None:
         """The smallest program that was asked for ahead and is not too large: up to twice the rows and tokens."""
