@@ -148,9 +148,7 @@ class InputReader:
             self._refuse_mapping(ids, mask, types, truncation)
         return TokenRows(*found)
 
-    def _refuse_mapping(
-        self, ids: Tensor, mask: Tensor | None, types: Tensor | None, truncation: bool
-    ) -> NoReturn:
+    def _refuse_mapping(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, truncation: bool) -> NoReturn:
         for index, row in enumerate(ids.tolist()):
             start, end = (0, len(row)) if mask is None else _block(index, mask[index].tolist())
             if start == end:

@@ -51,7 +51,7 @@ def _native():
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     prototypes = {
         "read": (count, [pointer, pointer, pointer, count, count, count, count]),
-        "pack": (None, [pointer, pointer, count, count, pointer, pointer]),
+        "pack": (ctypes.c_bool, [pointer, pointer, count, count, count, pointer, pointer]),
     }
     found = extension.c_functions("token_rows_", prototypes)
     return (None, None) if isinstance(found, str) else found.values()
@@ -64,7 +64,8 @@ def read_tokens(
     ids: Tensor, mask: Tensor | None, types: Tensor | None, vocab_size: int, type_vocab_size: int
 ) -> Tokens | None:
     """What stands where mask is 1, row by row; None where something is wrong: a row without a token, a mask that is not
-    one block of 1s between 0s, an id or type of a token outside 0 ... vocab_size - 1 or 0 ... type_vocab_size - 1.
+    one block of 1s between 0s (or that somebody else writes into meanwhile), an id or type of a token outside
+    0 ... vocab_size - 1 or 0 ... type_vocab_size - 1.
 
     ids, mask, types  int64 [N, S] on the host, contiguous, N at least 1; no mask: all are tokens
 
@@ -82,12 +83,15 @@ def read_tokens(
     if tokens == n * width:
         return ids.numpy().reshape(-1), types.numpy().reshape(-1) if typed else None, (width,) * n
     lengths, own_ids = (torch.empty(size, dtype=torch.int64) for size in (n, tokens))
-    _pack(at_ids, at_mask, n, width, own_ids.data_ptr(), lengths.data_ptr())
+    if not _pack(at_ids, at_mask, n, width, tokens, own_ids.data_ptr(), lengths.data_ptr()):
+        return None
     own_types = None
     if typed:
         own_types = torch.empty_like(own_ids)
-        _pack(at_types, at_mask, n, width, own_types.data_ptr(), None)
-    return own_ids.numpy(), None if own_types is None else own_types.numpy(), tuple(lengths.tolist())
+        if not _pack(at_types, at_mask, n, width, tokens, own_types.data_ptr(), None):
+            return None
+        own_types = own_types.numpy()
+    return own_ids.numpy(), own_types, tuple(lengths.tolist())
 
 
 def _address(values: Tensor | None) -> int | None:

@@ -52,12 +52,15 @@ int64_t consistentee_token_rows_read(const int64_t* ids, const int64_t* mask, co
   return 2 * tokens + (typed != 0);
 }
 
-void consistentee_token_rows_pack(const int64_t* values, const int64_t* mask, int64_t rows, int64_t width,
-                                  int64_t* out, int64_t* lengths) {
+bool consistentee_token_rows_pack(const int64_t* values, const int64_t* mask, int64_t rows, int64_t width,
+                                  int64_t tokens, int64_t* out, int64_t* lengths) {
   for (int64_t row = 0; row < rows; ++row) {
     const auto [begin, length] = consistentee::block_of(mask + row * width, width);
+    if (length < 1 || length > tokens) return false;
+    tokens -= length;
     std::memcpy(out, values + row * width + begin, static_cast<size_t>(length) * sizeof(int64_t));
     out += length;
     if (lengths != nullptr) lengths[row] = length;
   }
+  return tokens == 0;
 }

@@ -11,5 +11,6 @@
 EE_EXPORT int64_t consistentee_token_rows_read(const int64_t* ids, const int64_t* mask, const int64_t* types,
                                                int64_t rows, int64_t width, int64_t vocab, int64_t type_vocab);
 // Of a mask that has been read: the values where it is 1, end to end, and how many each row has (lengths may be null).
-EE_EXPORT void consistentee_token_rows_pack(const int64_t* values, const int64_t* mask, int64_t rows, int64_t width,
-                                            int64_t* out, int64_t* lengths);
+// False where they are not `tokens` any more, since somebody else has written into it.
+EE_EXPORT bool consistentee_token_rows_pack(const int64_t* values, const int64_t* mask, int64_t rows, int64_t width,
+                                            int64_t tokens, int64_t* out, int64_t* lengths);

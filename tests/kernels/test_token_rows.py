@@ -111,6 +111,26 @@ def test_the_compiled_function_says_what_numpy_says(data):
             np.testing.assert_array_equal(a, b)
 
 
+@needs_extension
+@pytest.mark.parametrize("when", [1, 2], ids=["before ids", "before types"])
+@pytest.mark.parametrize("change", [(0, 1, 1), (1, 2, 0), (1, 0, 7)], ids=["longer", "shorter", "wrong"])
+def test_a_mask_that_changes_meanwhile(monkeypatch, change, when):
+    """Nothing is written where there is no room for it."""
+    tokens = [torch.ones(1), torch.ones(3)]
+    ids, mask, types = padded([1, 3], [0, 0], 4, tokens, tokens)
+    row, column, value = change
+    calls, real = [], token_rows._pack
+
+    def pack(*arguments):
+        calls.append(arguments)
+        if len(calls) == when:
+            mask[row, column] = value
+        return real(*arguments)
+
+    monkeypatch.setattr(token_rows, "_pack", pack)
+    assert read_tokens(ids, mask, types, VOCAB, TYPES) is None and len(calls) == when
+
+
 def test_numpy_serves_where_nothing_is_built(monkeypatch):
     ids = torch.randint(0, VOCAB, (2, 3))
     monkeypatch.setattr(token_rows, "_read", None)
