@@ -14,12 +14,11 @@ from torch import Tensor
 
 from engine.config import EarlyExitConfig
 from engine.criteria import Criterion
-from engine.criteria.base import check_threshold
+from engine.criteria.base import check_threshold, first_outside
 from engine.executors import ExitOptions
 
 _SCALARS = (int, float, type(None))
 _REMEMBERED = 256
-_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 class OptionsReader:
@@ -40,13 +39,11 @@ class OptionsReader:
         exit_layers: Any,
     ) -> ExitOptions:
         """Options of ``n`` rows. The same plain values for the same number of rows give the same (read-only) record."""
-        key: tuple = id(config), id(criterion), n
         values = (threshold, min_depth, max_depth)
-        if exit_layers is not None or any(value is not None for value in values):
-            if exit_layers is not None or not all(isinstance(value, _SCALARS) for value in values):
-                return _read(config, n, criterion, threshold, min_depth, max_depth, exit_layers)
-            # With types, because 1, 1.0 and True are equal and not equally allowed.
-            key += *values, *map(type, values)
+        if exit_layers is not None or not all(isinstance(value, _SCALARS) for value in values):
+            return _read(config, n, criterion, threshold, min_depth, max_depth, exit_layers)
+        # With types, because 1, 1.0 and True are equal and not equally allowed.
+        key = (id(config), id(criterion), n, *values, *map(type, values))
         found = self._remembered.get(key)
         if found is None:
             found = config, _read(config, n, criterion, threshold, min_depth, max_depth, exit_layers)
@@ -139,7 +136,7 @@ def per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
         return torch.full((n,), value, dtype=dtype)
     if type(value) is list and len(value) == n > 0 and kinds.issuperset(map(type, value)):
         with suppress(OverflowError):  # which the long way names
-            return torch.from_numpy(np.array(value, _NUMPY[dtype]))
+            return torch.from_numpy(np.array(value, np.float64 if dtype.is_floating_point else np.int64)).to(dtype)
     kind = "a number" if dtype.is_floating_point else "an integer"
     if isinstance(value, (str, bytes, Mapping)):
         raise TypeError(f"{name} must be {kind}, or one per row, got {type(value).__name__}: {value!r}")
@@ -158,10 +155,9 @@ def per_row(name: str, value: Any, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def _check_layers(name: str, layers: Tensor, low: int, high: int, why_low: str = "") -> None:
-    values = layers.numpy()  # of few of them numpy knows sooner
-    if len(values) and not low <= values.min() <= values.max() <= high:
-        row = next(i for i, value in enumerate(values) if not low <= value <= high)
-        raise ValueError(f"{name} must lie between {low}{why_low} and {high}, got {values[row]} (row {row})")
+    row = first_outside(layers, low, high)
+    if row is not None:
+        raise ValueError(f"{name} must lie between {low}{why_low} and {high}, got {int(layers[row])} (row {row})")
 
 
 def select_rows(options: ExitOptions, rows: slice | Tensor) -> ExitOptions:

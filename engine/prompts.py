@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.backbones import eos_ids
+from engine.criteria.base import first_outside
 from engine.decoding.criteria import check_criterion
 from engine.decoding.requests import SEEDS, Request, flag, integer
 from engine.inputs import check_surrogates
@@ -137,12 +138,12 @@ class RequestReader:
     def _limits(self, n: int, threshold, min_depth, max_depth) -> tuple[list, list, list]:
         config = self._model.config
         threshold = config.threshold if threshold is None else threshold
-        thresholds = per_row("threshold", threshold, n, torch.float32).tolist()
-        for row, value in enumerate(thresholds):
-            if not 0 <= value <= 1:
-                raise ValueError(f"threshold must lie in [0, 1], got {value:g} (row {row})")
+        thresholds = per_row("threshold", threshold, n, torch.float32)
+        row = first_outside(thresholds, 0, 1)
+        if row is not None:
+            raise ValueError(f"threshold must lie in [0, 1], got {float(thresholds[row]):g} (row {row})")
         least, most = depth_limits(config.num_layers, config.exit_layers, n, min_depth, max_depth)
-        return thresholds, least.tolist(), most.tolist()
+        return thresholds.tolist(), least.tolist(), most.tolist()
 
     def _scripts(self, n: int, new: int, criterion, exit_layers) -> list[tuple[int, ...] | None]:
         chosen = self._model.config.criterion if criterion is None else criterion

@@ -54,7 +54,7 @@ def _native():
         "pack": (ctypes.c_bool, [pointer, pointer, count, count, count, pointer, pointer]),
     }
     found = extension.c_functions("token_rows_", prototypes)
-    return (None, None) if isinstance(found, str) else found.values()
+    return (None, None) if isinstance(found, str) else (found["read"], found["pack"])
 
 
 _read, _pack = _native()

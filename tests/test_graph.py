@@ -34,7 +34,6 @@ from tests.tiny import (
     FAMILIES,
     MAX_LENGTH,
     POOLERS,
-    Half,
     assert_same,
     every_exit,
     padded,
@@ -396,53 +395,6 @@ def test_too_large_for_memory_runs_in_halves(device, monkeypatch):
     limit = 0
     with pytest.raises(RuntimeError, match="out of memory on .* a single row of .* tokens .*smaller dtype"):
         fast.run(padded(rows), batch_tokens=10**6)
-
-
-@pytest.mark.gpu
-def test_batches_seen_before_take_a_short_way(gpu, monkeypatch):
-    model = tiny_model("bert", "none").cuda()
-    fast, oracle = both(model)
-    fast.executor.weights.watching = False
-    cases = [(padded(random_rows(n, seed=n)), options) for n in (1, 5, 33) for options in ({}, {"threshold": 0.3})]
-    first = [fast.run(batch, **options) for batch, options in cases]
-    fast.run(padded(random_rows(9, lengths=[5] * 9)))
-    with monkeypatch.context() as patch:
-        patch.setattr(fast.executor, "_program", None)  # the long way would call it
-        for lengths in ([6] * 9, [7, 1, 2, 30, 3, 3, 3, 3, 3]):  # as many rows, and a program that there is
-            batch = padded(random_rows(9, lengths=lengths))
-            assert_same(fast.run(batch), oracle.run(batch))
-        again = [fast.run(batch, **options) for batch, options in reversed(cases)][::-1]
-        for got, before, (batch, options) in zip(again, first, cases, strict=True):
-            assert_same(got, before)
-            assert_same(got, oracle.run(batch, **options))
-    with torch.no_grad():
-        for classifier in model.exits.classifiers:
-            classifier.bias += 3.0 * torch.arange(len(classifier.bias), device="cuda")
-    fast.refresh()
-    batch, options = cases[-1]
-    assert_same(fast.run(batch, **options), oracle.run(batch, **options))
-
-
-@pytest.mark.gpu
-def test_options_of_one_call_take_the_short_way(gpu, monkeypatch):
-    """Those that a program was made for: what it does, not what it was first asked with."""
-    model = tiny_model("bert", "none").cuda()
-    fast, oracle = both(model)
-    fast.executor.weights.watching = False
-    batch = padded(random_rows(6))
-    fast.run(batch, criterion="scripted", exit_layers=[1] * 6)
-    fast.run(batch, threshold=0.4)
-    known = dict(fast.executor._known)
-    with monkeypatch.context() as patch:
-        patch.setattr(fast.executor, "_program", None)  # the long way would call it
-        for script in ([1, 2, 3, 1, 2, 3], [3] * 6, [2, 1, 1, 1, 1, 3]):
-            assert fast.run(batch, criterion="scripted", exit_layers=script).exit_layers.tolist() == script
-        thresholds = [0.1, 0.9, 0.5, 0.3, 0.2, 0.7]
-        assert_same(fast.run(batch, threshold=thresholds), oracle.run(batch, threshold=thresholds))
-    assert fast.executor._known == known and len(known) == 2  # and nothing stays of them
-    with pytest.warns(UserWarning, match="'half' is neither"):  # though a script's program looks alike
-        got = fast.run(batch, criterion=Half())
-    assert_same(got, oracle.run(batch, criterion=Half()), rtol=1e-4, atol=3e-5)
 
 
 @pytest.mark.gpu

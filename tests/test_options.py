@@ -253,6 +253,8 @@ BAD_OPTIONS = {
     "threshold NaN": (dict(threshold=float("nan")), ValueError, ["threshold", "[0, 1]", "nan"]),
     "threshold infinite": (dict(threshold=float("inf")), ValueError, ["threshold", "[0, 1]", "inf"]),
     "threshold astronomic": (dict(threshold=10**400), (ValueError, TypeError), ["threshold"]),
+    "thresholds astronomic": (dict(threshold=[10**400] * N), TypeError, ["threshold", "number"]),
+    "thresholds beyond fp32": (dict(threshold=[1e300] * N), ValueError, ["threshold", "[0, 1]", "inf", "row 0"]),
     "threshold of row 7": (dict(threshold=[0.5] * 7 + [2.0] + [0.5] * 32), ValueError, ["threshold", "2", "row 7"]),
     "threshold text": (dict(threshold="0.5"), TypeError, ["threshold", "number", "str", "0.5"]),
     "threshold bool": (dict(threshold=True), TypeError, ["threshold", "number", "bool"]),
@@ -271,6 +273,7 @@ BAD_OPTIONS = {
     "min_depth text": (dict(min_depth="2"), TypeError, ["min_depth", "integer", "str"]),
     "min_depth beyond int32": (dict(min_depth=2**40), ValueError, ["min_depth", str(2**40)]),
     "min_depths beyond int32": (dict(min_depth=[2**32 + 1] * N), ValueError, ["min_depth", str(2**32 + 1)]),
+    "min_depths astronomic": (dict(min_depth=[10**400] * N), TypeError, ["min_depth", "integer"]),
     "too many min_depths": (dict(min_depth=[1] * (N + 1)), ValueError, ["min_depth", f"[{N + 1}]", f"{N} rows"]),
     "max_depth 0": (dict(max_depth=0), ValueError, ["max_depth", "between 1", "4", "got 0"]),
     "max_depth 5": (dict(max_depth=5), ValueError, ["max_depth", "between 1", "4", "got 5"]),
@@ -304,6 +307,7 @@ BAD_OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options(packed, case, monkeypatch):
     """The error, before any row is computed, and no change of state."""

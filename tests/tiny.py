@@ -138,14 +138,14 @@ def widen_policies(model: engine.MultiExitEncoder, seed: int = 0) -> engine.Mult
     return model
 
 
-# -- batches -----------------------------------------------------------------------------------------------------
-
-
 class Half(Policy):
     """A threshold that an executor cannot compare for itself."""
 
     name = "half"
     policy_threshold = None
+
+
+# -- batches -----------------------------------------------------------------------------------------------------
 
 
 def random_rows(

@@ -70,19 +70,25 @@ class Criterion(ABC):
         """bool [n], true where the row leaves now. Runs on the rows' device and reads nothing back."""
 
 
+def first_outside(values: Tensor, low: float, high: float) -> int | None:
+    """Place of the first of these [n] that is not in low ... high, as no NaN is; None where all are. On the host."""
+    found = values.numpy()  # of few of them numpy knows sooner
+    if len(found) == 0 or (low <= found.min() and found.max() <= high):
+        return None
+    return next(i for i, value in enumerate(found) if not low <= value <= high)
+
+
 def check_threshold(criterion: Criterion, threshold: Tensor) -> None:
     """ValueError where a threshold lies outside the criterion's range. threshold [n], on the host."""
     if criterion.swept is None:
         return
     low, high = criterion.swept.low, criterion.swept.high
-    values = threshold.numpy()  # of few of them numpy knows sooner
-    if len(values) == 0 or (low <= values.min() and values.max() <= high):
-        return
-    row = next(i for i, value in enumerate(values) if not low <= value <= high)
-    raise ValueError(
-        f"threshold must lie in [{low:g}, {high:g}] for the {criterion.name} criterion, got "
-        f"{float(values[row]):g} (row {row})"
-    )
+    row = first_outside(threshold, low, high)
+    if row is not None:
+        raise ValueError(
+            f"threshold must lie in [{low:g}, {high:g}] for the {criterion.name} criterion, got "
+            f"{float(threshold[row]):g} (row {row})"
+        )
 
 
 BUILT_IN: dict[str, Criterion] = {}  # filled where the package is imported

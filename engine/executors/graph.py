@@ -86,8 +86,7 @@ class _Slot:
     def fill(self, rows: TokenRows, options: ExitOptions) -> None:
         """The batch, and how its rows may leave: unless it is what the slot already holds (read-only records)."""
         fields, n, tokens = self._fields, len(rows), rows.num_tokens
-        counts = fields["counts"]
-        counts[0], counts[1] = n, tokens
+        fields["counts"][:] = n, tokens
         fields["input_ids"][:tokens] = rows.ids
         if rows.lengths != self._lengths:
             fields["cu_seqlens"][: n + 1] = rows.cu_seqlens
@@ -266,8 +265,8 @@ class GraphExecutor:
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple[Capacity, Steps], _Program] = OrderedDict()
         self._warm: set[tuple[Capacity, Steps]] = set()  # what was asked for ahead
-        # By what a batch asks for: who serves it, itself or a larger one.
-        self._known: dict[tuple[Capacity, Steps], tuple[tuple[Capacity, Steps], _Program]] = {}
+        # Of what batches have asked for: whose program serves it, its own or a larger one's.
+        self._known: dict[tuple[Capacity, Steps], tuple[Capacity, Steps]] = {}
         self._held: EncoderWeights | None = None  # what the programs are made of
         self._disturbed, self._pause = 0, 0  # captures in a row; batches before the next attempt
         self._forget()
@@ -343,12 +342,11 @@ class GraphExecutor:
         """Start a batch; calling what comes back waits for its results. Batches run in the order they were started."""
         asked = self._key(len(rows), rows.num_tokens, max(rows.lengths), options)
         with self._lock:
-            known = self._known.get(asked)
+            key = self._known.get(asked)
             # The short way: whose program is there has nothing to wait for on the caller's stream.
-            if known is not None and options.no_comparison is None:
-                key, program = known
+            if key is not None and options.no_comparison is None:
                 self._programs.move_to_end(key)
-                return program.submit(rows, options, self._stream)
+                return self._programs[key].submit(rows, options, self._stream)
         with torch.inference_mode(), self._lock:
             problem = self._trouble(options)
             kind = "options"
@@ -357,8 +355,6 @@ class GraphExecutor:
                     self._hold(self._with_room(self.weights.held))  # what it refuses is the caller's to mend
                     made = self._made(lambda: self._program(asked))
                     if not isinstance(made, str):
-                        if made.graph is not None:
-                            self._known[asked] = next(reversed(self._programs)), made
                         return made.submit(rows, options, self._stream)
                     problem, kind = made, "passing"
             if self._problem is not None:
@@ -439,10 +435,12 @@ class GraphExecutor:
                 raise RuntimeError(f"no graph can be replayed: {program}")
             return program.replayer(rows, options, self._stream, self._lock)
 
-    def _program(self, key: tuple[Capacity, Steps]) -> _Program | str:
-        if key not in self._programs:
-            key = self._covering(key) or key
-        return self._program_at(key)
+    def _program(self, asked: tuple[Capacity, Steps]) -> _Program | str:
+        key = asked if asked in self._programs else self._covering(asked) or asked
+        program = self._program_at(key)
+        if not isinstance(program, str) and program.graph is not None:
+            self._known[asked] = key
+        return program
 
     def _program_at(self, key: tuple[Capacity, Steps]) -> _Program | str:
         """The program, made where it is new; or why that is not tried at the moment."""
