@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.bench import sanitize_triton
-from engine.kernels import attention, exits, extension, graphs, packing, products
+from engine.kernels import attention, exits, extension, graphs, hopper_attention, packing, products
 from engine.kernels.capture import captured
 from engine.kernels.gpu_common import triton
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
-from engine.kernels.survivors import survivors_
+from engine.kernels.survivors import Removal, survivors_
 
 LENGTHS = ([1], [3, 1, 5, 2, 7], [2] * 40, [1, 31, 32, 33, 64, 65, 150], [130] * 9)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -115,6 +115,30 @@ def run_attention(device: str) -> None:
                     for rows in (None, _ints([len(lengths) - 1, 0], device)):
                         attention.lead_attention(query, key, value, cu_seqlens, rows, heads, 0.3, part)
                         attention.lead_attention(query, key, value, cu_seqlens, rows, heads, 0.3, part, bias)
+
+
+def run_hopper_attention(device: str) -> None:
+    """Attention on Hopper's own instructions, in every form; elsewhere nothing."""
+    if device != "cuda":
+        return
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float16, torch.bfloat16):
+        for lengths in ([1], [3, 1, 16, 33, 50, 17], [64, 65, 100, 128, 2], [9] * 33, [100, 70] * 17):
+            for heads, d, biased in ((2, 64, False), (2, 64, True), (3, 32, False)):
+                tokens, rows = sum(lengths), len(lengths)
+                qkv = torch.randn(tokens, 3 * heads * d, device=device).to(dtype)
+                out = torch.empty(tokens, heads * d, dtype=dtype, device=device)
+                bias = torch.randn(heads, 128, 128, device=device).to(dtype) if biased else None
+                problem = hopper_attention.attention_problem(out, qkv, heads, 0.125, max(lengths), bias)
+                if problem is not None:
+                    continue
+                counts, cu_seqlens = _ints([rows, tokens], device), packing.prefix_sum(_ints(lengths, device))
+                keep = (torch.rand(rows, generator=generator) < 0.5).to(torch.int8).to(device)
+                written = [torch.empty(size, dtype=torch.int32, device=device) for size in (rows + 1, tokens, 2, rows)]
+                for removal in (None, Removal(keep, _ints(list(range(rows)), device), *written)):
+                    hopper_attention.hopper_attention(
+                        out, qkv, cu_seqlens, counts, heads, 0.125, max(lengths), bias, removal
+                    )
 
 
 def run_exits(device: str) -> None:
@@ -268,6 +292,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "survivors": run_survivors,
     "step rows": run_step_rows,
     "attention": run_attention,
+    "hopper attention": run_hopper_attention,
     "exits and norms": run_exits,
     "products": run_products,
     "graph": run_graph,

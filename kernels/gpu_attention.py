@@ -5,7 +5,8 @@ sequence the bytes of qkv and out (4 T H elements) and the latency of a short lo
 program serves BLOCK_M queries of one head, scores never leave the chip (online softmax, Milakov and Gimelshein 2018;
 tiling of FlashAttention, Dao et al. 2022). First tokens alone: one program a (row, head), no matrix product, limited by
 the bytes of K and V (2 T H elements). Meant for head_dim 32 and 64, other sizes are padded to a power of two; 1 to 512
-tokens a sequence. Tiles come from ``attention_configs_for``, which ``bench/kernels_h100.py`` sweeps.
+tokens a sequence. Tiles come from ``attention_configs_for``, which ``bench/kernels_h100.py`` sweeps. On Hopper short
+sequences have a kernel of their own, ``hopper_attention``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from engine.kernels.gpu_common import (
     runs_kernel,
     tl,
 )
+from engine.kernels.hopper_attention import attention_problem, hopper_attention
 from engine.kernels.survivors import Removal, _refuse_overlap
 
 __all__ = [
@@ -377,12 +379,14 @@ def varlen_attention_(
     cu_seqlens     (cap_rows + 1,) int32; past counts[0] anything may stand
     counts         (2,) int32: live rows, live tokens
     num_heads      divides H; scale: of the scores
-    max_seqlen     host integer that no length exceeds (queries from there on would not be served)
+    max_seqlen     host integer that no length exceeds (queries from there on would not be served, keys
+                   perhaps not seen)
     position_bias  (num_heads, P, P), contiguous, fp32 or the dtype of out, or None; P a multiple of 128, at least
                    max_seqlen. Entry (h, i, j) is added to the scaled score of query position i and key position j
                    (MPNet: ``position_matrix``)
     first_only     only each sequence's first token asks: with all or one, one cu_seqlens tells queries and keys
-    config         of ``attention_configs_for``; its default where None
+    config         of ``attention_configs_for``, for Triton's kernel; None: Hopper's own where it serves
+                   (``hopper_attention``), else Triton's with its default
     removal        ``survivors_`` on these counts and cu_seqlens beside it, in programs of their own, which hides that
                    one's launch: of at most REMOVAL_ROWS rows, not with first_only
     Scores and sums are in fp32; in 16 bit the weights are rounded to the dtype of out before they meet V (not with
@@ -425,6 +429,10 @@ def varlen_attention_(
         return
     if cap_rows == 0 or hidden == 0:
         return
+    if config is None and not first_only:
+        if attention_problem(out, qkv, num_heads, scale, max_seqlen, position_bias) is None:
+            hopper_attention(out, qkv, cu_seqlens, counts, num_heads, scale, max_seqlen, position_bias, removal)
+            return
     if config is None:
         config = attention_configs_for(max_seqlen, head_dim, out.dtype, first_only, cap_rows * num_heads)[0]
     pointers = (out, qkv, cu_seqlens, counts, position_bias, scale * math.log2(math.e), out.stride(0), qkv.stride(0))

@@ -32,13 +32,16 @@ from tests.test_executors import (
 )
 from tests.tiny import (
     FAMILIES,
+    LABELS,
     MAX_LENGTH,
     POOLERS,
     assert_same,
     every_exit,
     padded,
     random_rows,
+    tiny_backbone,
     tiny_model,
+    widen_policies,
 )
 
 
@@ -207,6 +210,17 @@ def test_half_precision_errs_no_more_than_hugging_face(family, pooler, dtype, mo
     model = tiny_model(family, pooler).to(device)
     fast = engine.from_module(model, executor="graph")
     assert_errs_no_more_than_hugging_face(model, fast, dtype, half_precision_batches())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family, heads", [("bert", 2), ("mpnet", 2), ("bert", 4)])
+def test_heads_of_64_and_32(family, heads, gpu, moves):
+    """Which a kernel of Hopper's own serves; all other models here have narrower ones."""
+    config = engine.EarlyExitConfig(4, (1, 2, 3, 4), pooler="none", labels=LABELS, max_length=MAX_LENGTH)
+    backbone = tiny_backbone(family, hidden_size=128, num_attention_heads=heads)
+    model = widen_policies(engine.MultiExitEncoder(backbone, config).eval()).cuda()
+    fast = engine.from_module(model, executor="graph")
+    assert_errs_no_more_than_hugging_face(model, fast, torch.float16, half_precision_batches())
 
 
 @pytest.mark.parametrize("rows", [1, 5, 20])

@@ -36,7 +36,7 @@ __device__ inline void wait_for_kernel_in_front() {
 #endif
 }
 template <class... Parameters, class... Arguments>
-const char* launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, void* stream,
+const char* launch_early(void (*kernel)(Parameters...), dim3 blocks, unsigned threads, size_t shared, void* stream,
                          Arguments&&... arguments) {
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);

@@ -47,9 +47,13 @@ __device__ inline void copy_tile(void* to, const CUtensorMap* map, uint64_t* bar
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-// Rows of 128 bytes in groups of 8 (1 024 bytes), swizzled; a step of 16 along K is 32 bytes further.
+// Rows of 128 or 64 bytes in groups of 8, swizzled. With K innermost a step of 16 along it is 32 bytes further, else 16
+// rows.
+template <int kRowBytes = 128>
 __device__ inline uint64_t tile_descriptor(const char* tile) {
-  return (static_cast<uint64_t>(shared_address(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return (static_cast<uint64_t>(shared_address(tile) & 0x3ffff) >> 4) | (1ull << 16) |
+         (static_cast<uint64_t>(kRowBytes / 2) << 32) | ((kRowBytes == 128 ? 1ull : 2ull) << 62);
 }
 __device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -106,19 +110,20 @@ inline const char* refusal(CUresult result) {
   return text;
 }
 
-// The map of a matrix of 16-bit floats with `columns` innermost, copied in boxes of 128 bytes a row, swizzled; zeros
-// beyond its end. Null, or what went wrong.
+// The map of a matrix of 16-bit floats with `columns` innermost, copied in boxes of 128 bytes a row (or half of it),
+// swizzled; zeros beyond its end. Null, or what went wrong.
 inline const char* encode_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride,
-                              int box_rows, bool bfloat16) {
+                              int box_rows, bool bfloat16, int box_columns = 64) {
   Encode encode;
   if (const char* error = encoder(&encode)) return error;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
   const CUresult result = encode(map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
                                  const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : refusal(result);
 }
 

@@ -4,21 +4,11 @@
 #include <type_traits>
 
 #include "hopper.cuh"
+#include "pack.cuh"
 #include "product_tiles.cuh"
 
 namespace consistentee {
 namespace cuda {
-
-template <bool kBfloat16>
-__device__ inline uint32_t pack(float low, float high) {
-  if constexpr (kBfloat16) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(two);
-  } else {
-    const __half2 two = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(two);
-  }
-}
 
 template <bool kBfloat16>
 __device__ inline float bias_at(const ProductArgs& args, int32_t column) {
@@ -42,42 +32,13 @@ __device__ inline float quick_gelu(float x) {
   p = fmaf(p, size, -0.46237022f);
   p = fmaf(p, size, -1.1501307f);
   p = fmaf(p, size, -1.f);
-  float tail;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(tail) : "f"(p));
-  return fmaf(-size, tail, fmaxf(x, 0.f));
+  return fmaf(-size, exp2_of(p), fmaxf(x, 0.f));
 }
 
 template <bool kGelu>
 __device__ inline float finish(float x) {
   if constexpr (kGelu) return quick_gelu(x);
   return x;
-}
-
-// Turns a block of words held by the four lanes of a quad (4 x 4, or two of 2 x 2), so that each lane has its words
-// side by side.
-template <int kWords>
-__device__ inline void turn(uint32_t (&w)[kWords], int lane) {
-  const bool odd = lane & 1, upper = lane & 2;
-#pragma unroll
-  for (int i = 0; i < kWords; i += 2) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
-    if (odd) {
-      w[i] = got;
-    } else {
-      w[i + 1] = got;
-    }
-  }
-  if constexpr (kWords == 4) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + 2], 2);
-      if (upper) {
-        w[i] = got;
-      } else {
-        w[i + 2] = got;
-      }
-    }
-  }
 }
 
 // The 64 rows of one warpgroup: bias, activation, rounding, stores of 16 bytes (8 where the tile is 48 wide). `sums` as
