@@ -123,7 +123,7 @@ def run_hopper_attention(device: str) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float16, torch.bfloat16):
-        for lengths in ([1], [3, 1, 16, 33, 50, 17], [64, 65, 100, 128, 2], [9] * 33, [100, 70] * 17):
+        for lengths in ([1], [3, 1, 16, 33, 50, 17], [64, 65, 100, 128, 2], [9] * 33):
             for heads, d, biased in ((2, 64, False), (2, 64, True), (3, 32, False)):
                 tokens, rows = sum(lengths), len(lengths)
                 qkv = torch.randn(tokens, 3 * heads * d, device=device).to(dtype)

@@ -1,12 +1,11 @@
-// softmax(scale Q K^T + bias) V of packed sequences of up to 128 tokens on Hopper's own instructions: one program a
-// sequence and head, a warpgroup for every 64 queries (or one program for each 64, where there are few). All that a
-// program reads comes by the copy engine in boxes of 32 tokens (a sequence of 14 brings 32, not 128) and leaves room
-// for another one (for five, with up to 64 tokens): while one program waits for its copies another multiplies. With all
-// keys of a sequence at hand the softmax needs no running maximum, and the weights go from the sums of the first product
-// into the second as they stand in registers.
+// softmax(scale Q K^T + bias) V of packed sequences of up to 128 tokens on Hopper's own instructions: one program of
+// one warpgroup for 64 queries of a sequence and head. All that a program reads comes by the copy engine in boxes of 32
+// tokens (a sequence of 14 brings 32, not 128) and leaves room for four other ones (five, with up to 64 tokens): while
+// one program waits for its copies another multiplies. With all keys of a sequence at hand the softmax needs no running
+// maximum, and the weights go from the sums of the first product into the second as they stand in registers.
 //
-// Bytes: Q, K, V read and out written once, 4 x 128 a token and head; limited by them from some 16 000 tokens on, below
-// by latency (one wave of programs up to about 20 sequences of 12 heads).
+// Bytes: Q and out once, K and V once for every 64 queries, 6 x 128 a token and head; limited by them from some 16 000
+// tokens on, below by latency (one wave of programs up to about 27 sequences of 12 heads).
 #include "attention.h"
 #include "device.cuh"
 #include "hopper.cuh"
@@ -15,11 +14,12 @@
 namespace consistentee {
 namespace cuda {
 
-constexpr int kGroup = 128;   // threads of a warpgroup
-constexpr int kQueries = 64;  // of a warpgroup
-constexpr int kBox = 32;      // tokens that one copy brings
+constexpr int kThreads = 128;  // a warpgroup
+constexpr int kQueries = 64;   // of a program
+constexpr int kBox = 32;       // tokens that one copy brings
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int64_t kMultiprocessors = 132;  // of an H100 or H200; programs are shared out by it
+// Of an H100 or H200: multiprocessors, bytes of shared memory of one, and those that each program costs it besides.
+constexpr int64_t kMultiprocessors = 132, kMultiprocessorShared = 233472, kProgramShared = 1024;
 
 struct AttentionArgs {
   CUtensorMap qkv;
@@ -28,7 +28,6 @@ struct AttentionArgs {
 
 // What the removal of survivors.cu finds, by a program for each row, which looks at all of them. Everything that is
 // read is loaded ahead: by contract none of it is the result of the kernel in front.
-template <int kThreads>
 __device__ void find_places(const AttentionCall& call, int32_t row, int32_t live) {
   __shared__ int32_t sums[4][kThreads / 32];
   int32_t found[4] = {0, 0, 0, 0};  // rows and tokens that stay in front of this row; of all
@@ -85,18 +84,18 @@ struct Tiles {
   char *queries, *keys, *values;
   uint64_t *asked, *valued;  // barriers: queries and keys are there; values are
 };
-// Whom a warpgroup serves: queries `first` ... `first` + 63 of a sequence.
+// Whom a program serves: queries `first` ... `first` + 63 of a sequence.
 struct Asking {
   int32_t head, start, length, first;
 };
 
-// A warpgroup's queries over keys 0 ... length - 1, of which there is room for kKeys. `threads` come here in all.
+// A program's queries over keys 0 ... length - 1, of which there is room for kKeys.
 template <bool kBfloat16, int kHead, bool kBias, int kKeys>
-__device__ __forceinline__ void attend(const AttentionCall& call, const Tiles& at, const Asking& by, int32_t threads) {
+__device__ __forceinline__ void attend(const AttentionCall& call, const Tiles& at, const Asking& by) {
   constexpr int kTokenBytes = 2 * kHead;
   const int lane = threadIdx.x % 32, quad = lane % 4;
   // This lane has queries lane / 4 of the warp's 16 and 8 further down; keys 8 j + 2 quad and the next, for all j.
-  const int32_t query = by.first + static_cast<int32_t>(threadIdx.x) % kGroup / 32 * 16 + lane / 4;
+  const int32_t query = by.first + static_cast<int32_t>(threadIdx.x) / 32 * 16 + lane / 4;
   float scores[kKeys / 2];  // before they are scaled
   if constexpr (kBias) {
     // While the copies are under way. There is an entry wherever a tile reaches, whoever needs it.
@@ -169,11 +168,11 @@ __device__ __forceinline__ void attend(const AttentionCall& call, const Tiles& a
     auto* const behind = reinterpret_cast<uint4*>(at.values + by.length * kTokenBytes);
     const int32_t chunks = (kKeys - by.length) * (kTokenBytes / 16);
 #pragma unroll 1
-    for (auto chunk = static_cast<int32_t>(threadIdx.x); chunk < chunks; chunk += threads) {
+    for (auto chunk = static_cast<int32_t>(threadIdx.x); chunk < chunks; chunk += kThreads) {
       behind[chunk] = make_uint4(0, 0, 0, 0);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    named_barrier(1, threads);
+    __syncthreads();
   }
   float sums[kHead / 2];
   {
@@ -207,19 +206,19 @@ __device__ __forceinline__ void attend(const AttentionCall& call, const Tiles& a
   }
 }
 
-// kGroups warpgroups over the keys of a sequence of up to kLongest tokens; or a part of it, where it may have more.
-template <bool kBfloat16, int kHead, bool kBias, int kGroups, int kLongest>
-__global__ void __launch_bounds__(kGroups* kGroup, kLongest == 64 ? 6 : kGroups == 2 ? 2 : 4)
+// kLongest: tokens of a sequence at most.
+template <bool kBfloat16, int kHead, bool kBias, int kLongest>
+__global__ void __launch_bounds__(kThreads, kLongest == 64 ? 6 : 5)
     short_attention_kernel(const __grid_constant__ AttentionArgs args) {
   extern __shared__ char memory[];
   __shared__ uint64_t barriers[2];
-  constexpr int kAsked = kGroups * kQueries, kParts = kLongest / kAsked, kTokenBytes = 2 * kHead;
+  constexpr int kParts = kLongest / kQueries, kTokenBytes = 2 * kHead;
   const AttentionCall& call = args.call;
   const auto row = static_cast<int32_t>(blockIdx.x) / kParts, part = static_cast<int32_t>(blockIdx.x) % kParts;
   const auto head = static_cast<int32_t>(blockIdx.y);
   const int32_t live = __ldcg(call.counts);
   if (head == call.heads) {  // behind the last head, for a row
-    if (part == 0) find_places<kGroups * kGroup>(call, row, live);
+    if (part == 0) find_places(call, row, live);
     return;
   }
   const int32_t start = __ldcg(call.cu_seqlens + row);
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(kGroups* kGroup, kLongest == 64 ? 6 : kGroups 
   // An offset, not a rounded pointer, of which the compiler would no longer know that it is shared memory.
   Tiles at;
   at.queries = memory + (-shared_address(memory) & 1023);
-  at.keys = at.queries + kAsked * kTokenBytes;
+  at.keys = at.queries + kQueries * kTokenBytes;
   at.values = at.keys + kLongest * kTokenBytes;
   at.asked = barriers;
   at.valued = barriers + 1;
@@ -240,7 +239,8 @@ __global__ void __launch_bounds__(kGroups* kGroup, kLongest == 64 ? 6 : kGroups 
   }
   __syncthreads();
   wait_for_kernel_in_front();
-  const int32_t asked = min(length - part * kAsked, kAsked);
+  const Asking by{head, start, length, part * kQueries};
+  const int32_t asked = min(length - by.first, kQueries);
   if (row >= live || asked <= 0) return;
   if (threadIdx.x % 32 == 0) {
     // A box a warp at a time: one thread alone would be half a microsecond at it.
@@ -251,9 +251,9 @@ __global__ void __launch_bounds__(kGroups* kGroup, kLongest == 64 ? 6 : kGroups 
     }
     const int32_t hidden = static_cast<int32_t>(call.heads) * kHead;
 #pragma unroll 1
-    for (auto i = static_cast<int32_t>(threadIdx.x) / 32; i < of_queries + 2 * boxes; i += kGroups * kGroup / 32) {
+    for (auto i = static_cast<int32_t>(threadIdx.x) / 32; i < of_queries + 2 * boxes; i += kThreads / 32) {
       char* to = at.queries;
-      int32_t column = head * kHead, token = start + part * kAsked, box = i;
+      int32_t column = head * kHead, token = start + by.first, box = i;
       if (i >= of_queries) {
         const bool value = i >= of_queries + boxes;
         to = value ? at.values : at.keys;
@@ -265,42 +265,41 @@ __global__ void __launch_bounds__(kGroups* kGroup, kLongest == 64 ? 6 : kGroups 
                 token + box * kBox);
     }
   }
-  const int32_t first = static_cast<int32_t>(threadIdx.x) / kGroup * kQueries;
-  if (first >= asked) return;
-  at.queries += first * kTokenBytes;
-  const Asking by{head, start, length, part * kAsked + first};
-  const int32_t threads = asked <= kQueries ? kGroup : kGroups * kGroup;  // that have queries
   if (length <= 32) {
-    attend<kBfloat16, kHead, kBias, 32>(call, at, by, threads);
+    attend<kBfloat16, kHead, kBias, 32>(call, at, by);
   } else if (kLongest == 64 || length <= 64) {
-    attend<kBfloat16, kHead, kBias, 64>(call, at, by, threads);
+    attend<kBfloat16, kHead, kBias, 64>(call, at, by);
   } else if constexpr (kLongest == 128) {
-    attend<kBfloat16, kHead, kBias, 128>(call, at, by, threads);
+    attend<kBfloat16, kHead, kBias, 128>(call, at, by);
   }
 }
 
-template <bool kBfloat16, int kHead, bool kBias, int kGroups, int kLongest>
+template <bool kBfloat16, int kHead, bool kBias, int kLongest>
 const char* attend_all(const AttentionArgs& args) {
   const AttentionCall& call = args.call;
-  const auto kernel = short_attention_kernel<kBfloat16, kHead, kBias, kGroups, kLongest>;
-  constexpr int kAsked = kGroups * kQueries, kShared = (kAsked + 2 * kLongest) * 2 * kHead + 1024;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return error_text(error);
-  const dim3 programs(static_cast<unsigned>(call.rows * (kLongest / kAsked)),
+  const auto kernel = short_attention_kernel<kBfloat16, kHead, kBias, kLongest>;
+  constexpr int64_t kShared = (kQueries + 2 * kLongest) * 2 * kHead + 1024;
+  const dim3 programs(static_cast<unsigned>(call.rows * (kLongest / kQueries)),
                       static_cast<unsigned>(call.heads + (call.keep == nullptr ? 0 : 1)));
-  return launch_early(kernel, programs, kGroups * kGroup, kShared, call.stream, args);
+  // Those that need little would crowd on whichever multiprocessors the kernel in front leaves first, while others stay
+  // empty: each asks for an even share of one (2 to 3 % of a pass of 4 or 8 rows).
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error_text(error);
+  const auto share_of = [&](int64_t sharers) {
+    return kMultiprocessorShared / sharers - kProgramShared - static_cast<int64_t>(attributes.sharedSizeBytes);
+  };
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(share_of(1)));
+  if (error != cudaSuccess) return error_text(error);
+  const int64_t each = (int64_t{programs.x} * programs.y + kMultiprocessors - 1) / kMultiprocessors;
+  const int64_t share = share_of(each) / 128 * 128;
+  const auto shared = static_cast<size_t>(share > kShared ? share : kShared);
+  return launch_early(kernel, programs, kThreads, shared, call.stream, args);
 }
 template <bool kBfloat16, int kHead, bool kBias>
 const char* attend_all(const AttentionArgs& args) {
-  const AttentionCall& call = args.call;
-  if (call.longest <= 64) return attend_all<kBfloat16, kHead, kBias, 1, 64>(args);
-  // Halves of a sequence read its keys and values twice. They pay where each has a multiprocessor to itself (2 to 4 %
-  // of a pass of one row), and for heads of 32, with half the bytes, wherever there are more whole ones than those (1 %).
-  const int64_t whole = call.rows * call.heads;
-  if (2 * whole <= kMultiprocessors || (kHead == 32 && whole > kMultiprocessors)) {
-    return attend_all<kBfloat16, kHead, kBias, 1, 128>(args);
-  }
-  return attend_all<kBfloat16, kHead, kBias, 2, 128>(args);
+  return args.call.longest <= 64 ? attend_all<kBfloat16, kHead, kBias, 64>(args)
+                                 : attend_all<kBfloat16, kHead, kBias, 128>(args);
 }
 template <bool kBfloat16>
 const char* attend_all(const AttentionArgs& args) {
