@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +16,54 @@ CAPTURES = 5
 # Of the process. Whoever rehearses allocates, and may wait for the whole device, which ends any capture; and
 # collections are off and on for everybody.
 _turn = threading.Lock()
+
+
+class _Allocator:
+    """Torch's, which counts for all threads (``no_allocation``): used by any number of them, or by none while one
+    captures. What a thread is inside of already it enters again."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: set[int] = set()  # threads
+        self._capturing: int | None = None
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if me in self._inside or self._capturing == me:
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._capturing is None)
+            self._inside.add(me)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside.remove(me)
+                self._changed.notify_all()
+
+    @contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """One thread at a time; those who come later wait already while it waits for those inside."""
+        me = threading.get_ident()
+        try:
+            with self._changed:
+                self._capturing = me
+                self._changed.wait_for(lambda: self._inside <= {me})
+            yield
+        finally:
+            with self._changed:
+                self._capturing = None
+                self._changed.notify_all()
+
+
+_allocator = _Allocator()
+# Around what allocates on a device as part of serving a batch: it waits for captures of other threads, and they for it,
+# so that two engines do not end each other's captures time and again. Nobody may wait for another thread's capture
+# inside, nor for a lock that it holds.
+allocating = _allocator.used
+
 # What a capture says that another thread has ended, or one that another thread's capture keeps from what it needs: by
 # CUDA's texts and names, as torch, Triton and ``GraphBuilder`` pass them on, or by torch's code.
 _CODES = (900, 901)
@@ -54,8 +102,9 @@ def captured(
     """The graph of what ``record(builder.when)`` launches on ``stream``; the builder is closed, whatever happens.
 
     Rehearsed first, which compiles what is not compiled: buffers are to hold no rows. Inside a capture nothing may
-    allocate; tried again where something did or CUDA was disturbed, since it may have been another thread and a capture
-    is short. Threads take turns. Nothing runs on the stream any more when this returns or raises.
+    allocate; tried again where something did or CUDA was disturbed, since it may have been somebody else's thread (ours
+    wait, ``allocating``) and a capture is short. Threads take turns. Nothing runs on the stream any more when this
+    returns or raises.
 
     stream  one that nobody else has (``own_stream``): whatever is launched there is recorded
     after   a stream that first comes to the end of what it has been given so far: where the buffers are being made
@@ -74,17 +123,18 @@ def captured(
                 # Where it failed, what it began still runs, in buffers that the allocator would give to somebody else.
                 stream.synchronize()
             gc.disable()  # what a collection frees may touch the stream that is captured
-            for attempt in range(CAPTURES):
-                try:
-                    with no_allocation(stream.device), builder.capture(stream):
-                        record(builder.when)
-                    break
-                except Exception as error:
-                    if passing(error) is None:
-                        raise
-                    builder.abort()
-                    if attempt == CAPTURES - 1:
-                        raise
+            with _allocator.left_alone():
+                for attempt in range(CAPTURES):
+                    try:
+                        with no_allocation(stream.device), builder.capture(stream):
+                            record(builder.when)
+                        break
+                    except Exception as error:
+                        if passing(error) is None:
+                            raise
+                        builder.abort()
+                        if attempt == CAPTURES - 1:
+                            raise
             return builder.instantiate()
         finally:
             if collecting:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import engine
 from engine.criteria import Policy
 from engine.executors import graph as graph_module
+from engine.kernels import capture
 from engine.kernels.graphs import AllocationError
 from tests.test_graph import both
 from tests.tiny import Half, assert_same, disturb_captures, padded, random_rows, tiny_model
@@ -119,6 +122,33 @@ def test_captures_that_are_always_disturbed_are_tried_less_and_less(failing, mon
     for _ in range(10):
         failing.fast.run(batch)
     assert len(failing.fast.executor._programs) == 1 and failing.fast.executor._disturbed == 0
+
+
+def test_what_an_engine_allocates_waits_for_the_captures_of_others(device):
+    """First batches, looks at weights, and what packed serves; not a batch whose program is there."""
+    fresh, ready, packed = (engine.from_module(tiny_model().to(device), executor="graph") for _ in range(3))
+    batch = padded(random_rows(9))
+    ready.run(batch)
+    with pytest.warns(UserWarning, match="packed serves instead"):
+        packed.run(batch, criterion=Half())
+    packed.executor.weights.watching = False
+    waiting = {
+        "a first batch": lambda: fresh.run(batch),
+        "a look": ready.executor.look,
+        "a refresh": ready.refresh,
+        "served by packed": lambda: packed.run(batch, criterion=Half()),
+    }
+    with ThreadPoolExecutor(len(waiting)) as pool:
+        with capture._allocator.left_alone():
+            found = {name: pool.submit(work) for name, work in waiting.items()}
+            done, _ = wait(found.values(), 0.5)
+            assert [name for name, result in found.items() if result in done] == []
+        for result in found.values():
+            result.result(60)
+        if device == "cuda":
+            ready.executor.weights.watching = False
+            with capture._allocator.left_alone():
+                assert pool.submit(ready.run, batch).result(10).exit_layers.shape == (9,)
 
 
 def test_halves_of_a_batch_come_from_two_executors(device, monkeypatch):

@@ -27,7 +27,7 @@ from engine.executors.base import ExitOptions, RowOutputs, TokenRows
 from engine.executors.graph_pass import Arena, Capacity, Pass, Steps
 from engine.executors.packed import PackedExecutor
 from engine.executors.weights import EncoderWeights, PlainLinear, WatchedWeights, derive
-from engine.kernels.capture import captured, out_of_memory, passing
+from engine.kernels.capture import allocating, captured, out_of_memory, passing
 from engine.kernels.exit_rows import ExitDestinations
 from engine.kernels.gpu_common import triton
 from engine.kernels.graphs import Graph, GraphBuilder, conditional_nodes_problem, own_stream
@@ -302,7 +302,7 @@ class GraphExecutor:
         changed. Waits for the device: once for all batches of a run."""
         if not self.weights.watching:
             return
-        with torch.inference_mode(), self._lock:
+        with torch.inference_mode(), self._lock, allocating():
             if self._model.device != self._device:
                 self._drop()
                 self._place(self._model.device)
@@ -314,7 +314,7 @@ class GraphExecutor:
 
     def refresh(self) -> None:
         """Read the module's weights again now; for graphs see ``look``."""
-        with torch.inference_mode(), self._lock:
+        with torch.inference_mode(), self._lock, allocating():
             if self._held is not None:
                 with self._own_stream():
                     self._hold(self._with_room(self.weights.refresh))
@@ -326,6 +326,11 @@ class GraphExecutor:
         self._forget()
         self._held = None
         self.weights.drop()
+
+    def _derive(self) -> None:
+        """Where there are no weights yet. What it refuses is the caller's to mend."""
+        with allocating():
+            self._hold(self._with_room(self.weights.held))
 
     def _hold(self, weights: EncoderWeights) -> None:
         """Programs are of these weights, or go."""
@@ -352,7 +357,7 @@ class GraphExecutor:
             kind = "options"
             if problem is None:
                 with self._own_stream():
-                    self._hold(self._with_room(self.weights.held))  # what it refuses is the caller's to mend
+                    self._derive()
                     made = self._made(lambda: self._program(asked))
                     if not isinstance(made, str):
                         return made.submit(rows, options, self._stream)
@@ -422,14 +427,14 @@ class GraphExecutor:
             if self._trouble(options) is None:
                 key = self._key(rows, tokens, longest, options)
                 with self._own_stream():
-                    self._hold(self._with_room(self.weights.held))
+                    self._derive()
                     self._made(lambda: self._program_at(key))
                 self._warm.add(key)
 
     def replayer(self, rows: TokenRows, options: ExitOptions) -> Callable[[], None]:
         """For benchmarks: the batch stands on the device; every call launches its pass again, and waits for nothing."""
         with torch.inference_mode(), self._lock, self._own_stream():
-            self._hold(self.weights.held())
+            self._derive()
             program = self._program(self._key(len(rows), rows.num_tokens, max(rows.lengths), options))
             if isinstance(program, str):
                 raise RuntimeError(f"no graph can be replayed: {program}")
@@ -452,7 +457,8 @@ class GraphExecutor:
             (capacity, steps), weights = key, self._held
             labels = self._model.config.num_labels
             first_position = self._model.family.first_position
-            program = _Program(weights, self._room(capacity, weights), capacity, steps, labels, first_position)
+            with allocating():
+                program = _Program(weights, self._room(capacity, weights), capacity, steps, labels, first_position)
             if self._stream is not None:
                 program.capture(self._stream)
             self._disturbed = 0
@@ -510,9 +516,10 @@ class GraphExecutor:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"the graph executor cannot serve ({problem}): packed serves instead", stacklevel=4)
-        if self._packed is None:
-            self._packed = PackedExecutor(self._model, self.weights.watching)
-        return self._packed.submit(rows, options)
+        with allocating():
+            if self._packed is None:
+                self._packed = PackedExecutor(self._model, self.weights.watching)
+            return self._packed.submit(rows, options)
 
 
 def _unserved(model: MultiExitEncoder, options: ExitOptions) -> str | None:

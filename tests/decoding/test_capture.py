@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -205,6 +207,75 @@ def test_two_threads_take_turns_and_collections_are_on_again(others):
         first.join(10)
         (gc.enable if was else gc.disable)()
     assert first_builder.calls == second_builder.calls == ["rehearse", "capture", "instantiate", "close"]
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+def allocate() -> str:
+    with capture.allocating():
+        return "done"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_allocates_waits_for_a_capture(others, pool, fails):
+    builder, early, late = Builder(), [], []
+
+    def record(when):
+        (late if builder.capturing else early).append(pool.submit(allocate))
+        if builder.capturing:
+            with pytest.raises(TimeoutError):
+                late[0].result(0.2)
+            with capture.allocating():  # which this thread may: ``no_allocation`` tells it what that does
+                pass
+            if fails:
+                raise NO_LUCK
+        else:
+            assert early[0].result(10) == "done", "there is no capture yet"
+
+    if fails:
+        with pytest.raises(RuntimeError, match="no luck"):
+            capture.captured(builder, Stream(), record)
+    else:
+        assert capture.captured(builder, Stream(), record) == "a graph"
+    assert late[0].result(10) == "done"
+
+
+def test_a_capture_waits_for_who_allocates(others, pool):
+    builder, order, rehearsed, entered = Builder(), [], threading.Event(), threading.Event()
+
+    def record(when):
+        order.append("captured" if builder.capturing else "rehearsed")
+        rehearsed.set()
+
+    def hold():
+        with capture.allocating():
+            entered.set()
+            assert rehearsed.wait(10)
+            later = pool.submit(allocate)  # does not get in between: there would always be somebody
+            deadline = time.monotonic() + 10
+            while capture._allocator._capturing is None:
+                assert time.monotonic() < deadline
+            with pytest.raises(TimeoutError):
+                pool.submit(allocate).result(0.2)
+            with capture.allocating():
+                order.append("left")
+        return later
+
+    holding = pool.submit(hold)
+    assert entered.wait(10)
+    assert pool.submit(capture.captured, builder, Stream(), record).result(20) == "a graph"
+    assert holding.result(10).result(10) == "done"
+    assert order == ["rehearsed", "left", "captured"]
+
+
+def test_a_capture_among_what_its_own_thread_allocates(others):
+    with capture.allocating():
+        assert capture.captured(Builder(), Stream(), lambda when: None) == "a graph"
+    assert allocate() == "done" and not capture._allocator._inside
 
 
 def test_other_errors_are_not_tried_again(others):
