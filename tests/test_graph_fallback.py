@@ -126,16 +126,17 @@ def test_captures_that_are_always_disturbed_are_tried_less_and_less(failing, mon
 
 def test_what_an_engine_allocates_waits_for_the_captures_of_others(device):
     """First batches, looks at weights, and what packed serves; not a batch whose program is there."""
-    fresh, ready, packed = (engine.from_module(tiny_model().to(device), executor="graph") for _ in range(3))
+    fresh, ready, renewed, packed = (engine.from_module(tiny_model().to(device), executor="graph") for _ in range(4))
     batch = padded(random_rows(9))
-    ready.run(batch)
+    for of_others in (ready, renewed):
+        of_others.run(batch)
     with pytest.warns(UserWarning, match="packed serves instead"):
         packed.run(batch, criterion=Half())
     packed.executor.weights.watching = False
     waiting = {
         "a first batch": lambda: fresh.run(batch),
         "a look": ready.executor.look,
-        "a refresh": ready.refresh,
+        "a refresh": renewed.refresh,
         "served by packed": lambda: packed.run(batch, criterion=Half()),
     }
     with ThreadPoolExecutor(len(waiting)) as pool:
