@@ -18,9 +18,16 @@ CAPTURES = 5
 _turn = threading.Lock()
 
 
+_PATIENCE = 1.0  # seconds
+
+
 class _Allocator:
     """Torch's, which counts for all threads (``no_allocation``): used by any number of them, or by none while one
-    captures. What a thread is inside of already it enters again."""
+    captures. What a thread is inside of already it enters again.
+
+    A capture does not wait longer than ``_PATIENCE``: those inside may have a long batch, or criteria of users who wait
+    for something that the capturing thread holds. It is then disturbed, or lucky.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -33,14 +40,14 @@ class _Allocator:
         if me in self._inside or self._capturing == me:
             yield
             return
-        with self._changed:
-            self._changed.wait_for(lambda: self._capturing is None)
-            self._inside.add(me)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._capturing is None)
+                self._inside.add(me)
             yield
         finally:
             with self._changed:
-                self._inside.remove(me)
+                self._inside.discard(me)
                 self._changed.notify_all()
 
     @contextmanager
@@ -50,7 +57,7 @@ class _Allocator:
         try:
             with self._changed:
                 self._capturing = me
-                self._changed.wait_for(lambda: self._inside <= {me})
+                self._changed.wait_for(lambda: self._inside <= {me}, _PATIENCE)
             yield
         finally:
             with self._changed:
@@ -59,9 +66,8 @@ class _Allocator:
 
 
 _allocator = _Allocator()
-# Around what allocates on a device as part of serving a batch: it waits for captures of other threads, and they for it,
-# so that two engines do not end each other's captures time and again. Nobody may wait for another thread's capture
-# inside, nor for a lock that it holds.
+# Around what an encoder's graph executor allocates on its device outside a capture: it waits for captures of other
+# threads, and they for it, so that two engines do not end each other's captures time and again.
 allocating = _allocator.used
 
 # What a capture says that another thread has ended, or one that another thread's capture keeps from what it needs: by
@@ -102,8 +108,8 @@ def captured(
     """The graph of what ``record(builder.when)`` launches on ``stream``; the builder is closed, whatever happens.
 
     Rehearsed first, which compiles what is not compiled: buffers are to hold no rows. Inside a capture nothing may
-    allocate; tried again where something did or CUDA was disturbed, since it may have been somebody else's thread (ours
-    wait, ``allocating``) and a capture is short. Threads take turns. Nothing runs on the stream any more when this
+    allocate; tried again where something did or CUDA was disturbed, since it may have been another thread (that is not
+    ``allocating``) and a capture is short. Threads take turns. Nothing runs on the stream any more when this
     returns or raises.
 
     stream  one that nobody else has (``own_stream``): whatever is launched there is recorded
@@ -122,8 +128,8 @@ def captured(
             finally:
                 # Where it failed, what it began still runs, in buffers that the allocator would give to somebody else.
                 stream.synchronize()
-            gc.disable()  # what a collection frees may touch the stream that is captured
             with _allocator.left_alone():
+                gc.disable()  # what a collection frees may touch the stream that is captured
                 for attempt in range(CAPTURES):
                     try:
                         with no_allocation(stream.device), builder.capture(stream):

@@ -11,11 +11,13 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "drop_with", "library", "prepare"]
+__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "drop_with", "hopper_problem", "library",
+           "prepare"]  # fmt: skip
 
 _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
@@ -58,6 +60,15 @@ def drop_with(owner: object, plan: str, handle: int) -> None:
 def cuda_kernels() -> bool:
     """Whether CUDA tensors reach compiled kernels, rather than the torch twins."""
     return _cuda_kernels
+
+
+@lru_cache
+def hopper_problem(index: int) -> str | None:
+    """Why kernels on Hopper's own instructions cannot run on that device, or None."""
+    if not cuda_kernels():
+        return "the extension has no usable CUDA half"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if (major, minor) == (9, 0) else f"it needs compute capability 9.0, this device has {major}.{minor}"
 
 
 def cpu_kernels(name: str | None = None) -> str:

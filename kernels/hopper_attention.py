@@ -39,15 +39,9 @@ def _native() -> dict | str:
     return extension.c_functions("attention", {"": (ctypes.c_char_p, [ctypes.POINTER(_Call)])})
 
 
-@lru_cache
 def _device_problem(index: int) -> str | None:
     native = _native()
-    if isinstance(native, str):
-        return native
-    if not extension.cuda_kernels():
-        return "the extension has no usable CUDA half"
-    major, minor = torch.cuda.get_device_capability(index)
-    return None if (major, minor) == (9, 0) else f"it needs compute capability 9.0, this device has {major}.{minor}"
+    return native if isinstance(native, str) else extension.hopper_problem(index)
 
 
 def attention_problem(
@@ -62,8 +56,8 @@ def attention_problem(
         return "heads must have 64 or 32 numbers"
     if position_bias is not None and (out.shape[1] != 64 * num_heads or position_bias.dtype != out.dtype):
         return "with a position bias heads must have 64 numbers, and the bias their dtype"
-    if position_bias is not None and (position_bias.data_ptr() % 16 or position_bias.shape[-1] % 8):
-        return "rows of the position bias must start at multiples of 16 bytes"
+    if position_bias is not None and (position_bias.data_ptr() % 16 or position_bias.shape[-1] % _LONGEST):
+        return f"rows of the position bias must start at multiples of 16 bytes, and be multiples of {_LONGEST} long"
     if qkv.shape[0] == 0:
         return "there are no tokens"
     if max_seqlen > _LONGEST:

@@ -60,15 +60,9 @@ def _native() -> dict | str:
     return extension.c_functions("product", prototypes)
 
 
-@lru_cache
 def _device_problem(index: int) -> str | None:
     native = _native()
-    if isinstance(native, str):
-        return native
-    if not extension.cuda_kernels():
-        return "the extension has no usable CUDA half"
-    major, minor = torch.cuda.get_device_capability(index)
-    return None if (major, minor) == (9, 0) else f"it needs compute capability 9.0, this device has {major}.{minor}"
+    return native if isinstance(native, str) else extension.hopper_problem(index)
 
 
 def product_problem(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> str | None:

@@ -126,16 +126,19 @@ def test_captures_that_are_always_disturbed_are_tried_less_and_less(failing, mon
 
 def test_what_an_engine_allocates_waits_for_the_captures_of_others(device):
     """First batches, looks at weights, and what packed serves; not a batch whose program is there."""
-    fresh, ready, renewed, packed = (engine.from_module(tiny_model().to(device), executor="graph") for _ in range(4))
+    engines = [engine.from_module(tiny_model().to(device), executor="graph") for _ in range(5)]
+    fresh, ready, looking, renewed, packed = engines
     batch = padded(random_rows(9))
-    for of_others in (ready, renewed):
-        of_others.run(batch)
+    for seen in (ready, looking, renewed):
+        seen.run(batch)
     with pytest.warns(UserWarning, match="packed serves instead"):
         packed.run(batch, criterion=Half())
-    packed.executor.weights.watching = False
+    for loaded in (fresh, ready, packed):
+        loaded.executor.weights.watching = False
     waiting = {
         "a first batch": lambda: fresh.run(batch),
-        "a look": ready.executor.look,
+        "a larger batch": lambda: ready.run(padded(random_rows(30))),
+        "a look": looking.executor.look,
         "a refresh": renewed.refresh,
         "served by packed": lambda: packed.run(batch, criterion=Half()),
     }
@@ -144,10 +147,10 @@ def test_what_an_engine_allocates_waits_for_the_captures_of_others(device):
             found = {name: pool.submit(work) for name, work in waiting.items()}
             done, _ = wait(found.values(), 0.5)
             assert [name for name, result in found.items() if result in done] == []
+            assert fresh.executor.weights._held is None
         for result in found.values():
             result.result(60)
         if device == "cuda":
-            ready.executor.weights.watching = False
             with capture._allocator.left_alone():
                 assert pool.submit(ready.run, batch).result(10).exit_layers.shape == (9,)
 

@@ -18,8 +18,6 @@ constexpr int kThreads = 128;  // a warpgroup
 constexpr int kQueries = 64;   // of a program
 constexpr int kBox = 32;       // tokens that one copy brings
 constexpr float kLog2E = 1.4426950408889634f;
-// Of an H100 or H200: multiprocessors, bytes of shared memory of one, and those that each program costs it besides.
-constexpr int64_t kMultiprocessors = 132, kMultiprocessorShared = 233472, kProgramShared = 1024;
 
 struct AttentionArgs {
   CUtensorMap qkv;
@@ -188,7 +186,7 @@ __device__ __forceinline__ void attend(const AttentionCall& call, const Tiles& a
   auto* const out = static_cast<uint16_t*>(call.out) + by.head * kHead + 8 * quad;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float share = __fdividef(1.f, totals[h]);  // which is at least 1, or no number
+    const float share = __fdividef(1.f, totals[h]);  // which is about 1 at least, or no number
     uint32_t words[kHead / 8];
 #pragma unroll
     for (int j = 0; j < kHead / 8; ++j) {
@@ -218,8 +216,8 @@ __global__ void __launch_bounds__(kThreads, kLongest == 64 ? 6 : 5)
   const auto head = static_cast<int32_t>(blockIdx.y);
   const int32_t live = __ldcg(call.counts);
   if (head == call.heads) {  // behind the last head, for a row
-    if (part == 0) find_places(call, row, live);
-    return;
+    if (part != 0) return wait_for_kernel_in_front();
+    return find_places(call, row, live);
   }
   const int32_t start = __ldcg(call.cu_seqlens + row);
   // No more than there is room for, whatever stands there.
@@ -274,6 +272,26 @@ __global__ void __launch_bounds__(kThreads, kLongest == 64 ? 6 : 5)
   }
 }
 
+// Programs that need little shared memory would crowd on whichever multiprocessors the kernel in front leaves first,
+// while others stay empty: each asks for an even share of one (2 to 3 % of a pass of 4 or 8 rows).
+struct Shares {
+  int multiprocessors = 0;
+  int shared = 0;    // bytes of a multiprocessor
+  int reserved = 0;  // that each program costs it besides its own
+};
+
+const char* shares_of_device(Shares* shares) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&shares->multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(&shares->shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(&shares->reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  return error == cudaSuccess ? nullptr : error_text(error);
+}
+
 template <bool kBfloat16, int kHead, bool kBias, int kLongest>
 const char* attend_all(const AttentionArgs& args) {
   const AttentionCall& call = args.call;
@@ -281,19 +299,18 @@ const char* attend_all(const AttentionArgs& args) {
   constexpr int64_t kShared = (kQueries + 2 * kLongest) * 2 * kHead + 1024;
   const dim3 programs(static_cast<unsigned>(call.rows * (kLongest / kQueries)),
                       static_cast<unsigned>(call.heads + (call.keep == nullptr ? 0 : 1)));
-  // Those that need little would crowd on whichever multiprocessors the kernel in front leaves first, while others stay
-  // empty: each asks for an even share of one (2 to 3 % of a pass of 4 or 8 rows).
+  Shares shares;
+  if (const char* text = shares_of_device(&shares)) return text;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error_text(error);
-  const auto share_of = [&](int64_t sharers) {
-    return kMultiprocessorShared / sharers - kProgramShared - static_cast<int64_t>(attributes.sharedSizeBytes);
+  const auto share_of = [&](int64_t sharers) {  // in the 128 bytes of which shared memory is given
+    return shares.shared / sharers / 128 * 128 - shares.reserved - static_cast<int64_t>(attributes.sharedSizeBytes);
   };
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(share_of(1)));
   if (error != cudaSuccess) return error_text(error);
-  const int64_t each = (int64_t{programs.x} * programs.y + kMultiprocessors - 1) / kMultiprocessors;
-  const int64_t share = share_of(each) / 128 * 128;
-  const auto shared = static_cast<size_t>(share > kShared ? share : kShared);
+  const int64_t each = (int64_t{programs.x} * programs.y + shares.multiprocessors - 1) / shares.multiprocessors;
+  const auto shared = static_cast<size_t>(share_of(each) > kShared ? share_of(each) : kShared);
   return launch_early(kernel, programs, kThreads, shared, call.stream, args);
 }
 template <bool kBfloat16, int kHead, bool kBias>

@@ -23,7 +23,7 @@ struct AttentionCall {
   int64_t rows, tokens, longest;  // capacities; no sequence is longer than `longest`, at most 128
   int64_t heads, head_dim;
   int64_t qkv_stride, out_stride;
-  int64_t bias_side;  // at least 128; a multiple of 8, from 16 bytes on
+  int64_t bias_side;  // at least 128, a multiple of 8; bias starts at 16 bytes
   float scale_log2;  // of the scores, times log2(e); above 0
   int32_t bfloat16;
 };

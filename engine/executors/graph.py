@@ -328,9 +328,10 @@ class GraphExecutor:
         self.weights.drop()
 
     def _derive(self) -> None:
-        """Where there are no weights yet. What it refuses is the caller's to mend."""
-        with allocating():
-            self._hold(self._with_room(self.weights.held))
+        """Hold the weights of the last look, derived where there are none. What it refuses is the caller's to mend."""
+        if self._held is None or self.weights.held() is not self._held:
+            with allocating():
+                self._hold(self._with_room(self.weights.held))
 
     def _hold(self, weights: EncoderWeights) -> None:
         """Programs are of these weights, or go."""
@@ -382,7 +383,8 @@ class GraphExecutor:
                 self._arena = None
                 raise torch.OutOfMemoryError(f"with no graph left: {error}") from error
             self._forget()
-        torch.cuda.empty_cache()  # the error is gone by now, and with it what its frames held
+        with allocating():
+            torch.cuda.empty_cache()  # the error is gone by now, and with it what its frames held
         return self._with_room(work)
 
     def _made(self, make: Callable[[], _Program | str]) -> _Program | str:
@@ -438,7 +440,8 @@ class GraphExecutor:
             program = self._program(self._key(len(rows), rows.num_tokens, max(rows.lengths), options))
             if isinstance(program, str):
                 raise RuntimeError(f"no graph can be replayed: {program}")
-            return program.replayer(rows, options, self._stream, self._lock)
+            with allocating():
+                return program.replayer(rows, options, self._stream, self._lock)
 
     def _program(self, asked: tuple[Capacity, Steps]) -> _Program | str:
         key = asked if asked in self._programs else self._covering(asked) or asked

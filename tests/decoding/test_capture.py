@@ -244,7 +244,8 @@ def test_who_allocates_waits_for_a_capture(others, pool, fails):
     assert late[0].result(10) == "done"
 
 
-def test_a_capture_waits_for_who_allocates(others, pool):
+def test_a_capture_waits_for_who_allocates(others, pool, monkeypatch):
+    monkeypatch.setattr(capture, "_PATIENCE", 60.0)
     builder, order, rehearsed, entered = Builder(), [], threading.Event(), threading.Event()
 
     def record(when):
@@ -255,12 +256,12 @@ def test_a_capture_waits_for_who_allocates(others, pool):
         with capture.allocating():
             entered.set()
             assert rehearsed.wait(10)
-            later = pool.submit(allocate)  # does not get in between: there would always be somebody
             deadline = time.monotonic() + 10
             while capture._allocator._capturing is None:
                 assert time.monotonic() < deadline
+            later = pool.submit(allocate)  # does not get in between: there would always be somebody
             with pytest.raises(TimeoutError):
-                pool.submit(allocate).result(0.2)
+                later.result(0.2)
             with capture.allocating():
                 order.append("left")
         return later
@@ -270,6 +271,23 @@ def test_a_capture_waits_for_who_allocates(others, pool):
     assert pool.submit(capture.captured, builder, Stream(), record).result(20) == "a graph"
     assert holding.result(10).result(10) == "done"
     assert order == ["rehearsed", "left", "captured"]
+
+
+def test_a_capture_does_not_wait_for_ever(others, pool, monkeypatch):
+    """Whoever is inside may wait for the thread that captures: by a criterion, whose code is not ours."""
+    monkeypatch.setattr(capture, "_PATIENCE", 0.1)
+    entered, captured = threading.Event(), threading.Event()
+
+    def hold():
+        with capture.allocating():
+            entered.set()
+            return captured.wait(10)
+
+    holding = pool.submit(hold)
+    assert entered.wait(10)
+    assert capture.captured(Builder(), Stream(), lambda when: None) == "a graph"
+    captured.set()
+    assert holding.result(10) and allocate() == "done"
 
 
 def test_a_capture_among_what_its_own_thread_allocates(others):
