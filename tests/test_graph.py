@@ -491,7 +491,8 @@ def test_batches_in_any_order():
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_ten_thousand_batches_without_a_mismatch_or_growth(gpu):
-    """Every batch some five times, in some 75 programs."""
+    """Every batch some five times, in some 75 programs. On a device that no other process uses: the driver's memory is
+    counted for all of them."""
     replay(tiny_model().cuda(), batches=2000, runs=10_000)
 
 
