@@ -14,8 +14,10 @@ import torch
 import engine
 from engine.executors import packed as packed_module
 from engine.executors.weights import EncoderWeights
+from engine.kernels import graphs
 from engine.loading import save_checkpoint
 from tests import tiny
+from tests.captures import Others
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,14 @@ def device(request):
         if reason := conditional_nodes_problem():
             pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """What torch's allocator counts is what ``Others`` ask for."""
+    found = Others()
+    monkeypatch.setattr(graphs, "_allocations", lambda device: (found.asked, 0))
+    return found
 
 
 @pytest.fixture(scope="session")

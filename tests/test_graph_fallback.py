@@ -15,6 +15,7 @@ from engine.criteria import Policy
 from engine.executors import graph as graph_module
 from engine.kernels import capture
 from engine.kernels.graphs import AllocationError
+from tests.captures import DISTURBED, NO_LUCK
 from tests.test_graph import both
 from tests.tiny import Half, assert_same, disturb_captures, padded, random_rows, tiny_model
 
@@ -60,8 +61,7 @@ def test_float64_is_packed(device):
     assert_same(got, oracle.run(padded(random_rows(5))), rtol=1e-6, atol=1e-9)
 
 
-NO_LUCK = RuntimeError("CUDA: no luck")
-ENDED = RuntimeError("CUDA: end capture: operation failed due to a previous error during capture")
+ENDED = DISTURBED[1]
 
 
 @pytest.fixture
