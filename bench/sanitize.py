@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.bench import sanitize_triton
-from engine.kernels import attention, exits, extension, graphs, hopper_attention, packing, products
+from engine.kernels import attention, exits, extension, graphs, hopper_attention, norm_rows, packing, products
 from engine.kernels.capture import captured
 from engine.kernels.gpu_common import triton
 from engine.kernels.step_rows import DECIDE, LEAVE, STAY, step_rows_
@@ -139,6 +139,27 @@ def run_hopper_attention(device: str) -> None:
                     hopper_attention.hopper_attention(
                         out, qkv, cu_seqlens, counts, heads, 0.125, max(lengths), bias, removal
                     )
+
+
+def run_norm_rows(device: str) -> None:
+    """Add & Norm by the extension in every form; elsewhere nothing."""
+    if device != "cuda":
+        return
+    for dtype in (torch.float16, torch.bfloat16):
+        for capacity, hidden in ((1, 8), (9, 384), (300, 768), (1100, 256), (1100, 768)):
+            x, residual, out = (torch.randn(capacity, hidden, device=device).to(dtype) for _ in range(3))
+            weight, bias = (torch.randn(hidden, device=device).to(dtype) for _ in range(2))
+            if norm_rows.norm_rows_problem(out, x, residual, weight, bias) is not None:
+                return
+            dest = _ints([-1 if i % 3 == 0 else i - 1 - i // 3 for i in range(capacity)], device)
+            sums = torch.randn(4 * x.numel(), device=device)
+            for live in {0, 1, capacity // 2, capacity}:
+                counts = _ints([live], device)
+                for partials in (None, products.Partials(sums, live, live), products.Partials(sums, 0, live)):
+                    for places, settled in ((None, False), (dest, False), (dest, True)):
+                        norm_rows.norm_rows(
+                            out, x, residual, weight, bias, 1e-5, counts, capacity, places, settled, partials
+                        )
 
 
 def run_exits(device: str) -> None:
@@ -293,6 +314,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "step rows": run_step_rows,
     "attention": run_attention,
     "hopper attention": run_hopper_attention,
+    "norm rows": run_norm_rows,
     "exits and norms": run_exits,
     "products": run_products,
     "graph": run_graph,

@@ -295,7 +295,7 @@ def _run_add_norms(device: str) -> None:
 
 def _run_compact_norms(device: str) -> None:
     """Tokens that leave among others, places known late and early; one row a program, and four."""
-    cases = ((HALF, 260, 22, None, False), (BRAIN, 40, 4099, (30, 200), True))
+    cases = ((HALF, 260, 22, None, False), (BRAIN, 44, 4099, (30, 200), True))
     for dtype, hidden, capacity, sums, settled in cases:
         make = Maker(device, dtype)
         for live in (0, 1, 18, min(150, capacity), capacity):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "bind", "c_functions", "cpu_kernels", "cuda_kernels", "drop_with", "hopper_problem", "library",
-           "prepare"]  # fmt: skip
+__all__ = ["available", "bind", "c_functions", "call_on", "cpu_kernels", "cuda_kernels", "drop_with", "hopper_problem",
+           "library", "prepare"]  # fmt: skip
 
 _NAMESPACE = "consistentee"
 _library: torch.library.Library | None = None
@@ -52,6 +52,15 @@ def c_functions(name: str, prototypes: dict[str, tuple]) -> dict[str, Callable] 
     return functions
 
 
+def call_on(device: torch.device | int, what: str, function: Callable, *arguments) -> None:
+    """Call one of ``c_functions`` that says null or what went wrong, with that CUDA device as the current one.
+    RuntimeError with the reason, and ``what`` was to be done."""
+    with torch.cuda.device(device):
+        error = function(*arguments)
+    if error is not None:
+        raise RuntimeError(f"CUDA: {what}: {error.decode()}")
+
+
 def drop_with(owner: object, plan: str, handle: int) -> None:
     """Give back what the op ``plan`` made, when its owner goes."""
     weakref.finalize(owner, getattr(_dll, f"consistentee_drop_{plan}"), ctypes.c_int64(handle))
@@ -62,11 +71,15 @@ def cuda_kernels() -> bool:
     return _cuda_kernels
 
 
+def hopper_problem(functions: dict | str, index: int) -> str | None:
+    """Why ``c_functions`` that launch kernels on Hopper's own instructions cannot serve that device, or None."""
+    if isinstance(functions, str):
+        return functions
+    return _hopper_problem(index) if cuda_kernels() else "the extension has no usable CUDA half"
+
+
 @lru_cache
-def hopper_problem(index: int) -> str | None:
-    """Why kernels on Hopper's own instructions cannot run on that device, or None."""
-    if not cuda_kernels():
-        return "the extension has no usable CUDA half"
+def _hopper_problem(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     return None if (major, minor) == (9, 0) else f"it needs compute capability 9.0, this device has {major}.{minor}"
 

@@ -5,6 +5,7 @@ bit. A program holds one to four whole rows in registers, so mean and variance (
 further reads. H up to 8 192; meant for 384, 768 and 1 024. ``add_layer_norm_compact_`` writes every surviving token
 straight to its place after an exit: the compaction costs no pass of its own, and what leaves is not even loaded.
 What a product has left as partial sums (``products``) is added up here: up to four fp32 rows in for one of 16 bit.
+Where rows are many and in 16 bit, residuals are the compiled kernel's (``norm_rows``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from engine.kernels.gpu_common import (
     shares_of,
     tl,
 )
+from engine.kernels.norm_rows import norm_rows, norm_rows_problem
 from engine.kernels.products import Partials, whole_rows
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
 
 _WIDEST = 8192
 _INDEX = (torch.int32, torch.int64)
+_COMPILED_FROM = 1024  # rows of capacity: fewer are faster with several warps to a row (``_block``)
 
 
 # --- torch twins -----------------------------------------------------------------------------------------------------
@@ -415,6 +418,11 @@ def embed_layer_norm_rows_(
 def _launch_add_norm(
     out, x, residual, weight, bias, eps, counts, which, capacity, x_index, residual_index, dest, settled, partials
 ):
+    operands = out, x, residual, weight, bias
+    if capacity >= _COMPILED_FROM and x_index is None and residual_index is None:
+        if norm_rows_problem(*operands, partials) is None:
+            norm_rows(*operands, eps, counts[which:], capacity, dest, settled, partials)
+            return
     block = _block(capacity, out.shape[1], partials is not None)
     with on_device(out):
         _add_norm_kernel[(cdiv(capacity, block["BLOCK_ROWS"]),)](

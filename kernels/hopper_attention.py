@@ -39,11 +39,6 @@ def _native() -> dict | str:
     return extension.c_functions("attention", {"": (ctypes.c_char_p, [ctypes.POINTER(_Call)])})
 
 
-def _device_problem(index: int) -> str | None:
-    native = _native()
-    return native if isinstance(native, str) else extension.hopper_problem(index)
-
-
 def attention_problem(
     out: Tensor, qkv: Tensor, num_heads: int, scale: float, max_seqlen: int, position_bias: Tensor | None = None
 ) -> str | None:
@@ -66,7 +61,7 @@ def attention_problem(
         return "scale must be above 0"
     if any(t.data_ptr() % 16 or t.stride(0) % 8 for t in (out, qkv)):
         return "rows must start at multiples of 16 bytes"
-    return _device_problem(out.get_device())
+    return extension.hopper_problem(_native(), out.get_device())
 
 
 def hopper_attention(
@@ -101,7 +96,4 @@ def hopper_attention(
         bfloat16=out.dtype == torch.bfloat16,
         **found,
     )
-    with torch.cuda.device(out.device):
-        error = _native()[""](ctypes.byref(call))
-    if error is not None:
-        raise RuntimeError(f"CUDA: attention of {list(qkv.shape)}: {error.decode()}")
+    extension.call_on(out.device, f"attention of {list(qkv.shape)}", _native()[""], ctypes.byref(call))

@@ -60,11 +60,6 @@ def _native() -> dict | str:
     return extension.c_functions("product", prototypes)
 
 
-def _device_problem(index: int) -> str | None:
-    native = _native()
-    return native if isinstance(native, str) else extension.hopper_problem(index)
-
-
 def product_problem(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> str | None:
     """Why the kernel cannot serve these operands, or None. The copy engine wants 16 bytes of everything."""
     if not out.is_cuda:
@@ -77,7 +72,7 @@ def product_problem(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
         return "both widths must be multiples of 8"
     if any(t.data_ptr() % 16 or t.stride(0) % 8 for t in (out, x, weight)):
         return "rows must start at multiples of 16 bytes"
-    return _device_problem(out.get_device())
+    return extension.hopper_problem(_native(), out.get_device())
 
 
 def product_workspace(device: torch.device | str) -> Tensor | None:
@@ -116,7 +111,9 @@ class Partials(NamedTuple):
 def partials_memory(like: Tensor) -> Tensor | None:
     """Sums for any ``Partials``: one product at a time leaves its own there until its reader has ended. None where no
     kernel multiplies operands of the dtype and on the device of ``like``."""
-    if like.dtype not in _HALVES or not like.is_cuda or _device_problem(like.get_device()) is not None:
+    if like.dtype not in _HALVES or not like.is_cuda:
+        return None
+    if extension.hopper_problem(_native(), like.get_device()) is not None:
         return None
     return torch.zeros(_native()["_partials"](), device=like.device)
 
@@ -124,10 +121,8 @@ def partials_memory(like: Tensor) -> Tensor | None:
 @lru_cache
 def _limits(index: int, outputs: int, inputs: int) -> tuple[int, int]:
     four, two = c_int32(), c_int32()
-    with torch.cuda.device(index):
-        error = _native()["_limits"](inputs, outputs, ctypes.byref(four), ctypes.byref(two))
-    if error is not None:
-        raise RuntimeError(f"CUDA: limits of a product of {outputs} by {inputs}: {error.decode()}")
+    what = f"limits of a product of {outputs} by {inputs}"
+    extension.call_on(index, what, _native()["_limits"], inputs, outputs, ctypes.byref(four), ctypes.byref(two))
     return four.value, two.value
 
 
@@ -180,8 +175,5 @@ def hopper_product(
         gelu=gelu,
         path=-1 if path is None else path,
     )
-    with torch.cuda.device(out.device):
-        error = _native()[""](ctypes.byref(call))
-    if error is not None:
-        raise RuntimeError(f"CUDA: a product of [{out.shape[0]}, {weight.shape[1]}] by {list(weight.shape)}: "
-                           f"{error.decode()}")  # fmt: skip
+    what = f"a product of [{out.shape[0]}, {weight.shape[1]}] by {list(weight.shape)}"
+    extension.call_on(out.device, what, _native()[""], ctypes.byref(call))

@@ -132,8 +132,8 @@ def exported() -> set[str]:
 
 @needs_library
 def test_library_exports_what_is_declared(cuda_half):
-    """The C functions that ctypes calls: attention, graphs, products and the tokens of a batch."""
-    for name in ("attention", "graph", "product", "token_rows"):
+    """The C functions that ctypes calls: attention, graphs, norms, products and the tokens of a batch."""
+    for name in ("attention", "graph", "norm_rows", "product", "token_rows"):
         text = (ROOT / f"csrc/include/{name}.h").read_text()
         declared = set(re.findall(rf"^EE_EXPORT .*?\b(consistentee_{name}\w*)\(", text, re.MULTILINE))
         assert declared and declared <= exported(), declared - exported()

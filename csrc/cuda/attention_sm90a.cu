@@ -272,26 +272,6 @@ __global__ void __launch_bounds__(kThreads, kLongest == 64 ? 6 : 5)
   }
 }
 
-// Programs that need little shared memory would crowd on whichever multiprocessors the kernel in front leaves first,
-// while others stay empty: each asks for an even share of one (2 to 3 % of a pass of 4 or 8 rows).
-struct Shares {
-  int multiprocessors = 0;
-  int shared = 0;    // bytes of a multiprocessor
-  int reserved = 0;  // that each program costs it besides its own
-};
-
-const char* shares_of_device(Shares* shares) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
-  };
-  ask(&shares->multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(&shares->shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  ask(&shares->reserved, cudaDevAttrReservedSharedMemoryPerBlock);
-  return error == cudaSuccess ? nullptr : error_text(error);
-}
-
 template <bool kBfloat16, int kHead, bool kBias, int kLongest>
 const char* attend_all(const AttentionArgs& args) {
   const AttentionCall& call = args.call;
@@ -299,18 +279,9 @@ const char* attend_all(const AttentionArgs& args) {
   constexpr int64_t kShared = (kQueries + 2 * kLongest) * 2 * kHead + 1024;
   const dim3 programs(static_cast<unsigned>(call.rows * (kLongest / kQueries)),
                       static_cast<unsigned>(call.heads + (call.keep == nullptr ? 0 : 1)));
-  Shares shares;
-  if (const char* text = shares_of_device(&shares)) return text;
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error_text(error);
-  const auto share_of = [&](int64_t sharers) {  // in the 128 bytes of which shared memory is given
-    return shares.shared / sharers / 128 * 128 - shares.reserved - static_cast<int64_t>(attributes.sharedSizeBytes);
-  };
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(share_of(1)));
-  if (error != cudaSuccess) return error_text(error);
-  const int64_t each = (int64_t{programs.x} * programs.y + shares.multiprocessors - 1) / shares.multiprocessors;
-  const auto shared = static_cast<size_t>(share_of(each) > kShared ? share_of(each) : kShared);
+  size_t shared = 0;
+  const auto* const any_kernel = reinterpret_cast<const void*>(kernel);
+  if (const char* text = even_share(any_kernel, int64_t{programs.x} * programs.y, kShared, &shared)) return text;
   return launch_early(kernel, programs, kThreads, shared, call.stream, args);
 }
 template <bool kBfloat16, int kHead, bool kBias>

@@ -55,6 +55,37 @@ const char* launch_early(void (*kernel)(Parameters...), dim3 blocks, unsigned th
   return error_text(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
+inline const char* count_multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  return error_text(error);
+}
+
+// Programs that need little shared memory would crowd on whichever multiprocessors the kernel in front leaves first,
+// while others stay empty: each asks for an even share of one, but at least for what it needs, and the kernel may have
+// it.
+inline const char* even_share(const void* kernel, int64_t programs, int64_t needed, size_t* shared) {
+  int device = 0, multiprocessors = 0, memory = 0, reserved = 0;
+  if (const char* text = count_multiprocessors(&multiprocessors)) return text;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error_text(error);
+  const auto share_of = [&](int64_t sharers) {  // in the 128 bytes of which shared memory is given
+    return memory / sharers / 128 * 128 - reserved - static_cast<int64_t>(attributes.sharedSizeBytes);
+  };
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(share_of(1)));
+  const int64_t share = share_of((programs + multiprocessors - 1) / multiprocessors);
+  *shared = static_cast<size_t>(share > needed ? share : needed);
+  return error_text(error);
+}
+
 // Arithmetic type of a storage type: fp32, or fp64 for fp64.
 template <class T>
 struct Wide {

@@ -286,10 +286,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(const __gri
 namespace {
 
 const char* programs_of_device(uint32_t* programs) {
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error_text(error);
+  int count = 0;
+  if (const char* text = count_multiprocessors(&count)) return text;
   *programs = count < kProductPrograms ? count : kProductPrograms;
   return nullptr;
 }

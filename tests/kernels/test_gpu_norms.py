@@ -20,6 +20,12 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 POISON, EPS = 7.0, 1e-5
 
 
+@pytest.fixture(autouse=True)
+def triton_alone(monkeypatch):
+    """What the extension would serve on a device, too (its own tests: test_norm_rows.py)."""
+    monkeypatch.setattr(gpu_norms, "norm_rows_problem", lambda *operands: "here Triton's kernel is asked")
+
+
 @pytest.fixture(params=[1, 4], ids=["one row", "four rows"])
 def rows_a_program(request, monkeypatch):
     """Both shapes of a program, whatever the capacity would choose."""
@@ -228,3 +234,27 @@ def test_more_messages():
         embed_layer_norm_rows_(OUT, V, None, IDS, X, None, X, V, V, EPS, N)
     with pytest.raises(ValueError, match=r"word must be contiguous, got strides \(16, 1\)"):
         embed_layer_norm_rows_(OUT, IDS, None, IDS, torch.zeros(4, 16)[:, :8], None, X, V, V, EPS, N)
+
+
+@pytest.mark.interpreter
+def test_the_compiled_kernel_has_rows_that_are_many_and_no_index(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_norms, "_COMPILED_FROM", 5)
+    monkeypatch.setattr(gpu_norms, "norm_rows_problem", lambda *operands: None)
+    monkeypatch.setattr(gpu_norms, "norm_rows", lambda *given: asked.append(given))
+    rows = torch.arange(6, dtype=torch.int32)
+    for capacity, index in ((6, None), (5, None), (4, None), (6, rows)):
+        x, residual, weight, bias = case(6, 16, HALF, "cpu")
+        counts = counts_of(1, capacity, "cpu")
+        out = torch.full((capacity, 16), POISON, dtype=HALF)
+        add_layer_norm_rows_(out, x, residual, weight, bias, EPS, counts, TOKENS, index)
+        if capacity < 5 or index is not None:
+            check(out, x[:capacity], residual[:capacity], weight, bias)
+            continue
+        [(*operands, eps, live, rows_of_out, dest, settled, partials)] = asked
+        assert all(a is b for a, b in zip(operands, (out, x, residual, weight, bias), strict=True)) and eps == EPS
+        assert (live.tolist(), rows_of_out, dest, settled, partials) == ([capacity], capacity, None, False, None)
+        asked.clear()
+    x, residual, weight, bias = case(6, 16, HALF, "cpu")
+    add_layer_norm_compact_(torch.empty_like(x), x, residual, weight, bias, EPS, counts_of(1, 6, "cpu"), rows)
+    assert len(asked) == 1 and asked[0][-3] is rows

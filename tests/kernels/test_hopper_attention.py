@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels import hopper_attention
+from engine.kernels import extension
 from engine.kernels.gpu_attention import position_matrix, varlen_attention_, varlen_attention__ref
 from engine.kernels.hopper_attention import attention_problem
 from engine.kernels.survivors import Removal
@@ -195,7 +195,7 @@ def test_what_it_cannot_serve(monkeypatch):
         def get_device(self):
             return 0
 
-    monkeypatch.setattr(hopper_attention, "_device_problem", lambda index: None)
+    monkeypatch.setattr(extension, "hopper_problem", lambda functions, index: None)
     good = Fake()
     assert attention_problem(good, Fake(step=384), 2, 0.125, 128) is None
     for expected, arguments in {
