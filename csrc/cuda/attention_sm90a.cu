@@ -212,8 +212,10 @@ __global__ void __launch_bounds__(kThreads, kLongest == 64 ? 6 : 5)
   __shared__ uint64_t barriers[2];
   constexpr int kParts = kLongest / kQueries, kTokenBytes = 2 * kHead;
   const AttentionCall& call = args.call;
-  const auto row = static_cast<int32_t>(blockIdx.x) / kParts, part = static_cast<int32_t>(blockIdx.x) % kParts;
-  const auto head = static_cast<int32_t>(blockIdx.y);
+  // Heads of a sequence side by side, as their queries, keys and values are in memory.
+  const auto heads = static_cast<uint32_t>(call.heads) + (call.keep != nullptr);
+  const auto head = static_cast<int32_t>(blockIdx.x % heads), asked_of = static_cast<int32_t>(blockIdx.x / heads);
+  const int32_t row = asked_of / kParts, part = asked_of % kParts;
   const int32_t live = __ldcg(call.counts);
   if (head == call.heads) {  // behind the last head, for a row
     if (part != 0) return wait_for_kernel_in_front();
@@ -277,12 +279,10 @@ const char* attend_all(const AttentionArgs& args) {
   const AttentionCall& call = args.call;
   const auto kernel = short_attention_kernel<kBfloat16, kHead, kBias, kLongest>;
   constexpr int64_t kShared = (kQueries + 2 * kLongest) * 2 * kHead + 1024;
-  const dim3 programs(static_cast<unsigned>(call.rows * (kLongest / kQueries)),
-                      static_cast<unsigned>(call.heads + (call.keep == nullptr ? 0 : 1)));
+  const int64_t programs = call.rows * (kLongest / kQueries) * (call.heads + (call.keep != nullptr));
   size_t shared = 0;
-  const auto* const any_kernel = reinterpret_cast<const void*>(kernel);
-  if (const char* text = even_share(any_kernel, int64_t{programs.x} * programs.y, kShared, &shared)) return text;
-  return launch_early(kernel, programs, kThreads, shared, call.stream, args);
+  if (const char* text = even_share(reinterpret_cast<const void*>(kernel), programs, kShared, &shared)) return text;
+  return launch_early(kernel, static_cast<unsigned>(programs), kThreads, shared, call.stream, args);
 }
 template <bool kBfloat16, int kHead, bool kBias>
 const char* attend_all(const AttentionArgs& args) {
