@@ -11,12 +11,6 @@ namespace cuda {
 constexpr int kMostWarps = 8;
 constexpr int64_t kWidest = 768;
 
-__device__ __forceinline__ float sum_of_warp(float value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
 template <int kVectors>
 __device__ __forceinline__ void load_row(uint4 (&words)[kVectors], const void* rows, int64_t offset,
                                          const bool (&here)[kVectors], int lane) {
@@ -104,7 +98,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 4) add_norm_rows_kernel(NormR
 #pragma unroll
     for (int k = 0; k < 8; ++k) total += value[i][k];
   }
-  const float mean = sum_of_warp(total) / static_cast<float>(call.hidden);
+  const float mean = warp_sum(total) / static_cast<float>(call.hidden);
   float squares = 0.f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -114,7 +108,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 4) add_norm_rows_kernel(NormR
       squares = fmaf(value[i][k], value[i][k], squares);
     }
   }
-  const float scale = 1.f / sqrtf(sum_of_warp(squares) / static_cast<float>(call.hidden) + call.eps);
+  const float scale = 1.f / sqrtf(warp_sum(squares) / static_cast<float>(call.hidden) + call.eps);
   auto* const out = reinterpret_cast<uint4*>(static_cast<uint16_t*>(call.out) + dest * call.out_stride) + lane;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
